@@ -1,0 +1,96 @@
+"""The order of samples: a pure function of (number of samples, seed, epoch), computed window by window.
+
+Training follows one endless stream of positions: position p is epoch p // n, place p % n. An epoch's tail is carried
+over into the next batch, never dropped, so "images seen" is the whole state of the data.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from diffmoe_dist.data.randomness import Stream, permutation
+from diffmoe_dist.errors import UserError
+
+BLOCK_SAMPLES = 64  # contiguous in the shards, hence read from one place of the disk
+WINDOW_BLOCKS = 32
+WINDOW_SAMPLES = BLOCK_SAMPLES * WINDOW_BLOCKS
+_CACHED_EPOCHS = 2  # a batch may straddle two
+
+
+class EpochOrder:
+    """The order of one epoch: `order[place]` is a sample id, and every sample has exactly one place.
+
+    Blocks of 64 contiguous samples are permuted, then the samples are shuffled inside windows of 32 permuted blocks.
+    Holds the permutation of the blocks, n/64 numbers, and the window read last.
+    """
+
+    def __init__(self, num_samples: int, seed: int, epoch: int) -> None:
+        assert num_samples > 0 and epoch >= 0, (num_samples, epoch)
+        self.num_samples, self.seed, self.epoch = num_samples, seed, epoch
+        num_blocks = -(-num_samples // BLOCK_SAMPLES)
+        self._blocks = permutation(num_blocks, seed, Stream.ORDER, epoch)
+        # The last block may be short and may land anywhere: the windows after it begin that much earlier.
+        self._missing = num_blocks * BLOCK_SAMPLES - num_samples
+        short_window = int(np.flatnonzero(self._blocks == num_blocks - 1)[0]) // WINDOW_BLOCKS
+        self._short_window_end = (short_window + 1) * WINDOW_SAMPLES - self._missing
+        self._window_start, self._window = 0, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, place: int) -> int:
+        offset = place - self._window_start
+        if not 0 <= offset < len(self._window):
+            self._compute_window(place)
+            offset = place - self._window_start
+        return int(self._window[offset])
+
+    def _compute_window(self, place: int) -> None:
+        if not 0 <= place < self.num_samples:
+            raise IndexError(f"place {place} outside an epoch of {self.num_samples} samples")
+        missing = 0 if place < self._short_window_end else self._missing
+        window = (place + missing) // WINDOW_SAMPLES
+        blocks = self._blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
+        samples = (blocks[:, None] * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).reshape(-1)
+        samples = samples[samples < self.num_samples]
+        shuffle = permutation(len(samples), self.seed, Stream.ORDER, self.epoch, 1 + window)  # 0 is the blocks'
+        self._window_start, self._window = window * WINDOW_SAMPLES - missing, samples[shuffle]
+
+
+class StreamOrder:
+    """The endless stream: `order[position]` is (epoch, sample id)."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples, self.seed = num_samples, seed
+        self._epochs: dict[int, EpochOrder] = {}
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.num_samples)
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = EpochOrder(self.num_samples, self.seed, epoch)
+            if len(self._epochs) == _CACHED_EPOCHS:
+                del self._epochs[min(self._epochs)]
+            self._epochs[epoch] = order
+        return epoch, order[place]
+
+
+def batch_positions(
+    images_seen: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+) -> list[range]:
+    """The stream positions that a rank takes in the optimizer step after `images_seen`, one range per micro-step.
+
+    With M = micro_batch_size * world_size, micro-step a covers [images_seen + a*M, images_seen + (a+1)*M) on all
+    ranks together, and rank r takes the r-th run of micro_batch_size positions inside it.
+    Raises UserError where M does not divide the global batch.
+    """
+    assert 0 <= rank < world_size and images_seen >= 0, (rank, world_size, images_seen)
+    micro_step = micro_batch_size * world_size
+    if micro_step < 1 or global_batch_size < 1 or global_batch_size % micro_step:
+        raise UserError(
+            f"train.global_batch_size={global_batch_size}: not a positive multiple of train.micro_batch_size="
+            f"{micro_batch_size} times {world_size} data-parallel ranks; use a multiple of {max(micro_step, 1)}"
+        )
+    first = images_seen + rank * micro_batch_size
+    starts = range(first, first + global_batch_size, micro_step)
+    return [range(start, start + micro_batch_size) for start in starts]

@@ -1,0 +1,113 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, a log file for each rank, and lines or a bar to watch.
+
+The first rank has a `RunLog`; the others have a `NullRunLog`, whose methods do nothing, so no caller asks for its rank.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+logger = logging.getLogger("diffmoe_dist")
+
+
+class Log(Protocol):
+    def step(self, step: int) -> None:
+        """An optimizer step is done; moves the bar."""
+        ...
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; `values` has a `step`."""
+        ...
+
+    def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunLog:
+    def __init__(self, run_dir: Path, first_step: int, steps: int) -> None:
+        self.jsonl = _continue_jsonl(run_dir / "metrics.jsonl", first_step)
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self.watched = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
+        self.steps = steps
+        self.samples = run_dir / "samples"
+        self.samples.mkdir(exist_ok=True)
+
+    def step(self, step: int) -> None:
+        self.bar.update(1)
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        self.jsonl.write(json.dumps(values) + "\n")
+        self.jsonl.flush()
+        for name, value in values.items():
+            if name != "step" and value is not None:
+                self.tensorboard.add_scalar(name, value, values["step"])
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}")
+        left = (self.steps - values["step"]) * values["step_seconds"]
+        logger.info(
+            "step %d/%d  loss %.5f  grad norm %.4f  %.0f images/s  %s left",
+            values["step"], self.steps, values["loss"], values["grad_norm"], values["images_per_second"],
+            tqdm.format_interval(left),
+        )  # fmt: skip
+
+    def image(self, grid_HWC: np.ndarray, step: int) -> None:
+        self.tensorboard.add_image("samples", grid_HWC, step, dataformats="HWC")
+        Image.fromarray(grid_HWC.squeeze()).save(self.samples / f"step-{step:08d}.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.jsonl.close()
+        self.tensorboard.close()
+
+
+class NullRunLog:
+    def step(self, step: int) -> None: ...
+
+    def metrics(self, values: dict[str, Any]) -> None: ...
+
+    def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def set_up_logging(run_dir: Path, rank: int) -> None:
+    """Every rank logs to logs/rank-N.log; the first one also to the terminal, where a bar does not take its place."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log")]
+    if rank == 0 and not sys.stderr.isatty():
+        handlers.append(logging.StreamHandler(sys.stderr))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _continue_jsonl(path: Path, first_step: int) -> Any:
+    """Open for appending, without the lines of steps that a resume is about to take again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(kept))
+        replacement.replace(path)
+    return path.open("a")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line torn by a kill
+        return float("inf")

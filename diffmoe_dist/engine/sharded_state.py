@@ -1,0 +1,106 @@
+"""The training state as ZeRO leaves it on each rank, addressed without any rank in it.
+
+ZeRO 1 and 2 cut the flattened parameters of a group into one partition a rank, and AdamW's moments with them; the
+weight average here is cut the same way. So what a rank owns of a parameter is an interval of the flattened parameter,
+and an expert-parallel share is an interval of the flattened stack of all experts. A `Fragment` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe_dist.model.moe import Experts
+
+MASTER, EXP_AVG, EXP_AVG_SQ, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """An interval of a flattened tensor."""
+
+    name: str
+    start: int
+    total: int  # elements of the whole tensor
+    data: Tensor  # (n,) the elements start to start + n; a view that can be written
+
+
+class ShardedState:
+    """This rank's partitions: fp32 weights, AdamW's moments and the weight average, one flat tensor a group each."""
+
+    def __init__(self, model: nn.Module, zero: object) -> None:
+        """
+        Args:
+            model: the model whose parameters DeepSpeed has partitioned.
+            zero: DeepSpeed's ZeRO 1 or 2 optimizer around a torch AdamW that has not stepped yet.
+        """
+        self.model = model
+        self.zero = zero
+        self.adamw: torch.optim.AdamW = zero.optimizer  # type: ignore[attr-defined]
+        masters = [group["params"][0] for group in self.adamw.param_groups]
+        for master in masters:
+            # AdamW would make its state at the first step; made here, a fresh run and a resumed one take one path.
+            self.adamw.state[master] = {
+                "step": torch.zeros((), device=master.device if self.adamw.defaults["fused"] else "cpu"),
+                EXP_AVG: torch.zeros_like(master),
+                EXP_AVG_SQ: torch.zeros_like(master),
+            }
+        self.flat: dict[str, list[Tensor]] = {
+            MASTER: [master.detach() for master in masters],
+            EXP_AVG: [self.adamw.state[master][EXP_AVG] for master in masters],
+            EXP_AVG_SQ: [self.adamw.state[master][EXP_AVG_SQ] for master in masters],
+            EMA: [master.detach().clone() for master in masters],
+        }
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Everything this rank owns of the parameters, by `kind.parameter`; over all ranks each element once."""
+        for name, parameter in self.model.named_parameters():
+            mapping = parameter._hp_mapping  # DeepSpeed's note of what this rank owns; None: nothing
+            if mapping is None:
+                continue
+            offset, total = _place_in_whole(self.model, name, parameter)
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            for kind, flats in self.flat.items():
+                data = flats[mapping.param_group_index].narrow(0, there.start, there.numel)
+                yield Fragment(f"{kind}.{name}", offset + here.start, total, data)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return int(self.adamw.state[self.adamw.param_groups[0]["params"][0]]["step"])
+
+    def after_load(self, optimizer_steps: int) -> None:
+        """Bring the optimizer's step and the model's own weights in line with partitions just written."""
+        for group in self.adamw.param_groups:
+            self.adamw.state[group["params"][0]]["step"].fill_(optimizer_steps)
+        self.zero.update_lp_params()  # type: ignore[attr-defined]
+
+
+def _place_in_whole(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, int]:
+    """Where the parameter at hand begins in the whole flattened tensor, and how long that is."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(parameter, "group_name"):
+        return 0, parameter.numel()
+    one_expert = parameter[0].numel()
+    return owner.first * one_expert, owner.num_experts * one_expert  # type: ignore[operator]
+
+
+def whole_tensors(model: nn.Module, kind: str) -> list[Fragment]:
+    """The parameters of a model that holds all of them, as fragments to load `kind` into."""
+    assert not any(isinstance(m, Experts) and m.first for m in model.modules()), "the model holds all experts"
+    return [
+        Fragment(f"{kind}.{name}", 0, parameter.numel(), parameter.detach().view(-1))
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def buffers(model: nn.Module) -> list[Fragment]:
+    """The buffers that are state (capacity thresholds), the same on every rank."""
+    persistent = model.state_dict().keys() - dict(model.named_parameters()).keys()
+    return [
+        Fragment(f"buffer.{name}", 0, buffer.numel(), buffer.view(-1))
+        for name, buffer in model.named_buffers()
+        if name in persistent
+    ]

@@ -1,0 +1,221 @@
+"""The training loop.
+
+Shape legend: L mixture-of-experts layers, N experts.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
+from diffmoe_dist.engine.ema import WeightAverage
+from diffmoe_dist.engine.metrics import Log, logger
+from diffmoe_dist.engine.sharded_state import ShardedState, buffers
+from diffmoe_dist.model.dit import DiT, DiTOutput
+from diffmoe_dist.parallel.topology import Topology
+
+DrawSamples = Callable[[DiT], np.ndarray]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step of the whole job did; global-batch values, the same on every rank."""
+
+    losses: dict[str, float]  # `loss`, then its parts, unweighted
+    grad_norm: float  # before clipping
+    thresholds_LN: Tensor  # proposals, mean over pools
+    load_LN: Tensor  # assignments a micro-step and rank
+
+
+class Trainer:
+    """Takes optimizer steps until `train.steps`; its whole state is `state`, the model's buffers and `progress`."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        topology: Topology,
+        engine: Any,
+        objective: RectifiedFlow,
+        state: ShardedState,
+        loader: TrainingLoader,
+        progress: Progress,
+        log: Log,
+        draw_samples: DrawSamples,
+    ) -> None:
+        self.config = config
+        self.topology = topology
+        self.engine = engine
+        self.model: DiT = engine.module
+        self.objective = objective
+        self.state = state
+        self.average = WeightAverage(state, config.ema.decay)
+        self.loader = loader
+        self.batches = iter(loader)
+        self.progress = progress
+        self.log = log
+        self.draw_samples = draw_samples
+        self.run_dir = Path(str(config.run_dir))
+        weights = {"capacity": config.moe.capacity_loss_weight}
+        self.loss_weights = {name: weight for name, weight in weights.items() if weight is not None}
+        self.timer = StepTimer()
+
+    def train(self) -> None:
+        config, saved = self.config, self.progress.step
+        while self.progress.step < config.train.steps:
+            with self.timer:
+                report = self.train_step()
+            step = self.progress.step
+            self.log.step(step)
+            if _due(step, config.log.every) or step == config.train.steps:
+                self.log.metrics(self._metrics(report))
+            if _due(step, config.sample.every):
+                self.sample()
+            if _due(step, config.checkpoint.every) or step == config.train.steps:
+                self.save()
+                saved = step
+        assert saved == self.progress.step, "the last step is always saved"
+
+    def train_step(self) -> StepReport:
+        """One optimizer step over the global batch; collective."""
+        sums: Tensor | None = None
+        for _ in range(self.progress.micro_steps):
+            values = self._forward_backward(next(self.batches).to(self.topology.device))
+            sums = values if sums is None else sums + values
+            self.engine.step()
+        assert sums is not None
+        report = self._report(self.topology.mean(sums / self.progress.micro_steps))
+        self._stop_on_non_finite(report)
+        for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
+            layer.router.update_threshold(proposal)
+        self.average.update()
+        images_seen = self.progress.images_seen + self.config.train.global_batch_size
+        self.progress = replace(self.progress, step=self.progress.step + 1, images_seen=images_seen)
+        return report
+
+    def save(self) -> None:
+        """Write a checkpoint; collective."""
+        fragments = list(self.state.fragments())
+        if self.topology.rank == 0:  # the same on every rank, so one writes them
+            fragments += buffers(self.model)
+        folder = self.run_dir / "checkpoints"
+        save_checkpoint(folder, fragments, self.progress, self.config, self.topology.rank == 0)
+        logger.info("saved %s", folder / f"step-{self.progress.step:08d}")
+
+    def sample(self) -> None:
+        """Draw a grid of images with the averaged weights; collective."""
+        self.model.eval()
+        with self.average.applied():
+            grid = self.draw_samples(self.model)
+        self.model.train()
+        self.log.image(grid, self.progress.step)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.log.close()
+
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        """One micro-step. Returns what is to be averaged over ranks, flat fp64: losses, thresholds, loads."""
+        t = self.objective.times(batch.time_uniform)
+        dropped = batch.drop_uniform < self.config.train.label_dropout
+        labels = torch.where(dropped, self.model.num_classes, batch.labels)
+        z = self.objective.corrupt(batch.images, batch.noise, t)
+        output: DiTOutput = self.engine(z, self.objective.time_scale * t, labels)
+        diffusion = self.objective.loss(output.prediction, batch.images, batch.noise).mean()
+        loss = diffusion
+        for name, value in output.losses.items():
+            loss = loss + self.loss_weights[name] * value
+        self.engine.backward(loss)
+        losses = torch.stack([loss, diffusion, *output.losses.values()])
+        stats = output.routing
+        thresholds = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
+        parts = [losses, *thresholds, *(s.tokens_per_expert for s in stats)]
+        return torch.cat([part.detach().double() for part in parts])
+
+    def _report(self, means: Tensor) -> StepReport:
+        """The inverse of the flat form of `_forward_backward`."""
+        names = ["loss", "loss_diffusion", *(f"loss_{name}" for name in self.loss_weights)]
+        layers = len(self.model.moe_layers)
+        losses, rest = means[: len(names)], means[len(names) :]
+        thresholds_LN, load_LN = rest.view(2, layers, -1) if layers else rest.view(2, 0, 1)
+        return StepReport(
+            losses=dict(zip(names, losses.tolist(), strict=True)),
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            thresholds_LN=thresholds_LN.float(),
+            load_LN=load_LN,
+        )
+
+    def _stop_on_non_finite(self, report: StepReport) -> None:
+        values = {**report.losses, "grad_norm": report.grad_norm}
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"step {self.progress.step + 1}: {', '.join(broken)} is not finite; the weights of step "
+                f"{self.progress.step} are the last sound ones"
+            )
+
+    def _metrics(self, report: StepReport) -> dict[str, Any]:
+        seconds = self.timer.mean_since_last()
+        tokens = (self.config.train.micro_batch_size or 0) * self.config.tokens_per_sample
+        load_LN = report.load_LN
+        capacity = load_max = load_min = None
+        if len(load_LN):
+            capacity = float(load_LN.sum(dim=1).mean() / tokens)
+            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True)
+            load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
+        return {
+            "step": self.progress.step,
+            "images_seen": self.progress.images_seen,
+            **report.losses,
+            "grad_norm": report.grad_norm,
+            "lr": self.config.optim.lr,
+            "images_per_second": self.config.train.global_batch_size / seconds,
+            "step_seconds": seconds,
+            "capacity": capacity,
+            "expert_load_max": load_max,
+            "expert_load_min": load_min,
+            "peak_memory_bytes": _peak_memory(self.topology.device),
+        }
+
+
+class StepTimer:
+    """Mean wall-clock seconds of the steps since the last question."""
+
+    def __init__(self) -> None:
+        self.seconds, self.steps = 0.0, 0
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self.seconds += time.perf_counter() - self.begun
+        self.steps += 1
+
+    def mean_since_last(self) -> float:
+        mean = self.seconds / self.steps
+        self.seconds, self.steps = 0.0, 0
+        return mean
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's largest resident size otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

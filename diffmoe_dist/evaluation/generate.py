@@ -1,0 +1,111 @@
+"""Images from a model: each a function of (weights, seed, its number, its label).
+
+With the batch-independent inference rule `threshold` nothing else plays a part; with `count` and `static` the images
+of one call compete for the experts, so there the reproducible unit is the block of images that is drawn together.
+
+Shape legend: N images, C channels, H = W image size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.data.randomness import Stream, sample_generator
+from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT
+
+CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
+
+
+@dataclass(frozen=True)
+class Generated:
+    images: Tensor  # (N, C, H, W) fp32, about [-1, 1]
+    capacity: float | None  # assignments per token, mean over layers, steps and passes; None: no experts
+
+
+@torch.no_grad()
+def generate(
+    model: DiT, objective: RectifiedFlow, numbers: list[int], labels: list[int], *, seed: int, steps: int, cfg_scale: float
+) -> Generated:
+    """Draw the images with these numbers and labels, together in one batch.
+
+    Args:
+        model: in eval mode; with experts spread over ranks, every rank makes the same number of calls.
+        numbers: (N,) which image of the seed each is.
+    """
+    device = model.pos_embed.device
+    noise = torch.stack([initial_noise(model, seed, number) for number in numbers]).to(device)
+    capacities: list[Tensor] = []
+
+    def denoise(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        output = model(z, objective.time_scale * t, y)
+        capacities.extend(stats.capacity for stats in output.routing)
+        return output.prediction
+
+    guided = with_guidance(denoise, torch.tensor(labels, device=device), model.num_classes, cfg_scale)
+    images = sample_euler(guided, noise, objective, steps)
+    return Generated(images, float(torch.stack(capacities).mean()) if capacities else None)
+
+
+def initial_noise(model: DiT, seed: int, number: int) -> Tensor:
+    """(C, H, W) standard normal, the start of image `number` of a seed."""
+    size = model.grid_size * model.patch_size
+    generator = sample_generator(seed, Stream.SAMPLING, 0, number)
+    return torch.from_numpy(generator.standard_normal((model.in_channels, size, size), dtype=np.float32))
+
+
+def balanced_labels(num: int, num_classes: int) -> list[int]:
+    """Every class in turn."""
+    return [number % num_classes for number in range(num)]
+
+
+def check_pixels(config: Config) -> None:
+    """Refuse a model whose images are latents, which need a decoder to look at."""
+    if config.model.in_channels not in (1, 3):
+        raise UserError(
+            f"model.in_channels={config.model.in_channels}: these images are latents and decoding them is not "
+            "available yet; pictures need 1 or 3 channels (sample.every=0 trains without them)"
+        )
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(N, C, H, W) in [-1, 1] to (N, H, W, C) uint8: clamp(127.5 x + 128, 0, 255), the rule of ADM."""
+    return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
+    """One picture, (rows * H, columns * W, C) uint8 with thin gaps; small images enlarged without smoothing."""
+    count, height, _, channels = images_NHWC.shape
+    scale = max(1, CELL_PIXELS // height)
+    cells = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = np.pad(cells, ((0, -count % columns), (2, 2), (2, 2), (0, 0)))
+    rows, cell = len(cells) // columns, cells.shape[1]
+    return cells.reshape(rows, columns, cell, cell, channels).swapaxes(1, 2).reshape(rows * cell, columns * cell, channels)
+
+
+def training_grid(model: DiT, config: Config, rank: int, world_size: int) -> np.ndarray:
+    """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Each rank draws an equal share."""
+    sample = config.sample
+    share = -(-sample.num // world_size)
+    numbers = list(range(rank * share, (rank + 1) * share))
+    labels = balanced_labels(share * world_size, config.model.num_classes)[numbers[0] : numbers[-1] + 1]
+    drawn = generate(
+        model, RectifiedFlow(config.objective), numbers, labels,
+        seed=config.seed, steps=sample.steps, cfg_scale=sample.cfg_scale,
+    )  # fmt: skip
+    everyone = drawn.images.new_empty(world_size * share, *drawn.images.shape[1:])
+    dist.all_gather_into_tensor(everyone, drawn.images.contiguous())
+    return image_grid(to_uint8(everyone[: sample.num]), grid_columns(config, sample.num))
+
+
+def grid_columns(config: Config, num: int) -> int:
+    """A column for each class where that makes a handsome grid, else a square."""
+    return min(num, config.model.num_classes) if config.model.num_classes <= 16 else int(np.ceil(num**0.5))

@@ -1,0 +1,77 @@
+"""The transformer block with adaptive layer norm (DiT, adaLN-Zero) and the output layer.
+
+Shape legend: N images, T tokens, D width, H hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe_dist.model.moe import MoELayer
+from diffmoe_dist.model.routing import Routing
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of each image."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, tokens, width = x.shape
+        qkv = self.qkv(x).view(images, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, width))
+
+
+class Mlp(nn.Module):
+    """The dense feed-forward layer: D to H to D with a tanh-approximated GELU."""
+
+    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
+        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Attention, then a feed-forward layer that is dense or a mixture of experts; both gated by the condition."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp: Mlp | MoELayer) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = mlp
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Routing | None]:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
+        h = modulate(self.norm2(x), shift_m, scale_m)
+        h, routing = self.mlp(h) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
+        return x + gate_m[:, None] * h, routing
+
+
+class FinalLayer(nn.Module):
+    """(N, T, D) to (N, T, p * p * channels)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,146 @@
+"""The diffusion transformer (DiT) with a dense or a mixture-of-experts layer in every second block.
+
+Shape legend: N images, C channels, H = W input size, p patch size, T tokens an image, D width, L blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.model.blocks import DiTBlock, FinalLayer, Mlp
+from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_table
+from diffmoe_dist.model.moe import Experts, MoELayer
+from diffmoe_dist.model.routing import GlobalPoolRouter, RoutingStats
+
+
+@dataclass(frozen=True)
+class DiTOutput:
+    prediction: Tensor  # (N, C, H, W) fp32
+    variance: Tensor | None  # (N, C, H, W) fp32, the learned variance channels, where the model has them
+    losses: dict[str, Tensor]  # named, unweighted () fp32; the mean over the layers that have the loss
+    routing: list[RoutingStats]  # one for each mixture-of-experts layer, in order
+
+
+class DiT(nn.Module):
+    """Predicts the objective's target from a noisy image, a time and a class label.
+
+    The parameters are uninitialised until `initialize` fills them.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = config.model
+        assert model.depth is not None and model.hidden_size is not None and model.num_heads is not None
+        self.in_channels = model.in_channels
+        self.patch_size = model.patch_size
+        self.grid_size = model.input_size // model.patch_size
+        self.num_classes = model.num_classes
+        width = model.hidden_size
+        self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(model.num_classes, width)
+        self.register_buffer("pos_embed", torch.zeros(1, self.grid_size**2, width), persistent=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, model.num_heads, _feed_forward(config, block)) for block in range(model.depth)
+        )
+        self.final_layer = FinalLayer(width, model.patch_size, model.in_channels * (2 if model.learn_sigma else 1))
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> DiTOutput:
+        """
+        Args:
+            x: (N, C, H, W) noisy images or latents.
+            t: (N,) times as the objective scales them.
+            y: (N,) int64 labels; `num_classes` is the null label.
+        """
+        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
+        x = x + self.pos_embed.to(x.dtype)
+        condition = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        routings = []
+        for block in self.blocks:
+            x, routing = block(x, condition)  # (N, T, D)
+            if routing is not None:
+                routings.append(routing)
+        channels = self._unpatchify(self.final_layer(x, condition)).float()  # (N, C or 2 C, H, W)
+        prediction, variance = channels[:, : self.in_channels], None
+        if channels.shape[1] > self.in_channels:
+            variance = channels[:, self.in_channels :]
+        names = routings[0].losses if routings else {}
+        losses = {name: torch.stack([routing.losses[name] for routing in routings]).mean() for name in names}
+        return DiTOutput(prediction, variance, losses, [routing.stats for routing in routings])
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """(N, T, p * p * C) to (N, C, H, W)."""
+        images, grid, p = len(x), self.grid_size, self.patch_size
+        x = x.view(images, grid, grid, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(images, -1, grid * p, grid * p)
+
+
+def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
+    width = config.model.hidden_size
+    assert width is not None
+    hidden = int(width * config.model.mlp_ratio)
+    # Both papers: the block with 0-based index i is a mixture of experts when i is odd.
+    if config.moe.router == "dense" or block % 2 == 0:
+        return Mlp(width, hidden)
+    assert config.moe.num_experts is not None
+    router = GlobalPoolRouter(width, config.moe, config.tokens_per_sample)
+    return MoELayer(router, Experts(config.moe.num_experts, width, hidden))
+
+
+@torch.no_grad()
+def initialize(model: DiT, seed: int) -> None:
+    """Fill every parameter and buffer; each parameter is a function of (seed, its name, its expert) alone.
+
+    So a device that holds some of the experts fills them as a device that holds all of them would. The rules are the
+    published ones: linear layers xavier-uniform with zero bias; label table and time MLP N(0, 0.02); the gate
+    N(0, 0.006); all adaLN output layers and the final layer zero, so that every block starts as the identity.
+    """
+    for name, parameter in model.named_parameters():
+        _initialize_parameter(model, name, parameter, seed)
+    model.pos_embed.copy_(position_table(model.pos_embed.shape[-1], model.grid_size))
+    for layer in model.moe_layers:
+        layer.router.threshold.zero_()
+        layer.router.threshold_updates.zero_()
+
+
+def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -> None:
+    def generator(expert: int = 0) -> torch.Generator:
+        digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def normal(std: float) -> Tensor:
+        return torch.randn(parameter.shape, generator=generator()) * std
+
+    def xavier_uniform(fan_in: int, fan_out: int, shape: torch.Size, expert: int = 0) -> Tensor:
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        return (torch.rand(shape, generator=generator(expert)) * 2 - 1) * bound
+
+    owner = name.rpartition(".")[0]
+    if parameter.ndim == 1 or "adaLN_modulation" in name or name.startswith("final_layer."):
+        parameter.zero_()
+    elif owner.endswith(".experts"):
+        experts = model.get_submodule(owner)
+        parameter.zero_()
+        if name.endswith((".w1", ".w2")):
+            for local, expert in enumerate(range(experts.first, experts.first + len(parameter))):
+                _, fan_in, fan_out = parameter.shape
+                parameter[local].copy_(xavier_uniform(fan_in, fan_out, parameter[local].shape, expert))
+    elif name.endswith(".gate_weight"):
+        parameter.copy_(normal(0.006))
+    elif name.startswith(("t_embedder.", "y_embedder.")):
+        parameter.copy_(normal(0.02))
+    else:  # nn.Linear, and the patch embedding as the linear map that it is
+        fan_out, fan_in = parameter.flatten(1).shape
+        parameter.copy_(xavier_uniform(fan_in, fan_out, parameter.shape))

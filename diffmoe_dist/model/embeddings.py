@@ -1,0 +1,70 @@
+"""What turns images, timesteps and labels into vectors of the model's width.
+
+Shape legend: N images, C channels, H = W input size, p patch size, T = (H / p)^2 tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FREQUENCY_EMBEDDING_SIZE = 256
+
+
+class PatchEmbed(nn.Module):
+    """(N, C, H, W) to (N, T, D): one linear map for each p x p patch."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """(N,) times to (N, D): sinusoids of 256 frequencies, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoidal_embedding(t, FREQUENCY_EMBEDDING_SIZE).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """(N,) class labels to (N, D). The last row, label `num_classes`, is the null label of guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def sinusoidal_embedding(t: Tensor, size: int, max_period: float = 10_000.0) -> Tensor:
+    """(N,) to (N, size) in fp32: cosines then sines of t at geometrically spaced frequencies."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def position_table(hidden_size: int, grid_size: int) -> Tensor:
+    """The fixed two-dimensional sine-cosine table, (1, T, D) fp32: half of D for the column, half for the row."""
+    place = torch.arange(grid_size, dtype=torch.float64)
+    row, column = torch.meshgrid(place, place, indexing="ij")
+    table = torch.cat([_axis_table(hidden_size // 2, axis.flatten()) for axis in (column, row)], dim=1)
+    return table.float()[None]
+
+
+def _axis_table(size: int, places: Tensor) -> Tensor:
+    frequencies = 1.0 / 10_000 ** (torch.arange(size // 2, dtype=torch.float64) / (size / 2))
+    angles = places[:, None] * frequencies[None]  # (T, size / 2)
+    return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)

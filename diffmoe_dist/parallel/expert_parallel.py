@@ -1,0 +1,106 @@
+"""The one adapter to DeepSpeed's expert parallelism: its process groups, and experts that its engine recognises."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.moe import ExpertInput, Experts
+from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
+from diffmoe_dist.parallel.pool import DistributedPool
+from diffmoe_dist.parallel.topology import Topology
+
+# Where DeepSpeed sees no accelerator it warns, unless told that the CPU is meant.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.utils import groups, logger  # noqa: E402
+
+logger.setLevel(logging.WARNING)
+# DeepSpeed would compile a shared-memory operation on the first collective, for minutes, and fail without a compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def create_topology(launch: Launch, device: torch.device, expert: int) -> Topology:
+    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; torch.distributed is initialised already."""
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    name = _group_name(expert)
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(expert)
+    return Topology(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device=device,
+        expert=expert,
+        world_group=dist.group.WORLD,
+        expert_group=groups._get_expert_parallel_group(name),
+        expert_data_group=groups._get_expert_data_parallel_group(name),
+    )
+
+
+def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> None:
+    """Spread a single-device model's experts and token pools over the ranks, in place.
+
+    Experts keep their names and hold this rank's share; the weights they hold are undefined afterwards.
+    """
+    for layer in model.moe_layers:
+        if config.moe.pool in ("global", "expert_parallel"):
+            group = topology.world_group if config.moe.pool == "global" else topology.expert_group
+            if dist.get_world_size(group) > 1:
+                layer.router.pool = DistributedPool(group, config.parallel.score_exchange)
+        if topology.expert > 1:
+            layer.experts = ExpertShard(layer.experts, topology)
+            layer.dispatcher = AllToAllDispatcher(topology.expert_group)
+
+
+class ExpertShard(MoE):
+    """This rank's share of the experts, consecutive ones, as a layer that DeepSpeed's engine knows.
+
+    DeepSpeed gives expert parameters their own groups only inside a subclass of its MoE layer; nothing else of that
+    layer is used.
+    """
+
+    def __init__(self, experts: Experts, topology: Topology) -> None:
+        nn.Module.__init__(self)
+        self.ep_size = topology.expert
+        self.num_experts = len(experts.w1)
+        self.num_local_experts = self.num_experts // topology.expert
+        self.expert_group_name = _group_name(topology.expert)
+        self.first = topology.expert_rank * self.num_local_experts
+        for name, parameter in experts.named_parameters():
+            share = nn.Parameter(torch.empty_like(parameter[: self.num_local_experts]))
+            share.allreduce = False  # type: ignore[attr-defined]
+            share.group_name = self.expert_group_name  # type: ignore[attr-defined]
+            setattr(self, name, share)
+
+    def forward(self, rows: ExpertInput) -> Tensor:
+        return Experts.forward(self, rows)  # type: ignore[arg-type]
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """DeepSpeed's engine calls this to make the groups; `create_topology` has made them."""
+        assert self.expert_group_name in groups._get_expert_parallel_group_dict()
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters, experts apart, in the form DeepSpeed's ZeRO asks for."""
+    named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    experts = [p for p in named if hasattr(p, "group_name")]
+    dense = [p for p in named if not hasattr(p, "group_name")]
+    result: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
+    if experts:
+        result.append({"params": experts, "name": experts[0].group_name, "moe": True})  # type: ignore[attr-defined]
+    return result
+
+
+def _group_name(expert: int) -> str:
+    return f"ep_size_{expert}"

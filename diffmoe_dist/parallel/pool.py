@@ -1,0 +1,117 @@
+"""Exact top-k over a token pool that no rank holds.
+
+The tokens of several ranks compete for the slots of each expert. No rank sees all scores of all experts, yet every
+rank learns exactly which of its own tokens are chosen, with the choice of `LocalPool` over the same tokens in
+rank-major order: each expert's column of scores goes to one rank, its owner, which finds the cutoff and tells
+every rank the cutoff and how many of its ties are still in.
+
+Shape legend: Q ranks of the pool, T local tokens, N experts, E experts whose columns this rank owns,
+K kinds of scores (1, or 2 with the second scores), P = Q * T tokens of the pool.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe_dist.model.routing import Selection, cutoffs, keep, kth_largest
+
+_FP32_EXACT_INTEGERS = 2**24
+
+
+class DistributedPool:
+    """One pool over the tokens of all ranks of a group; every rank has the same number of tokens.
+
+    `exchange` says how scores travel, with equal results: `all_to_all` sends each column to its owner alone,
+    T * N floats a rank; `all_gather` sends everything everywhere, Q times that, in one round instead of two.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, exchange: str) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self.exchange = {"all_to_all": self._ask_owners, "all_gather": self._ask_nobody}[exchange]
+
+    def num_tokens(self, local_tokens: int) -> int:
+        return self.ranks * local_tokens
+
+    def count(self, flags_TN: Tensor) -> Tensor:
+        counts = flags_TN.sum(dim=0, keepdim=True)  # (1, N): one pool
+        dist.all_reduce(counts, group=self.group)
+        return counts
+
+    def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
+        kinds = [scores_TN] if second_TN is None else [scores_TN, second_TN]
+        scores_NKT = torch.stack([kind.T for kind in kinds], dim=1).contiguous()
+        per_expert = slots if isinstance(slots, int) else slots[0]
+        answer_N3, arrivals = self.exchange(scores_NKT, per_expert)
+        cutoff, ties, kth = answer_N3.unbind(dim=1)
+        return Selection(
+            chosen=keep(scores_NKT[:, 0], cutoff, ties.long()),
+            pool_ranks=self.ranks,
+            slots_per_expert=slots if isinstance(slots, int) else None,
+            arrivals=arrivals.T if len(scores_NKT) % self.ranks == 0 else None,
+            kth_largest=None if second_TN is None else kth,
+        )
+
+    def _ask_owners(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+        """What the owners say of each expert, (N, 3) for this rank, and what arrives at its own share, (E, Q)."""
+        experts, kinds, tokens = scores_NKT.shape
+        shares = expert_shares(experts, self.ranks)
+        mine = shares[self.rank]
+        columns = scores_NKT.new_empty(self.ranks, mine, kinds, tokens)
+        size = kinds * tokens
+        dist.all_to_all_single(
+            columns.view(-1), scores_NKT.view(-1), [mine * size] * self.ranks, [share * size for share in shares], self.group
+        )
+        first = sum(shares[: self.rank])
+        my_slots = slots if isinstance(slots, int) else slots[first : first + mine]
+        answers_QE3, arrivals_EQ = answer(columns, my_slots)
+        answer_N3 = scores_NKT.new_empty(experts, 3)
+        dist.all_to_all_single(
+            answer_N3.view(-1), answers_QE3.view(-1), [share * 3 for share in shares], [mine * 3] * self.ranks, self.group
+        )
+        return answer_N3, arrivals_EQ
+
+    def _ask_nobody(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The same, worked out by every rank for all experts."""
+        columns = scores_NKT.new_empty(self.ranks, *scores_NKT.shape)
+        dist.all_gather_into_tensor(columns.view(-1), scores_NKT.view(-1), self.group)
+        answers_QN3, arrivals_NQ = answer(columns, slots)
+        shares = expert_shares(len(scores_NKT), self.ranks)
+        return answers_QN3[self.rank], arrivals_NQ.split(shares)[self.rank]
+
+
+def expert_shares(experts: int, ranks: int) -> list[int]:
+    """How many consecutive experts each rank owns: equal shares, or one more for the first ranks."""
+    return [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
+
+
+def answer(columns_QEKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+    """What the owner of E columns tells each rank.
+
+    Args:
+        columns_QEKT: the scores, and where K is 2 the second scores, of every rank's tokens for these experts.
+        slots: one number, or (E,).
+
+    Returns:
+        (Q, E, 3) fp32: the cutoff, how many of that rank's tokens with just this score have a slot (ties go to lower
+        ranks first), and the slots-th largest of the second scores, or 0. And (E, Q) int64: how many tokens of
+        each rank are chosen.
+    """
+    ranks, experts, kinds, tokens = columns_QEKT.shape
+    assert tokens < _FP32_EXACT_INTEGERS, "tie counts travel as fp32"
+    columns_EKQT = columns_QEKT.permute(1, 2, 0, 3).contiguous()
+    scores_EQT = columns_EKQT[:, 0]
+    cutoff, left = cutoffs(scores_EQT.flatten(1), slots)
+    equal_EQ = (scores_EQT == cutoff[:, None, None]).sum(dim=2)
+    before_EQ = equal_EQ.cumsum(dim=1) - equal_EQ
+    ties_EQ = (left[:, None] - before_EQ).clamp_min(0).minimum(equal_EQ)
+    arrivals_EQ = (scores_EQT > cutoff[:, None, None]).sum(dim=2) + ties_EQ
+    kth = torch.zeros_like(cutoff)
+    if kinds == 2:
+        assert isinstance(slots, int)
+        kth = kth_largest(columns_EKQT[:, 1].flatten(1), slots)
+    answers = [cutoff[:, None].expand(experts, ranks), ties_EQ.to(cutoff.dtype), kth[:, None].expand(experts, ranks)]
+    return torch.stack(answers, dim=-1).transpose(0, 1).contiguous(), arrivals_EQ

@@ -1,0 +1,106 @@
+"""The ranks of a run: how they find each other, which of them share experts, and how they part."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.launch import Launch, detect_launch
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The process groups of a run.
+
+    Ranks are laid out experts first: an expert-parallel group is `expert` consecutive ranks that together hold one set
+    of experts; an expert-data-parallel group is the ranks, `expert` apart, that hold the same share.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    expert: int  # size of an expert-parallel group
+    world_group: Group
+    expert_group: Group
+    expert_data_group: Group
+
+    @property
+    def expert_rank(self) -> int:
+        return self.rank % self.expert
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks, in fp64 (exact where all ranks agree)."""
+        values = values.double()
+        dist.all_reduce(values, group=self.world_group)
+        return values / self.world_size
+
+
+def choose_device(setting: str, local_rank: int) -> torch.device:
+    """The device of this rank for the setting `device`: auto, cpu or cuda."""
+    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda, but this machine has no usable CUDA device; use device=cpu or device=auto")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device={setting}: local rank {local_rank} has no CUDA device of its own, there are "
+            f"{torch.cuda.device_count()}; launch at most that many ranks on this node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def start_process_group(device: torch.device) -> Launch:
+    """Initialise torch.distributed for whichever launcher started this process."""
+    launch = detect_launch()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if launch.kind == "single":
+        _publish(launch)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return launch
+    if launch.kind == "mpi":
+        launch = _meet_over_mpi()
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return launch
+
+
+def stop_process_group() -> None:
+    """Leave together: nobody tears down connections that another rank still uses."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _meet_over_mpi() -> Launch:
+    """Exchange the address of rank 0 through mpi4py, and hand it to torch as its launchers would."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"mpirun started this process, but mpi4py does not load: {error}; install an MPI library") from None
+    world = MPI.COMM_WORLD
+    local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    one_node = len(set(world.allgather(socket.gethostname()))) == 1
+    address = None
+    if world.Get_rank() == 0:
+        host = "127.0.0.1" if one_node else socket.gethostbyname(socket.gethostname())
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = (host, probe.getsockname()[1])
+    host, port = world.bcast(address, root=0)
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    launch = Launch(world.Get_rank(), world.Get_size(), local_rank, "mpi")
+    _publish(launch)
+    return launch
+
+
+def _publish(launch: Launch) -> None:
+    """DeepSpeed reads these whatever initialised the process group."""
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
