@@ -8,21 +8,46 @@ Shape legend: N images, C channels, H = W image size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.randomness import Stream, sample_generator
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
+from diffmoe_dist.engine.checkpoint import find_checkpoint, read_ema_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    checkpoint: str
+    num: int
+    steps: int
+    cfg_scale: float
+    seed: int
+    sampler: str
+    batch_size: int
+
+    def check(self) -> None:
+        for name in ("num", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
 
 
 @dataclass(frozen=True)
@@ -109,3 +134,58 @@ def training_grid(model: DiT, config: Config, rank: int, world_size: int) -> np.
 def grid_columns(config: Config, num: int) -> int:
     """A column for each class where that makes a handsome grid, else a square."""
     return min(num, config.model.num_classes) if config.model.num_classes <= 16 else int(np.ceil(num**0.5))
+
+
+def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.device, rank: int, ranks: int) -> None:
+    """Draw `settings.num` images on all ranks and write them from the first; collective.
+
+    Every rank holds the whole averaged model and takes every `ranks`-th block of `batch_size` images, so a block is the
+    same on any number of ranks.
+
+    Raises:
+        UserError: there is no such checkpoint, or its model draws latents.
+    """
+    checkpoint = find_checkpoint(settings.checkpoint)
+    model, config = read_ema_model(checkpoint, device)
+    check_pixels(config)
+    labels = balanced_labels(settings.num, config.model.num_classes)
+    starts = range(0, settings.num, settings.batch_size)
+    mine: dict[int, Generated] = {}
+    begun = time.perf_counter()
+    for start in tqdm(starts[rank::ranks], unit="block", disable=rank != 0 or not sys.stderr.isatty()):
+        numbers = list(range(start, min(start + settings.batch_size, settings.num)))
+        mine[start] = generate(
+            model, RectifiedFlow(config.objective), numbers, [labels[number] for number in numbers],
+            seed=settings.seed, steps=settings.steps, cfg_scale=settings.cfg_scale,
+        )  # fmt: skip
+    blocks = _gather({start: (to_uint8(drawn.images), drawn.capacity) for start, drawn in mine.items()}, rank, ranks)
+    if blocks is None:
+        return
+    seconds = time.perf_counter() - begun
+    images = np.concatenate([blocks[start][0] for start in starts])
+    capacities = [(blocks[start][1], len(blocks[start][0])) for start in starts]
+    record = {
+        **asdict(settings),
+        "checkpoint": str(checkpoint),
+        "inference": config.moe.inference,
+        "labels": "balanced",
+        "uint8_rule": "clamp(127.5 x + 128, 0, 255)",
+        "capacity": None if capacities[0][0] is None else sum(c * n for c, n in capacities) / settings.num,
+        "images_per_second": settings.num / seconds,
+    }
+    _write_samples(Path(out), images, labels, grid_columns(config, settings.num), record)
+
+
+def _gather(mine: dict, rank: int, ranks: int) -> dict | None:
+    """The blocks of all ranks, on the first one."""
+    everyone: list[dict] | None = [{} for _ in range(ranks)] if rank == 0 else None
+    dist.gather_object(mine, everyone)
+    return None if everyone is None else {start: block for blocks in everyone for start, block in blocks.items()}
+
+
+def _write_samples(out: Path, images_NHWC: np.ndarray, labels: list[int], columns: int, record: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / "samples.npz", arr_0=images_NHWC, arr_1=np.asarray(labels, dtype=np.int64))
+    shown = images_NHWC[: 10 * columns]
+    Image.fromarray(image_grid(shown, columns).squeeze()).save(out / "grid.png")
+    (out / "sampling.json").write_text(json.dumps(record, indent=2) + "\n")

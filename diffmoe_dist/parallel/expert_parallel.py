@@ -78,10 +78,7 @@ class ExpertShard(MoE):
         self.expert_group_name = _group_name(topology.expert)
         self.first = topology.expert_rank * self.num_local_experts
         for name, parameter in experts.named_parameters():
-            share = nn.Parameter(torch.empty_like(parameter[: self.num_local_experts]))
-            share.allreduce = False  # type: ignore[attr-defined]
-            share.group_name = self.expert_group_name  # type: ignore[attr-defined]
-            setattr(self, name, share)
+            setattr(self, name, nn.Parameter(torch.empty_like(parameter[: self.num_local_experts])))
 
     def forward(self, rows: ExpertInput) -> Tensor:
         return Experts.forward(self, rows)  # type: ignore[arg-type]
@@ -92,13 +89,19 @@ class ExpertShard(MoE):
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters, experts apart, in the form DeepSpeed's ZeRO asks for."""
-    named = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    experts = [p for p in named if hasattr(p, "group_name")]
-    dense = [p for p in named if not hasattr(p, "group_name")]
-    result: list[dict[str, Any]] = [{"params": dense, "name": "dense"}]
+    """The parameters in the groups that DeepSpeed's ZeRO asks for, expert shares apart and marked as such.
+
+    To be called once the parameters are on their device: moving a module off the meta device makes new ones.
+    """
+    shards = [module for module in model.modules() if isinstance(module, ExpertShard)]
+    experts = [parameter for shard in shards for parameter in shard.parameters()]
+    for parameter in experts:
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = shards[0].expert_group_name  # type: ignore[attr-defined]
+    marked = set(experts)
+    result: list[dict[str, Any]] = [{"name": "dense", "params": [p for p in model.parameters() if p not in marked]}]
     if experts:
-        result.append({"params": experts, "name": experts[0].group_name, "moe": True})  # type: ignore[attr-defined]
+        result.append({"name": shards[0].expert_group_name, "params": experts, "moe": True})
     return result
 
 

@@ -75,8 +75,9 @@ def test_a_sample_id_outside_the_set_is_an_index_error(packed: Path, sample_id: 
 def test_an_index_in_use_survives_pickling_forking_and_spawning(packed: Path) -> None:
     index = ShardIndex.open(packed)
     expected = index.read(7)
-    assert len(pickle.dumps(index)) < 5000  # the offsets stay on the disk
-    assert pickle.loads(pickle.dumps(index)).read(7) == expected
+    copy = pickle.loads(pickle.dumps(index))
+    assert copy._offsets is None  # they stay on the disk: a large set has hundreds of megabytes of them
+    assert copy.read(7) == expected
     for method in ("fork", "spawn"):
         with multiprocessing.get_context(method).Pool(1) as pool:
             assert pool.apply(index.read, (7,)) == expected
