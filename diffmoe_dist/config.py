@@ -351,7 +351,9 @@ def _refuse_unknown_keys(given: Any, schema: type, prefix: str) -> None:
     """OmegaConf also refuses them; this names the nearest known key."""
     known = {f.name: f for f in fields(schema)}
     if not isinstance(given, dict):
-        raise UserError(f"{prefix.rstrip('.') or 'config'}={given}: expected settings below it, such as {prefix}{next(iter(known))}")
+        raise UserError(
+            f"{prefix.rstrip('.') or 'config'}={given}: expected settings below it, such as {prefix}{next(iter(known))}"
+        )
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from diffmoe_dist.errors import CommandParser, run_command
 from diffmoe_dist.launch import detect_launch
 
@@ -48,6 +51,8 @@ def main() -> None:
     launch = start_process_group(device)
     sample_to_folder(settings, arguments.out, device, launch.rank, launch.world_size)
     stop_process_group()
+    if launch.rank == 0:
+        sys.stdout.write(f"picture grid:   {Path(arguments.out) / 'grid.png'}\n")
 
 
 if __name__ == "__main__":

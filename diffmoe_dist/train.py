@@ -30,7 +30,7 @@ def main() -> None:
     check_world(config, detect_launch().world_size)
 
     # torch and deepspeed take seconds to import; a mistake in the settings is told before.
-    from diffmoe_dist.engine.build import build_trainer, open_data
+    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
     from diffmoe_dist.evaluation.generate import check_pixels, training_grid
     from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
@@ -39,10 +39,11 @@ def main() -> None:
     index = open_data(config)
     if config.sample.every:
         check_pixels(config)
+    start = find_start(config, index, detect_launch().world_size)
     launch = start_process_group(device)
     topology = create_topology(launch, device, config.parallel.expert)
     draw_samples = partial(training_grid, config=config, rank=launch.rank, world_size=launch.world_size)
-    trainer = build_trainer(config, topology, index, draw_samples)
+    trainer = build_trainer(config, topology, index, start, draw_samples)
     trainer.train()
     trainer.close()
     stop_process_group()

@@ -29,7 +29,9 @@ def sample_euler(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, ste
     return z
 
 
-def with_guidance(denoise: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, null_label: int, scale: float) -> Denoiser:
+def with_guidance(
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor], labels: Tensor, null_label: int, scale: float
+) -> Denoiser:
     """Classifier-free guidance over all channels: null + scale * (conditional - null).
 
     Two passes, so that a token pool never mixes conditional and null tokens; one where scale is 1.

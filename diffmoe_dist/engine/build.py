@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,51 @@ def open_data(config: Config) -> ShardIndex:
     }
     for name, (setting, found) in expected.items():
         if found != setting:
-            raise UserError(f"model.{name}={setting}, but data.shards={config.data.shards} has {found}; set it to {found}")
+            raise UserError(
+                f"model.{name}={setting}, but data.shards={config.data.shards} has {found}; set it to {found}"
+            )
     return index
 
 
-def build_trainer(config: Config, topology: Topology, index: ShardIndex, draw_samples: DrawSamples) -> Trainer:
-    """Build everything a run needs, and load the newest complete checkpoint of `run_dir` if it has one; collective."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at its newest complete checkpoint, or at step 0."""
+
+    checkpoint: Path | None
+    progress: Progress
+
+
+def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
+    """Look for a checkpoint in `run_dir` and check that this run continues it.
+
+    Raises:
+        UserError: the checkpoint is of another model, seed, data set or pool size.
+    """
+    micro_batch_size = config.train.micro_batch_size
+    assert micro_batch_size is not None, "check_world fills it in"
+    fresh = Progress(
+        step=0,
+        images_seen=0,
+        seed=config.seed,
+        data_fingerprint=index.fingerprint,
+        pool_samples=pool_samples(config, world_size),
+        micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
+    )
+    found = complete_checkpoints(Path(str(config.run_dir)) / "checkpoints")
+    if not found:
+        return Start(None, fresh)
+    saved = read_progress(found[-1])
+    check_same_model(found[-1], config)
+    check_same_run(found[-1], saved, fresh, config.checkpoint.allow_pool_change)
+    return Start(found[-1], replace(fresh, step=saved.step, images_seen=saved.images_seen))
+
+
+def build_trainer(
+    config: Config, topology: Topology, index: ShardIndex, start: Start, draw_samples: DrawSamples
+) -> Trainer:
+    """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
-    fresh = _fresh_progress(config, topology, index)
-    checkpoint, progress = _find_resume(run_dir, config, fresh)
+    checkpoint, progress = start.checkpoint, start.progress
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
@@ -66,7 +102,7 @@ def build_trainer(config: Config, topology: Topology, index: ShardIndex, draw_sa
         log: Any = RunLog(run_dir, progress.step, config.train.steps)
     else:
         log = NullRunLog()
-    logger.info(_summary(config, topology, engine.module, fresh))
+    logger.info(_summary(config, topology, engine.module, progress))
     micro_batch_size = config.train.micro_batch_size
     assert micro_batch_size is not None
     loader = TrainingLoader(
@@ -91,30 +127,6 @@ def build_trainer(config: Config, topology: Topology, index: ShardIndex, draw_sa
         log=log,
         draw_samples=draw_samples,
     )
-
-
-def _fresh_progress(config: Config, topology: Topology, index: ShardIndex) -> Progress:
-    micro_batch_size = config.train.micro_batch_size
-    assert micro_batch_size is not None, "check_world fills it in"
-    return Progress(
-        step=0,
-        images_seen=0,
-        seed=config.seed,
-        data_fingerprint=index.fingerprint,
-        pool_samples=pool_samples(config, topology.world_size),
-        micro_steps=config.train.global_batch_size // (micro_batch_size * topology.world_size),
-    )
-
-
-def _find_resume(run_dir: Path, config: Config, fresh: Progress) -> tuple[Path | None, Progress]:
-    found = complete_checkpoints(run_dir / "checkpoints")
-    if not found:
-        return None, fresh
-    checkpoint = found[-1]
-    saved = read_progress(checkpoint)
-    check_same_model(checkpoint, config)
-    check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
-    return checkpoint, replace(fresh, step=saved.step, images_seen=saved.images_seen)
 
 
 def _build_engine(config: Config, topology: Topology) -> Any:
@@ -163,13 +175,13 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
     }
 
 
-def _summary(config: Config, topology: Topology, model: nn.Module, fresh: Progress) -> str:
+def _summary(config: Config, topology: Topology, model: nn.Module, progress: Progress) -> str:
     held = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
     if config.moe.router == "dense":
         return f"dense model, {held:.2f} M parameters; {where}"
     return (
         f"{config.moe.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
-        f"one token pool ({config.moe.pool}) = {fresh.pool_samples} samples "
-        f"({fresh.pool_samples * config.tokens_per_sample} tokens), {fresh.micro_steps} micro-steps a step"
+        f"one token pool ({config.moe.pool}) = {progress.pool_samples} samples "
+        f"({progress.pool_samples * config.tokens_per_sample} tokens), {progress.micro_steps} micro-steps a step"
     )

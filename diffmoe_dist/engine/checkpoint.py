@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, whole_tens
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -157,7 +159,12 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
         UserError: the checkpoint's files are missing or damaged, or its tensors are not these.
     """
     try:
-        dcp.load({}, storage_reader=_SafeReader(checkpoint), planner=_LoadFragments(checkpoint, fragments))
+        dcp.load(
+            {},
+            storage_reader=_SafeReader(checkpoint),
+            planner=_LoadFragments(checkpoint, fragments),
+            no_dist=not dist.is_initialized(),
+        )
     except dcp.CheckpointException as error:
         for failure in error.failures.values():
             cause = failure[0]
@@ -218,9 +225,7 @@ class _LoadFragments(dcp.DefaultLoadPlanner):
         self.checkpoint = checkpoint
         self.fragments = {(fragment.name, fragment.start): fragment for fragment in fragments}
 
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         assert metadata is not None
         self.metadata = metadata
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, ShardedState
+from diffmoe_dist.parallel.topology import all_gather
 
 
 class WeightAverage:
@@ -27,11 +27,11 @@ class WeightAverage:
     def applied(self) -> Iterator[None]:
         """Let the model compute with the averaged weights; afterwards it has its own again, bit for bit. Collective."""
         zero = self.state.zero
-        flats = zero.bit16_groups_flat  # type: ignore[attr-defined]  # the model's parameters are views of these
-        groups = zero.real_dp_process_group  # type: ignore[attr-defined]
+        flats = zero.bit16_groups_flat  # the model's parameters are views of these
+        groups = zero.real_dp_process_group
         own = [flat.clone() for flat in flats]
         for flat, average, group in zip(flats, self.state.flat[EMA], groups, strict=True):
-            dist.all_gather_into_tensor(flat, average.to(flat.dtype), group=group)
+            all_gather(flat, average.to(flat.dtype), group=group)
         try:
             yield
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Fragment:
 class ShardedState:
     """This rank's partitions: fp32 weights, AdamW's moments and the weight average, one flat tensor a group each."""
 
-    def __init__(self, model: nn.Module, zero: object) -> None:
+    def __init__(self, model: nn.Module, zero: Any) -> None:
         """
         Args:
             model: the model whose parameters DeepSpeed has partitioned.
@@ -39,7 +40,7 @@ class ShardedState:
         """
         self.model = model
         self.zero = zero
-        self.adamw: torch.optim.AdamW = zero.optimizer  # type: ignore[attr-defined]
+        self.adamw: torch.optim.AdamW = zero.optimizer
         masters = [group["params"][0] for group in self.adamw.param_groups]
         for master in masters:
             # AdamW would make its state at the first step; made here, a fresh run and a resumed one take one path.
@@ -58,7 +59,7 @@ class ShardedState:
     def fragments(self) -> Iterator[Fragment]:
         """Everything this rank owns of the parameters, by `kind.parameter`; over all ranks each element once."""
         for name, parameter in self.model.named_parameters():
-            mapping = parameter._hp_mapping  # DeepSpeed's note of what this rank owns; None: nothing
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # what this rank owns of it; None: nothing
             if mapping is None:
                 continue
             offset, total = _place_in_whole(self.model, name, parameter)
@@ -75,16 +76,16 @@ class ShardedState:
         """Bring the optimizer's step and the model's own weights in line with partitions just written."""
         for group in self.adamw.param_groups:
             self.adamw.state[group["params"][0]]["step"].fill_(optimizer_steps)
-        self.zero.update_lp_params()  # type: ignore[attr-defined]
+        self.zero.update_lp_params()
 
 
 def _place_in_whole(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, int]:
     """Where the parameter at hand begins in the whole flattened tensor, and how long that is."""
-    owner = model.get_submodule(name.rpartition(".")[0])
     if not hasattr(parameter, "group_name"):
         return 0, parameter.numel()
+    shard: Any = model.get_submodule(name.rpartition(".")[0])
     one_expert = parameter[0].numel()
-    return owner.first * one_expert, owner.num_experts * one_expert  # type: ignore[operator]
+    return shard.first * one_expert, shard.num_experts * one_expert
 
 
 def whole_tensors(model: nn.Module, kind: str) -> list[Fragment]:

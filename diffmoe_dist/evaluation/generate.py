@@ -28,6 +28,7 @@ from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_ema_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.parallel.topology import all_gather
 
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
@@ -58,7 +59,14 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    model: DiT, objective: RectifiedFlow, numbers: list[int], labels: list[int], *, seed: int, steps: int, cfg_scale: float
+    model: DiT,
+    objective: RectifiedFlow,
+    numbers: list[int],
+    labels: list[int],
+    *,
+    seed: int,
+    steps: int,
+    cfg_scale: float,
 ) -> Generated:
     """Draw the images with these numbers and labels, together in one batch.
 
@@ -113,7 +121,9 @@ def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
     cells = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
     cells = np.pad(cells, ((0, -count % columns), (2, 2), (2, 2), (0, 0)))
     rows, cell = len(cells) // columns, cells.shape[1]
-    return cells.reshape(rows, columns, cell, cell, channels).swapaxes(1, 2).reshape(rows * cell, columns * cell, channels)
+    return (
+        cells.reshape(rows, columns, cell, cell, channels).swapaxes(1, 2).reshape(rows * cell, columns * cell, channels)
+    )
 
 
 def training_grid(model: DiT, config: Config, rank: int, world_size: int) -> np.ndarray:
@@ -127,7 +137,7 @@ def training_grid(model: DiT, config: Config, rank: int, world_size: int) -> np.
         seed=config.seed, steps=sample.steps, cfg_scale=sample.cfg_scale,
     )  # fmt: skip
     everyone = drawn.images.new_empty(world_size * share, *drawn.images.shape[1:])
-    dist.all_gather_into_tensor(everyone, drawn.images.contiguous())
+    all_gather(everyone, drawn.images.contiguous())
     return image_grid(to_uint8(everyone[: sample.num]), grid_columns(config, sample.num))
 
 
@@ -137,7 +147,7 @@ def grid_columns(config: Config, num: int) -> int:
 
 
 def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.device, rank: int, ranks: int) -> None:
-    """Draw `settings.num` images on all ranks and write them from the first; collective.
+    """Draw `settings.num` images on all ranks; the first one writes them; collective.
 
     Every rank holds the whole averaged model and takes every `ranks`-th block of `batch_size` images, so a block is the
     same on any number of ranks.

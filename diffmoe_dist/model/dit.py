@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -
     if parameter.ndim == 1 or "adaLN_modulation" in name or name.startswith("final_layer."):
         parameter.zero_()
     elif owner.endswith(".experts"):
-        experts = model.get_submodule(owner)
+        experts: Any = model.get_submodule(owner)
         parameter.zero_()
         if name.endswith((".w1", ".w2")):
             for local, expert in enumerate(range(experts.first, experts.first + len(parameter))):

@@ -29,12 +29,12 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        first = nn.Linear(FREQUENCY_EMBEDDING_SIZE, hidden_size)
+        self.mlp = nn.Sequential(first, nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoidal_embedding(t, FREQUENCY_EMBEDDING_SIZE).to(self.mlp[0].weight.dtype))
+        weight_type = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoidal_embedding(t, FREQUENCY_EMBEDDING_SIZE).to(weight_type))
 
 
 class LabelEmbedder(nn.Module):

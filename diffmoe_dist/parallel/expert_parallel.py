@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.utils import groups, logger  # noqa: E402
 
 logger.setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*is deprecated", category=FutureWarning)
 # DeepSpeed would compile a shared-memory operation on the first collective, for minutes, and fail without a compiler.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -37,6 +39,7 @@ def create_topology(launch: Launch, device: torch.device, expert: int) -> Topolo
     name = _group_name(expert)
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert)
+    assert dist.group.WORLD is not None
     return Topology(
         rank=launch.rank,
         world_size=launch.world_size,

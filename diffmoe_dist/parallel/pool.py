@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.model.routing import Selection, cutoffs, keep, kth_largest
+from diffmoe_dist.parallel.topology import all_gather
 
 _FP32_EXACT_INTEGERS = 2**24
 
@@ -63,21 +64,29 @@ class DistributedPool:
         columns = scores_NKT.new_empty(self.ranks, mine, kinds, tokens)
         size = kinds * tokens
         dist.all_to_all_single(
-            columns.view(-1), scores_NKT.view(-1), [mine * size] * self.ranks, [share * size for share in shares], self.group
+            columns.view(-1),
+            scores_NKT.view(-1),
+            [mine * size] * self.ranks,
+            [share * size for share in shares],
+            self.group,
         )
         first = sum(shares[: self.rank])
         my_slots = slots if isinstance(slots, int) else slots[first : first + mine]
         answers_QE3, arrivals_EQ = answer(columns, my_slots)
         answer_N3 = scores_NKT.new_empty(experts, 3)
         dist.all_to_all_single(
-            answer_N3.view(-1), answers_QE3.view(-1), [share * 3 for share in shares], [mine * 3] * self.ranks, self.group
+            answer_N3.view(-1),
+            answers_QE3.view(-1),
+            [share * 3 for share in shares],
+            [mine * 3] * self.ranks,
+            self.group,
         )
         return answer_N3, arrivals_EQ
 
     def _ask_nobody(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
         """The same, worked out by every rank for all experts."""
         columns = scores_NKT.new_empty(self.ranks, *scores_NKT.shape)
-        dist.all_gather_into_tensor(columns.view(-1), scores_NKT.view(-1), self.group)
+        all_gather(columns.view(-1), scores_NKT.view(-1), self.group)
         answers_QN3, arrivals_NQ = answer(columns, slots)
         shares = expert_shares(len(scores_NKT), self.ranks)
         return answers_QN3[self.rank], arrivals_NQ.split(shares)[self.rank]

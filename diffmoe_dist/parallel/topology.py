@@ -15,6 +15,9 @@ from diffmoe_dist.launch import Launch, detect_launch
 
 Group = dist.ProcessGroup
 
+# gathered, mine, group: torch renamed it in 2.13.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -84,7 +87,9 @@ def _meet_over_mpi() -> Launch:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"mpirun started this process, but mpi4py does not load: {error}; install an MPI library") from None
+        raise UserError(
+            f"mpirun started this process, but mpi4py does not load: {error}; install an MPI library"
+        ) from None
     world = MPI.COMM_WORLD
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     one_node = len(set(world.allgather(socket.gethostname()))) == 1
@@ -95,8 +100,10 @@ def _meet_over_mpi() -> Launch:
             probe.bind(("", 0))
             address = (host, probe.getsockname()[1])
     host, port = world.bcast(address, root=0)
+    rank, size = world.Get_rank(), world.Get_size()
+    MPI.Finalize()  # its work is done, and mpirun calls a process that ends without this a failure
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    launch = Launch(world.Get_rank(), world.Get_size(), local_rank, "mpi")
+    launch = Launch(rank, size, local_rank, "mpi")
     _publish(launch)
     return launch
 

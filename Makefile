@@ -1,0 +1,39 @@
+# make demo    train a small expert-parallel DiffMoE on digits, and look at what it draws
+# make test    every test, on CPU
+# make lint    formatting, lint rules, types
+# make venv    only the environment in .venv
+#
+# Each target makes what it needs. PYTHON chooses the interpreter of the environment (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_STEPS ?= 1500
+
+# One thread for each process: the processes share the cores, and spinning threads of two of them stand in each
+# other's way.
+export OMP_NUM_THREADS = 1
+
+.PHONY: venv demo test lint
+
+venv: .venv/ready
+
+# torch comes first and pinned: anything that merely wants "torch" would fetch its newest CUDA build.
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python -m data_tools pack digits shards/digits
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --module diffmoe_dist.train --config configs/digits.yaml \
+		data.shards=shards/digits parallel.expert=2 train.steps=$(DEMO_STEPS)
+	$(BIN)/python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 100 --cfg-scale 2
+	$(BIN)/python -m diffmoe_dist.report --run runs/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

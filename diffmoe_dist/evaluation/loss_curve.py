@@ -1,0 +1,42 @@
+"""A picture of a run's training: its losses and gradient norm over the steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+from diffmoe_dist.errors import UserError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def draw_loss_curve(run_dir: Path) -> Path:
+    """Draw run_dir/loss.png from run_dir/metrics.jsonl.
+
+    Raises:
+        UserError: the run has logged nothing.
+    """
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not lines:
+        raise UserError(
+            f"--run {run_dir}: it has no metrics.jsonl with a logged step; give the folder of a training run"
+        )
+    steps = [line["step"] for line in lines]
+    names = [name for name in lines[-1] if name.startswith("loss_")]
+    figure, (losses, norms) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in names:
+        losses.plot(steps, [line[name] for line in lines], label=name)
+    losses.set(xlabel="step", title="losses", yscale="log")
+    losses.legend()
+    norms.plot(steps, [line["grad_norm"] for line in lines], color="tab:gray")
+    norms.set(xlabel="step", title="gradient norm before clipping", yscale="log")
+    for axes in (losses, norms):
+        axes.grid(alpha=0.3)
+    picture = run_dir / "loss.png"
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_tools.digits import DigitsSource
+from data_tools.pack import pack
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits as shards."""
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    pack(DigitsSource(), folder, samples_per_shard=512, seed=0)
+    return folder

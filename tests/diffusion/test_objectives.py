@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
+
+from diffmoe_dist.config import ObjectiveConfig
+from diffmoe_dist.diffusion.objectives import RectifiedFlow
+
+DIRECTIONS = ["data_at_one", "noise_at_one"]
+
+
+def make_pair(seed: int = 0) -> tuple[Tensor, Tensor]:
+    x, noise = torch.randn(2, 5, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return x, noise
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_ends_of_the_path_are_exactly_the_data_and_the_noise(direction: str) -> None:
+    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    x, noise = make_pair()
+
+    at_one, at_zero = flow.corrupt(x, noise, torch.ones(5)), flow.corrupt(x, noise, torch.zeros(5))
+
+    data_end, noise_end = (at_one, at_zero) if direction == "data_at_one" else (at_zero, at_one)
+    assert torch.equal(data_end, x) and torch.equal(noise_end, noise)
+    assert flow.data_time == (1.0 if direction == "data_at_one" else 0.0)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_image_is_mixed_by_its_own_time(direction: str) -> None:
+    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    x, noise = make_pair()
+    times = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+    z = flow.corrupt(x, noise, torch.tensor(times))
+
+    for image, t in enumerate(times):
+        weight = t if direction == "data_at_one" else 1 - t
+        assert torch.allclose(z[image], weight * x[image] + (1 - weight) * noise[image], atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_target_is_the_derivative_of_the_path(direction: str) -> None:
+    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    x, noise = (values.double() for values in make_pair())
+    t, step = torch.full((5,), 0.3, dtype=torch.float64), 1e-3
+
+    slope = (flow.corrupt(x, noise, t + step) - flow.corrupt(x, noise, t - step)) / (2 * step)
+
+    assert torch.allclose(flow.target(x, noise), slope, atol=1e-10)  # the path is straight: no error but rounding
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_perfect_prediction_has_no_loss(direction: str) -> None:
+    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    x, noise = make_pair()
+    velocity = x - noise if direction == "data_at_one" else noise - x
+
+    assert not flow.loss(velocity, x, noise).any()
+    assert flow.loss(-velocity, x, noise).all()
+
+
+def test_the_loss_of_an_image_is_the_mean_square_over_its_own_pixels() -> None:
+    flow = RectifiedFlow(ObjectiveConfig())
+    x, noise = make_pair()
+    off = torch.zeros_like(x)
+    off[1] = 2.0
+    off[3, 0, 0, 0] = 6.0  # 36 over 48 pixels
+
+    loss = flow.loss(x - noise + off, x, noise)
+
+    assert loss.tolist() == pytest.approx([0.0, 4.0, 0.0, 0.75, 0.0], abs=1e-5)
+
+
+def test_logit_normal_times_are_the_quantiles_of_the_distribution() -> None:
+    uniform = torch.tensor([1e-9, 1e-4, 0.02, 0.3, 0.5, 0.77, 0.999, 1 - 1e-9], dtype=torch.float64)
+    logit_normal = TransformedDistribution(
+        Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)), [SigmoidTransform()]
+    )
+
+    times = RectifiedFlow(ObjectiveConfig(time_distribution="logit_normal")).times(uniform)
+
+    assert times.dtype == torch.float32
+    assert torch.allclose(times.double(), logit_normal.icdf(uniform), rtol=1e-6, atol=0)  # computed in fp64
+    assert times[4] == 0.5
+
+
+def test_uniform_times_are_the_numbers_themselves() -> None:
+    uniform = torch.tensor([0.001, 0.25, 0.5, 0.9], dtype=torch.float64)
+
+    assert torch.equal(RectifiedFlow(ObjectiveConfig()).times(uniform), uniform.float())
+
+
+def test_the_time_scale_is_that_of_the_configuration() -> None:
+    assert RectifiedFlow(ObjectiveConfig(time_scale=1000.0)).time_scale == 1000.0

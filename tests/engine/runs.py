@@ -1,0 +1,59 @@
+"""Training runs inside spawned ranks: several in a row in one set of processes, since starting them costs most."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.launch import Launch
+
+TINY = {
+    "model": {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 2, "input_size": 8, "in_channels": 1,
+        "num_classes": 10,
+    },
+    "moe": {"router": "global_pool", "num_experts": 4},
+    "objective": {"time_distribution": "logit_normal", "time_scale": 1000.0},
+    "train": {"steps": 100, "global_batch_size": 16},
+    "optim": {"lr": 1e-3, "clip_grad_norm": 1.0},
+    "ema": {"decay": 0.9},
+    "checkpoint": {"every": 1000, "keep": 2},
+    "log": {"every": 1},
+}  # fmt: skip
+
+
+def tiny_config(run_dir: Path, shards: Path, *layers: dict[str, Any]) -> Config:
+    paths = {"run_dir": str(run_dir), "data": {"shards": str(shards)}}
+    return build_config(TINY, paths, *layers)
+
+
+def train_all(rank: int, world_size: int, shards: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Each job is a run folder and settings; a folder that has a checkpoint is resumed."""
+    for run_dir, settings in jobs:
+        train_one(rank, world_size, tiny_config(run_dir, shards, settings))
+
+
+def train_one(rank: int, world_size: int, config: Config) -> None:
+    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+    from diffmoe_dist.parallel.expert_parallel import create_topology
+
+    check_world(config, world_size)
+    launch = Launch(rank, world_size, rank, "environment")
+    topology = create_topology(launch, torch.device("cpu"), config.parallel.expert)
+    index = open_data(config)
+    start = find_start(config, index, world_size)
+    trainer = build_trainer(config, topology, index, start, draw_samples=lambda model: None)  # type: ignore
+    trainer.train()
+    trainer.close()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path, name: str = "loss") -> list[float]:
+    return [line[name] for line in metrics(run_dir)]

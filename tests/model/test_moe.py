@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffmoe_dist.config import MoEConfig
+from diffmoe_dist.model.blocks import Mlp
+from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher, MoELayer
+from diffmoe_dist.model.routing import GlobalPoolRouter
+
+CONFIG = MoEConfig(
+    router="global_pool",
+    num_experts=4,
+    capacity=1.0,
+    pool="global",
+    inference="threshold",
+    capacity_loss_weight=1.0,
+    threshold_decay=0.95,
+)
+# fp32 sums in another order: a few roundings of 6e-8, relative to the largest entry.
+TOLERANCE = 2e-6
+
+
+def make_experts(experts: int, width: int, hidden: int, seed: int = 0) -> Experts:
+    module = Experts(experts, width, hidden)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return module
+
+
+def make_layer(config: MoEConfig = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16) -> MoELayer:
+    assert config.num_experts is not None
+    router = GlobalPoolRouter(width, config, tokens_per_sample)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return MoELayer(router, make_experts(config.num_experts, width, hidden))
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: float = TOLERANCE) -> None:
+    assert actual is not None and expected is not None
+    scale = expected.abs().max().clamp_min(1e-30)
+    assert float((actual - expected).abs().max() / scale) <= tolerance
+
+
+def forward_backward(experts: Experts, rows: ExpertInput, cotangent: Tensor) -> list[Tensor]:
+    """The output, the gradient of the rows and those of the parameters."""
+    x = rows.x_RD.clone().requires_grad_()
+    output = experts(replace(rows, x_RD=x))
+    return [output.detach(), *torch.autograd.grad(output, [x, *experts.parameters()], cotangent)]
+
+
+def loop_over_experts(experts: Experts, x_RD: Tensor, counts: list[int], cotangent: Tensor) -> list[Tensor]:
+    x = x_RD.clone().requires_grad_()
+    parts = []
+    for e, rows in enumerate(x.split(counts)):
+        h = F.gelu(rows @ experts.w1[e] + experts.b1[e], approximate="tanh")
+        parts.append(h @ experts.w2[e] + experts.b2[e])
+    output = torch.cat(parts)
+    return [output.detach(), *torch.autograd.grad(output, [x, *experts.parameters()], cotangent)]
+
+
+def test_the_batched_path_equals_the_grouped_path_and_a_loop_over_the_experts() -> None:
+    experts, x, cotangent = make_experts(4, 8, 16), random(20, 8, seed=2), random(20, 8, seed=3)
+    counts = torch.full((4,), 5)
+
+    batched = forward_backward(experts, ExpertInput(x, counts, uniform=5), cotangent)
+    grouped = forward_backward(experts, ExpertInput(x, counts, uniform=None), cotangent)
+    looped = loop_over_experts(experts, x, [5] * 4, cotangent)
+
+    assert len(batched) == 6
+    for one, two, three in zip(batched, grouped, looped, strict=True):
+        assert_close(one, three)
+        assert_close(two, three)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 7, 2], [0, 0, 12, 0], [0, 5, 7, 0], [1, 1, 1, 9]])
+def test_the_grouped_path_equals_a_loop_over_the_experts_for_uneven_counts(counts: list[int]) -> None:
+    experts, x, cotangent = make_experts(4, 8, 16), random(12, 8, seed=2), random(12, 8, seed=3)
+
+    grouped = forward_backward(experts, ExpertInput(x, torch.tensor(counts), uniform=None), cotangent)
+    looped = loop_over_experts(experts, x, counts, cotangent)
+
+    for one, two in zip(grouped, looped, strict=True):
+        assert_close(one, two)
+
+
+def test_an_expert_without_tokens_has_zero_gradients_and_the_others_have_theirs() -> None:
+    experts, x = make_experts(3, 8, 16), random(6, 8, seed=2)
+
+    experts(ExpertInput(x, torch.tensor([4, 0, 2]), uniform=None)).square().sum().backward()
+
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert [bool(grad.any()) for grad in parameter.grad] == [True, False, True], name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_experts_without_any_token_return_no_row_and_zero_gradients() -> None:
+    experts, x = make_experts(3, 8, 16), torch.zeros(0, 8, requires_grad=True)
+
+    output = experts(ExpertInput(x, torch.zeros(3, dtype=torch.int64), uniform=None))
+    output.backward(torch.zeros(0, 8))
+
+    assert output.shape == (0, 8)
+    assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+
+
+def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
+    layer, dense = make_layer(replace(CONFIG, num_experts=1)), Mlp(8, 16)
+    with torch.no_grad():
+        dense.fc1.weight.copy_(layer.experts.w1[0].T)
+        dense.fc1.bias.copy_(layer.experts.b1[0])
+        dense.fc2.weight.copy_(layer.experts.w2[0].T)
+        dense.fc2.bias.copy_(layer.experts.b2[0])
+    x, cotangent = random(4, 6, 8, seed=2), random(4, 6, 8, seed=3)
+    x_moe, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    output, routing = layer(x_moe)
+    output.backward(cotangent)
+    expected = dense(x_dense)
+    expected.backward(cotangent)
+
+    assert torch.equal(routing.gate, torch.ones(24))
+    assert_close(output.detach(), expected.detach())
+    assert_close(x_moe.grad, x_dense.grad)
+    gradients = {name: p.grad[0] for name, p in layer.experts.named_parameters() if p.grad is not None}
+    assert_close(gradients["w1"], dense.fc1.weight.grad.T)
+    assert_close(gradients["b1"], dense.fc1.bias.grad)
+    assert_close(gradients["w2"], dense.fc2.weight.grad.T)
+    assert_close(gradients["b2"], dense.fc2.bias.grad)
+    assert not layer.router.gate_weight.grad.any()  # a softmax over one expert is 1 whatever the weight
+
+
+def test_a_token_that_no_expert_takes_gets_zero_and_the_others_do_not() -> None:
+    layer = make_layer(replace(CONFIG, capacity=0.5))
+
+    output, routing = layer(random(4, 6, 8, seed=2))
+
+    taken = torch.zeros(24, dtype=torch.bool)
+    taken[routing.token_index] = True
+    assert 0 < taken.sum() < 24
+    assert torch.equal(output.flatten(0, 1).any(dim=1), taken)
+
+
+def test_a_token_of_several_experts_gets_the_sum_of_gate_times_result() -> None:
+    layer = make_layer(replace(CONFIG, capacity=4.0))  # every expert takes every token
+    x = random(4, 6, 8, seed=2)
+
+    output = layer(x)[0].detach()
+
+    gates = (x.flatten(0, 1) @ layer.router.gate_weight.T).softmax(dim=1)
+    results = []
+    for e in range(4):
+        h = F.gelu(x.flatten(0, 1) @ layer.experts.w1[e] + layer.experts.b1[e], approximate="tanh")
+        results.append(gates[:, e : e + 1] * (h @ layer.experts.w2[e] + layer.experts.b2[e]))
+    assert_close(output.flatten(0, 1), sum(results).detach())
+
+
+def test_the_layer_keeps_the_type_and_shape_of_its_input() -> None:
+    layer = make_layer().bfloat16()
+
+    output, routing = layer(random(4, 6, 8, seed=2).bfloat16())
+
+    assert output.dtype == torch.bfloat16 and output.shape == (4, 6, 8)
+    assert routing.gate.dtype == torch.float32
+
+
+def test_a_local_training_step_takes_the_batched_path() -> None:
+    layer = make_layer()
+    x_TD = random(24, 8, seed=2)
+
+    rows, _ = LocalDispatcher().dispatch(x_TD, layer.router(x_TD))
+    assert rows.uniform == 6 and len(rows.x_RD) == 24
+
+    rows, _ = LocalDispatcher().dispatch(x_TD, layer.eval().router(x_TD))
+    assert rows.uniform is None
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the element count and the shape of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.shape = 0, torch.Size()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.shapes.add(tuple(tensor.shape))
+                if tensor.numel() > self.elements:
+                    self.elements, self.shape = tensor.numel(), tensor.shape
+        return result
+
+
+@pytest.mark.parametrize("rule", ["training", "threshold", "count", "static"])
+def test_nothing_as_large_as_a_copy_of_the_tokens_for_every_expert_is_made(rule: str) -> None:
+    experts, tokens, width, hidden = 16, 128, 8, 32
+    config = replace(CONFIG, num_experts=experts, inference="static" if rule == "training" else rule)
+    layer = make_layer(config, 32, width, hidden).train(rule == "training")
+    x = random(4, 32, width, seed=2).requires_grad_()
+    predicted = layer.router.capacity_predictor(x.detach().flatten(0, 1)).sigmoid()
+    layer.router.threshold.copy_(predicted.quantile(0.85, dim=0))  # a sixth of the tokens for every expert
+
+    with LargestTensor() as largest:
+        output, routing = layer(x)
+        loss = output.square().sum() + sum(routing.losses.values())
+        loss.backward()
+
+    assert tokens <= len(routing.token_index) < experts * tokens / 6
+    # The hidden layer of the chosen tokens, the weights and the scores are all below it.
+    assert largest.elements < experts * tokens * width, largest.shape
+    assert (len(routing.token_index), width) in largest.shapes and (tokens, width) in largest.shapes
+
+
+def test_the_size_recorder_sees_a_copy_of_the_tokens_for_every_expert() -> None:
+    x = random(128, 8, seed=2).requires_grad_()
+    with LargestTensor() as forward:
+        product = x[:, None] * random(16, 1, seed=3)
+    with LargestTensor() as backward:
+        product.sum().backward()
+
+    assert forward.elements == backward.elements == 16 * 128 * 8

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmoe_dist.config import MoEConfig, expert_slots
+from diffmoe_dist.model.moe import Experts, MoELayer
+from diffmoe_dist.model.routing import GlobalPoolRouter, LocalPool
+from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
+
+IMAGES, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 16, 4
+THRESHOLDS = [0.45, 0.5, 0.55, 0.6]
+CONFIG = MoEConfig(
+    router="global_pool",
+    num_experts=EXPERTS,
+    capacity=1.0,
+    pool="global",
+    inference="threshold",
+    capacity_loss_weight=1.0,
+    threshold_decay=0.95,
+)
+
+# fp32 against an fp64 reference, relative to the largest entry: a few roundings of 6e-8 along the sums of WIDTH and
+# HIDDEN terms forward; gradients add up over the tokens as well.
+FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
+
+
+def make_layer(config: MoEConfig = CONFIG) -> MoELayer:
+    generator = torch.Generator().manual_seed(1)
+    assert config.num_experts is not None
+    layer = MoELayer(GlobalPoolRouter(WIDTH, config, TOKENS), Experts(config.num_experts, WIDTH, HIDDEN))
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            scale = 1.0 if "router" in name else 0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        # Multiples of 1/8: with inputs of that kind every affinity is exact, so equal tokens tie exactly.
+        layer.router.gate_weight.mul_(8).round_().div_(8)
+        layer.router.threshold.copy_(torch.tensor((THRESHOLDS * config.num_experts)[: config.num_experts]))
+    return layer
+
+
+def make_tokens(kind: str = "different") -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    tokens = IMAGES * TOKENS
+    x = torch.randn(tokens, WIDTH, generator=generator).mul(8).round().div(8)
+    if kind == "five rows repeated":
+        x = x[torch.randint(5, (tokens,), generator=generator)]
+    elif kind == "all equal":
+        x = x[:1].repeat(tokens, 1)
+    return x
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    scale = expected.abs().max().clamp_min(1e-30)
+    assert float((actual.double() - expected).abs().max() / scale) <= tolerance
+
+
+def run_both(config: MoEConfig, kind: str, rule: str) -> tuple[MoELayer, dict[str, Tensor], ReferenceResult]:
+    """The layer and the reference, forward and backward; returns the reference's leaves, `x` and the layer's `x.grad`."""
+    layer = make_layer(config).train(rule == "training")
+    x = make_tokens(kind).requires_grad_()
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    output, routing = layer(x.view(IMAGES, TOKENS, WIDTH))
+    loss = (output.flatten(0, 1) * cotangent).sum()
+    if rule == "training":
+        loss = loss + routing.losses["capacity"]
+    loss.backward()
+
+    weights = double_weights(dict(layer.named_parameters()))
+    x_double = x.detach().double().requires_grad_()
+    expected = moe_layer_over_pools(
+        x_double,
+        weights,
+        config.capacity,
+        TOKENS if config.pool == "sample" else IMAGES * TOKENS,
+        rule,
+        layer.router.threshold.tolist(),
+    )
+    loss = (expected.output * cotangent).sum()
+    if rule == "training":
+        loss = loss + expected.capacity_loss
+    loss.backward()
+
+    assert_close(output.detach().flatten(0, 1), expected.output.detach(), FORWARD_TOLERANCE)
+    assert routing.token_index.tolist() == [s for tokens in expected.chosen for s in tokens]
+    assert routing.expert_index.tolist() == [e for e, tokens in enumerate(expected.chosen) for _ in tokens]
+    gates = torch.stack([gate for gates in expected.gates for gate in gates]).detach()
+    assert_close(routing.gate.detach(), gates, FORWARD_TOLERANCE)
+    assert routing.stats.tokens_per_expert.tolist() == [len(tokens) for tokens in expected.chosen]
+    assert float(routing.stats.capacity) == pytest.approx(len(gates) / len(x))
+    if rule == "training":
+        assert_close(routing.losses["capacity"].detach(), expected.capacity_loss.detach(), FORWARD_TOLERANCE)
+        assert routing.stats.proposed_threshold is not None
+        if config.pool == "global":
+            assert_close(routing.stats.proposed_threshold, expected.kth_probability, FORWARD_TOLERANCE)
+    else:
+        assert routing.losses == {}
+        assert routing.stats.proposed_threshold is None
+    assert x.grad is not None and x_double.grad is not None
+    return layer, {**weights, "x": x_double, "x.grad": x.grad}, expected
+
+
+@pytest.mark.parametrize("capacity", [1.0, 2.0, 0.75])
+@pytest.mark.parametrize("kind", ["different", "five rows repeated", "all equal"])
+@pytest.mark.parametrize("pool", ["global", "sample"])
+def test_training_equals_the_slow_reference_forward_and_backward(pool: str, kind: str, capacity: float) -> None:
+    layer, leaves, _ = run_both(replace(CONFIG, pool=pool, capacity=capacity), kind, "training")
+
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and leaves[name].grad is not None, name
+        assert_close(parameter.grad, leaves[name].grad, GRADIENT_TOLERANCE)
+    assert_close(leaves["x.grad"], leaves["x"].grad, GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("rule", ["threshold", "count", "static"])
+@pytest.mark.parametrize("kind", ["different", "five rows repeated"])
+@pytest.mark.parametrize("pool", ["global", "sample"])
+def test_the_inference_rules_equal_the_slow_reference(pool: str, kind: str, rule: str) -> None:
+    layer, leaves, expected = run_both(replace(CONFIG, pool=pool, inference=rule), kind, rule)
+
+    for name, parameter in layer.named_parameters():
+        if "capacity_predictor" not in name:
+            assert_close(parameter.grad, leaves[name].grad, GRADIENT_TOLERANCE)
+    assert_close(leaves["x.grad"], leaves["x"].grad, GRADIENT_TOLERANCE)
+    assert 0 < sum(map(len, expected.chosen)) < IMAGES * TOKENS * EXPERTS
+
+
+@pytest.mark.parametrize("slots", [5, torch.tensor([[5, 2]])])
+def test_ties_go_to_the_lower_global_token_id(slots: int | Tensor) -> None:
+    scores_TN = torch.tensor([[1, 3], [2, 2], [1, 2], [3, 2], [1, 2], [1, 1], [2, 2], [1, 9]]).float()
+
+    chosen = LocalPool().select(scores_TN, slots).chosen
+
+    assert chosen[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 6]  # 3; 2 and 2; the first two of five ones
+    assert chosen[1].nonzero()[:, 0].tolist() == ([0, 1, 2, 3, 7] if isinstance(slots, int) else [0, 7])
+
+
+@pytest.mark.parametrize("slots", [1, 7, 23, 24])
+def test_where_all_scores_are_equal_the_first_tokens_are_chosen(slots: int) -> None:
+    for value in (0.0, 0.25, torch.inf, -1.0):
+        chosen = LocalPool().select(torch.full((24, 3), value), slots).chosen
+        per_expert = LocalPool().select(torch.full((24, 3), value), torch.full((1, 3), slots)).chosen
+        assert torch.equal(chosen, (torch.arange(24) < slots).expand(3, 24)) and torch.equal(per_expert, chosen)
+
+
+def test_every_number_of_slots_from_none_to_all_is_filled_with_the_best() -> None:
+    scores_TN = torch.randint(4, (12, 13), generator=torch.Generator().manual_seed(4)).float()  # one column a count
+    slots = torch.arange(13)[None]
+
+    chosen = LocalPool().select(scores_TN, slots).chosen
+
+    for expert in range(13):
+        column = scores_TN[:, expert].tolist()
+        best = sorted(range(12), key=lambda token: (-column[token], token))[:expert]
+        assert chosen[expert].nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_an_image_pool_chooses_in_each_image_by_its_own_count() -> None:
+    scores_TN = torch.tensor([[1], [5], [5], [9], [9], [9]]).float()
+
+    selection = LocalPool(tokens_per_pool=3).select(scores_TN, torch.tensor([[1], [2]]))
+
+    assert selection.chosen.tolist() == [[False, True, False, True, True, False]]
+    assert LocalPool(tokens_per_pool=3).count(scores_TN > 4).tolist() == [[2], [3]]
+
+
+@pytest.mark.parametrize(("above", "expected"), [("none", 0), ("all", IMAGES * TOKENS)])
+@pytest.mark.parametrize("rule", ["count", "threshold"])
+@pytest.mark.parametrize("pool", ["global", "sample"])
+def test_an_expert_that_wants_no_token_or_every_token_gets_just_that(
+    pool: str, rule: str, above: str, expected: int
+) -> None:
+    layer = make_layer(replace(CONFIG, pool=pool, inference=rule)).eval()
+    layer.router.threshold[1] = 2.0 if above == "none" else -1.0
+    x = make_tokens().view(IMAGES, TOKENS, WIDTH).requires_grad_()
+
+    output, routing = layer(x)
+    output.sum().backward()
+
+    assert routing.stats.tokens_per_expert[1] == expected
+    assert 0 < routing.stats.tokens_per_expert[0] < IMAGES * TOKENS
+    assert layer.experts.w1.grad is not None
+    assert bool(layer.experts.w1.grad[1].any()) == (above == "all")
+
+
+@pytest.mark.parametrize("rule", ["count", "threshold"])
+def test_where_no_expert_wants_a_token_the_layer_returns_zeros(rule: str) -> None:
+    layer = make_layer(replace(CONFIG, inference=rule)).eval()
+    layer.router.threshold.fill_(2.0)
+    x = make_tokens().view(IMAGES, TOKENS, WIDTH).requires_grad_()
+
+    output, routing = layer(x)
+    output.sum().backward()
+
+    assert not output.any() and not routing.stats.capacity
+    assert x.grad is None or not x.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "capacity", "slots"),
+    [(256, 16, 1.0, 16), (256, 16, 2.0, 32), (1000, 16, 1.0, 62), (10, 4, 1.9, 4), (7, 2, 2.0, 7), (24, 5, 0.5, 2)],
+)
+def test_an_expert_has_the_whole_part_of_tokens_over_experts_times_capacity_slots(
+    tokens: int, experts: int, capacity: float, slots: int
+) -> None:
+    assert expert_slots(tokens, experts, capacity) == slots
+
+
+def test_a_training_forward_fills_the_slots_of_its_pool() -> None:
+    config = replace(CONFIG, num_experts=5, capacity=1.5)
+    of_the_batch = make_layer(config)(make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
+    of_an_image = make_layer(replace(config, pool="sample"))(make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
+
+    assert of_the_batch.stats.tokens_per_expert.tolist() == [7] * 5  # int(24 / 5 * 1.5)
+    assert of_an_image.stats.tokens_per_expert.tolist() == [4] * 5  # 4 images, int(6 / 5 * 1.5) each
+
+
+@pytest.mark.parametrize("where", ["some tokens", "every token"])
+@pytest.mark.parametrize("rule", ["training", "count", "static"])
+def test_not_a_number_still_chooses_exactly_as_many_tokens(rule: str, where: str) -> None:
+    config = replace(CONFIG, inference="static" if rule == "training" else rule)
+    layer = make_layer(config).train(rule == "training")
+    layer.router.threshold.fill_(-1.0)  # count: every token whose prediction is a number
+    x = make_tokens()
+    rows = [0, 7, 8] if where == "some tokens" else list(range(len(x)))
+    x[rows] = torch.nan
+
+    routing = layer.router(x)
+
+    numbers = len(x) - len(rows)
+    expected = numbers if rule == "count" else len(x) // EXPERTS
+    assert routing.stats.tokens_per_expert.tolist() == [expected] * EXPERTS
+    assert len(routing.token_index) == expected * EXPERTS
+    if where == "some tokens":
+        assert not set(rows) & set(routing.token_index.tolist())
+    for expert in range(EXPERTS):
+        tokens = routing.token_index[routing.expert_index == expert].tolist()
+        assert len(set(tokens)) == len(tokens) == expected
+
+
+def test_not_a_number_reaches_the_output_of_a_full_pool() -> None:
+    layer = make_layer(replace(CONFIG, capacity=float(EXPERTS)))
+    x = make_tokens()
+    x[3] = torch.nan
+
+    output, _ = layer(x.view(IMAGES, TOKENS, WIDTH))
+
+    assert output.view(-1, WIDTH).isnan().any(dim=1).nonzero()[:, 0].tolist() == [3]
+
+
+def test_the_moving_average_of_the_threshold_is_corrected_for_its_start() -> None:
+    router = make_layer(replace(CONFIG, threshold_decay=0.5)).router
+    router.threshold.zero_()
+    seen = []
+    for proposal in (0.8, 0.2, 0.6):
+        router.update_threshold(torch.full((EXPERTS,), proposal))
+        seen.append(router.threshold.tolist())
+
+    # The plain average is 0.4, 0.3, 0.45; divided by 1 - 0.5^n, which is 0.5, 0.75, 0.875.
+    for thresholds, expected in zip(seen, (0.8, 0.4, 0.45 / 0.875), strict=True):
+        assert thresholds == pytest.approx([expected] * EXPERTS, abs=1e-7)
+    assert router.threshold_updates == 3
+
+
+def test_the_threshold_tends_to_the_plain_moving_average_of_decay_095() -> None:
+    router = make_layer().router
+    router.threshold.zero_()
+    proposals = torch.rand(300, EXPERTS, generator=torch.Generator().manual_seed(5))
+    plain = torch.zeros(EXPERTS, dtype=torch.float64)
+    for proposal in proposals:
+        router.update_threshold(proposal)
+        plain = 0.95 * plain + 0.05 * proposal.double()
+
+    # What is left of the correction is 0.95^300 = 2e-7; 300 fp32 roundings that the average forgets by 20.
+    assert (router.threshold - plain).abs().max() < 2e-6
+
+
+def test_the_first_proposal_counts_fully_and_a_constant_proposal_stays() -> None:
+    router = make_layer().router
+    router.threshold.zero_()
+    proposal = torch.tensor([0.1, 0.7, 1e-6, 0.999])
+
+    for _ in range(20):
+        router.update_threshold(proposal)
+        assert torch.equal(router.threshold, proposal)
+
+
+def test_a_forward_pass_proposes_a_threshold_and_leaves_the_state_alone() -> None:
+    router = make_layer().router
+    before = router.threshold.clone()
+
+    routing = router(make_tokens())
+
+    assert torch.equal(router.threshold, before) and router.threshold_updates == 0
+    assert routing.stats.proposed_threshold is not None and not routing.stats.proposed_threshold.requires_grad
+
+
+def test_the_proposal_is_the_kth_largest_predicted_probability() -> None:
+    router = make_layer(replace(CONFIG, num_experts=2)).router
+    last = router.capacity_predictor[2]
+    with torch.no_grad():  # logits 0, 1, ... 23 and 0, -1, ... -23 from the first entry of the token
+        router.capacity_predictor[0] = torch.nn.Identity()
+        router.capacity_predictor[1] = torch.nn.Identity()
+        last.weight.zero_()
+        last.weight[:, 0] = torch.tensor([1.0, -1.0])
+        last.bias.zero_()
+    x = torch.zeros(24, WIDTH)
+    x[:, 0] = torch.arange(24)
+
+    proposal = router(x).stats.proposed_threshold
+
+    expected = [1 / (1 + math.exp(-12)), 1 / (1 + math.exp(11))]  # 12 slots: from 23 down to 12, from 0 down to -11
+    assert proposal.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_image_pools_propose_the_mean_of_their_probabilities_however_the_images_are_spread_over_ranks() -> None:
+    layer = make_layer(replace(CONFIG, pool="sample"))
+    x = make_tokens()
+
+    together = layer.router(x).stats.proposed_threshold
+    apart = torch.stack([layer.router(share).stats.proposed_threshold for share in x.chunk(2)]).mean(dim=0)
+
+    weights = double_weights(dict(layer.named_parameters()))
+    assert_close(apart, moe_layer_over_pools(x.double(), weights, 1.0, TOKENS).kth_probability, FORWARD_TOLERANCE)
+    assert_close(together, apart.double(), FORWARD_TOLERANCE)
+
+
+def test_a_threshold_sample_does_not_depend_on_its_batch_mates_but_a_counted_one_does() -> None:
+    x = make_tokens().view(IMAGES, TOKENS, WIDTH)
+    difference = {}
+    for rule in ("threshold", "count"):
+        layer = make_layer(replace(CONFIG, inference=rule)).eval()
+        with torch.no_grad():
+            together, _ = layer(x)
+            alone = torch.cat([layer(image[None])[0] for image in x])
+        difference[rule] = float((together - alone).abs().max() / together.abs().max())
+
+    assert difference["threshold"] < FORWARD_TOLERANCE
+    assert difference["count"] > 0.1
+
+
+def test_the_predictor_loss_sends_no_gradient_into_the_tokens_or_the_gate() -> None:
+    layer = make_layer()
+    x = make_tokens().requires_grad_()
+
+    layer.router(x).losses["capacity"].backward()
+
+    assert x.grad is None and layer.router.gate_weight.grad is None
+    assert all(p.grad is not None and p.grad.any() for p in layer.router.capacity_predictor.parameters())
+
+
+def test_assignments_are_by_expert_and_then_by_token() -> None:
+    for mode, rule in ((True, "static"), (False, "threshold"), (False, "count"), (False, "static")):
+        routing = make_layer(replace(CONFIG, inference=rule)).train(mode).router(make_tokens())
+        pairs = list(zip(routing.expert_index.tolist(), routing.token_index.tolist(), strict=True))
+        assert pairs == sorted(set(pairs))
+        assert len(pairs) == int(routing.stats.tokens_per_expert.sum())
+
+
+def test_the_router_decides_in_fp32_for_a_bf16_token() -> None:
+    layer = make_layer()
+    x = make_tokens().bfloat16()
+
+    layer.router.capacity_predictor.bfloat16()
+    routing = layer.router(x)
+
+    assert routing.gate.dtype == torch.float32 and routing.losses["capacity"].dtype == torch.float32
+    # Multiples of 1/8 are exact in bf16, so the fp32 router takes the same tokens with the same gates.
+    exact = make_layer().router(x.float())
+    assert torch.equal(routing.token_index, exact.token_index) and torch.equal(routing.gate, exact.gate)

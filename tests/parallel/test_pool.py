@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe_dist.model.routing import LocalPool
+from diffmoe_dist.parallel.pool import DistributedPool, answer, expert_shares
+from tests.distributed import run_ranks
+
+TOKENS = 12  # of each rank
+RANKS = 4
+GROUPS = {"all": [[0, 1, 2, 3]], "neighbours": [[0, 1], [2, 3]], "strided": [[0, 2], [1, 3]]}
+EXPERTS = [3, 4, 8]  # fewer than ranks, as many, more; 3 does not divide over 2 or 4
+SCORES = ["different", "heavy ties", "all equal", "equal in one rank"]
+SLOTS = ["one", "some", "all", "per expert"]
+EXCHANGES = ["all_to_all", "all_gather"]
+
+# Made once, by the first test that asks.
+_results: dict[str, Any] = {}
+
+
+def test_the_owner_answers_with_cutoff_ties_and_the_kth_largest() -> None:
+    first = torch.tensor([[0.5, 0.9, 0.5], [0.5, 0.1, 0.7]])  # rank by rank, one expert
+    second = torch.tensor([[1.0, -4.0, 3.0], [2.0, 8.0, 0.0]])
+    columns_QEKT = torch.stack([first, second], dim=1)[:, None]
+    # 0.9 and 0.7 lead; then three tokens at 0.5, the first rank's two before the second rank's one; then 0.1.
+    expected = {
+        1: ([0.9, 0.9], [1, 0], 8.0, [1, 0]),
+        2: ([0.7, 0.7], [0, 1], 3.0, [1, 1]),
+        3: ([0.5, 0.5], [1, 0], 2.0, [2, 1]),
+        4: ([0.5, 0.5], [2, 0], 1.0, [3, 1]),
+        5: ([0.5, 0.5], [2, 1], 0.0, [3, 2]),
+        6: ([0.1, 0.1], [0, 1], -4.0, [3, 3]),
+    }
+    for slots, (cutoff, ties, kth, arrivals) in expected.items():
+        answers_QE3, arrivals_EQ = answer(columns_QEKT, slots)
+
+        assert answers_QE3.shape == (2, 1, 3) and answers_QE3.dtype == torch.float32
+        assert answers_QE3[:, 0, 0].tolist() == pytest.approx(cutoff)
+        assert answers_QE3[:, 0, 1].tolist() == ties
+        assert answers_QE3[:, 0, 2].tolist() == [kth, kth]
+        assert arrivals_EQ.tolist() == [arrivals]
+
+
+def test_the_owner_answers_each_expert_by_its_own_number_of_slots() -> None:
+    column = torch.tensor([[2.0, 1.0], [2.0, 2.0]])
+    columns_QEKT = column[:, None, None].expand(2, 4, 1, 2)
+
+    answers_QE3, arrivals_EQ = answer(columns_QEKT, torch.tensor([0, 2, 3, 4]))
+
+    assert answers_QE3[0].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 1, 0], [1, 1, 0]]
+    assert answers_QE3[1].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 2, 0], [1, 0, 0]]
+    assert arrivals_EQ.tolist() == [[0, 0], [1, 1], [1, 2], [2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "shares"),
+    [(8, 4, [2] * 4), (7, 3, [3, 2, 2]), (3, 4, [1, 1, 1, 0]), (1, 2, [1, 0]), (5, 1, [5])],
+)
+def test_experts_are_owned_in_equal_shares_or_one_more_for_the_first_ranks(
+    experts: int, ranks: int, shares: list[int]
+) -> None:
+    assert expert_shares(experts, ranks) == shares
+
+
+def make_scores(kind: str, experts: int, ranks: int, seed: int) -> Tensor:
+    """(ranks * TOKENS, experts), rank by rank."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(ranks * TOKENS, experts, generator=generator)
+    if kind == "heavy ties":
+        scores = (scores * 3).floor() / 4
+    elif kind == "all equal":
+        scores = torch.full_like(scores, 0.25)
+    elif kind == "equal in one rank":
+        scores[-TOKENS:] = 0.5
+    return scores
+
+
+def make_slots(kind: str, experts: int, tokens: int) -> int | Tensor:
+    if kind == "per expert":
+        return torch.tensor([[0, tokens, 5, tokens - 1, 1, 7, 0, tokens // 2]])[:, :experts]
+    return {"one": 1, "some": tokens // 3, "all": tokens}[kind]
+
+
+def make_cases(ranks: int) -> list[tuple[str, str, int]]:
+    return [(scores, slots, experts) for scores in SCORES for slots in SLOTS for experts in EXPERTS]
+
+
+def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Every case in every group by both exchanges: what this rank is told."""
+    results = {}
+    for layout, members in GROUPS.items():
+        groups = [dist.new_group(ranks) for ranks in members]
+        (mine,) = (index for index, ranks in enumerate(members) if rank in ranks)
+        ranks, place = len(members[mine]), members[mine].index(rank)
+        local = slice(place * TOKENS, (place + 1) * TOKENS)
+        for exchange in EXCHANGES:
+            pool = DistributedPool(groups[mine], exchange)
+            for scores_kind, slots_kind, experts in make_cases(ranks):
+                scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)[local]
+                slots = make_slots(slots_kind, experts, ranks * TOKENS)
+                second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)[local]
+                for with_second in (False, True) if isinstance(slots, int) else (False,):
+                    selection = pool.select(scores_TN, slots, second_TN if with_second else None)
+                    key = (layout, exchange, scores_kind, slots_kind, experts, with_second)
+                    results[key] = {**vars(selection), "count": pool.count(scores_TN > 0.4)}
+            results[layout, exchange] = {"num_tokens": pool.num_tokens(TOKENS)}
+    return results
+
+
+def results_of_the_ranks() -> list[dict[tuple[Any, ...], dict[str, Any]]]:
+    if not _results:
+        _results["ranks"] = run_ranks(RANKS, select_on_ranks)
+    return _results["ranks"]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("layout", GROUPS)
+def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_chooses(
+    layout: str, exchange: str
+) -> None:
+    results = results_of_the_ranks()
+    for mine, members in enumerate(GROUPS[layout]):
+        ranks = len(members)
+        for scores_kind, slots_kind, experts in make_cases(ranks):
+            scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)
+            second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)
+            slots = make_slots(slots_kind, experts, ranks * TOKENS)
+            for with_second in (False, True) if isinstance(slots, int) else (False,):
+                key = (layout, exchange, scores_kind, slots_kind, experts, with_second)
+                told = [results[rank][key] for rank in members]
+                chosen_NP = torch.cat([answer["chosen"] for answer in told], dim=1)
+                local = LocalPool().select(scores_TN, slots, second_TN if with_second else None)
+
+                assert torch.equal(chosen_NP, local.chosen), key
+                per_expert = [slots] * experts if isinstance(slots, int) else slots[0].tolist()
+                assert chosen_NP.sum(dim=1).tolist() == per_expert, key
+                for answer_ in told:
+                    assert answer_["pool_ranks"] == ranks
+                    assert answer_["slots_per_expert"] == (slots if isinstance(slots, int) else None)
+                    assert torch.equal(answer_["count"], LocalPool().count(scores_TN > 0.4)), key
+                    if with_second:
+                        brute = [sorted(column, reverse=True)[slots - 1] for column in second_TN.T.tolist()]
+                        assert answer_["kth_largest"].tolist() == brute, key
+                        assert torch.equal(answer_["kth_largest"], local.kth_largest), key
+                    else:
+                        assert answer_["kth_largest"] is None
+        assert all(results[rank][layout, exchange]["num_tokens"] == ranks * TOKENS for rank in members)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("layout", GROUPS)
+def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_share_of_the_experts(layout: str, exchange: str) -> None:
+    results = results_of_the_ranks()
+    for members in GROUPS[layout]:
+        ranks = len(members)
+        for scores_kind, slots_kind, experts in make_cases(ranks):
+            key = (layout, exchange, scores_kind, slots_kind, experts, False)
+            sent_QN = torch.stack([results[rank][key]["chosen"].sum(dim=1) for rank in members])
+            for place, rank in enumerate(members):
+                arrivals = results[rank][key]["arrivals"]
+                if experts % ranks:
+                    assert arrivals is None, key  # such experts are never spread over these ranks
+                else:
+                    share = experts // ranks
+                    assert torch.equal(arrivals, sent_QN[:, place * share : (place + 1) * share]), key
+
+
+def test_the_cases_of_the_ranks_split_ties_and_leave_a_rank_without_any_token() -> None:
+    results = results_of_the_ranks()
+    key = ("all", "all_to_all", "all equal", "some", 4, False)
+
+    sent = [results[rank][key]["chosen"].sum(dim=1).tolist() for rank in range(RANKS)]
+
+    assert sent == [[12] * 4, [4] * 4, [0] * 4, [0] * 4]  # 16 slots of 48 equal tokens: the lower ranks first
