@@ -246,7 +246,7 @@ def _resolve_moe(moe: MoEConfig) -> None:
         for name, value in vars(moe).items():
             if name != "router" and value is not None:
                 raise UserError(
-                    f"moe.{name}={value} has no effect with moe.router=dense; remove it or choose moe.router=global_pool"
+                    f"moe.{name}={value} has no effect with moe.router=dense; remove it or choose another router"
                 )
         return
     if moe.num_experts is None:

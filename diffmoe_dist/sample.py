@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ Draw images with the averaged weights of a run. Writes grid.png, samples.npz (ar
 sampling.json (the settings, the measured expert capacity, images per second). Labels go through the classes in turn.
 
   python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 100 --cfg-scale 2
-  torchrun --nproc-per-node 8 -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 50000
+  torchrun --nproc-per-node 8 -m -- diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 50000
+  deepspeed --num_gpus 8 --module -- diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 50000
+
+(The lone -- keeps these launchers from taking --num for an abbreviation of an option of their own.)
 
 An image depends on the weights, the seed, its number and its label alone if the model was configured with
 moe.inference=threshold. With count or static the images of one block of --batch-size compete for the experts, so a
@@ -32,6 +36,7 @@ def main() -> None:
     parser.add_argument("--sampler", choices=["euler"], default="euler")
     parser.add_argument("--batch-size", type=int, default=100, help="images drawn together (default 100)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
 
     from diffmoe_dist.evaluation.generate import SamplingSettings, sample_to_folder

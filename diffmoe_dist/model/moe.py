@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from diffmoe_dist.model.routing import GlobalPoolRouter, Routing
 
@@ -52,7 +53,7 @@ class LocalDispatcher:
 def weighted_sum(y_AD: Tensor, routing: Routing, x_TD: Tensor) -> Tensor:
     """(T, D) in x's type: results times gates, added up by token."""
     weighted_AD = y_AD * routing.gate[:, None].to(y_AD.dtype)
-    return torch.zeros_like(x_TD).index_add(0, routing.token_index, weighted_AD)
+    return torch.zeros_like(x_TD).index_add_(0, routing.token_index, weighted_AD)  # in place: spares a copy
 
 
 class Experts(nn.Module):
@@ -78,8 +79,27 @@ class Experts(nn.Module):
 
 def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     x = x_RD.view(len(w1), rows_per_expert, -1)
-    h = F.gelu(torch.baddbmm(b1[:, None], x, w1), approximate="tanh")
-    return torch.baddbmm(b2[:, None], h, w2).view(len(x_RD), -1)
+    return _BatchedMlp.apply(x, w1, b1, w2, b2).view(len(x_RD), -1)
+
+
+class _BatchedMlp(torch.autograd.Function):
+    """The formulas of autograd, but one hidden-sized gradient in backward where autograd allocates two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        pre = torch.baddbmm(b1[:, None], x, w1)
+        h = F.gelu(pre, approximate="tanh")
+        ctx.save_for_backward(x, pre, h, w1, w2)
+        return torch.baddbmm(b2[:, None], h, w2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        x, pre, h, w1, w2 = ctx.saved_tensors
+        grad_w2, grad_b2 = h.mT @ grad, grad.sum(dim=1)
+        grad = grad @ w2.mT
+        torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate="tanh", grad_input=grad)  # in place
+        return grad @ w1.mT, x.mT @ grad, grad.sum(dim=1), grad_w2, grad_b2
 
 
 def _grouped_mlp(x_RD: Tensor, tokens_per_expert: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def run_both(config: MoEConfig, kind: str, rule: str) -> tuple[MoELayer, dict[str, Tensor], ReferenceResult]:
-    """The layer and the reference, forward and backward; returns the reference's leaves, `x` and the layer's `x.grad`."""
+    """The layer and the reference, forward and backward; returns the reference's leaves, and `x.grad` of the layer."""
     layer = make_layer(config).train(rule == "training")
     x = make_tokens(kind).requires_grad_()
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

@@ -15,8 +15,8 @@ TOKENS = 12  # of each rank
 RANKS = 4
 GROUPS = {"all": [[0, 1, 2, 3]], "neighbours": [[0, 1], [2, 3]], "strided": [[0, 2], [1, 3]]}
 EXPERTS = [3, 4, 8]  # fewer than ranks, as many, more; 3 does not divide over 2 or 4
-SCORES = ["different", "heavy ties", "all equal", "equal in one rank"]
-SLOTS = ["one", "some", "all", "per expert"]
+SCORES = ["different", "heavy ties", "all equal"]
+SLOTS = ["one", "some", "all", "some alone", "per expert"]
 EXCHANGES = ["all_to_all", "all_gather"]
 
 # Made once, by the first test that asks.
@@ -75,23 +75,26 @@ def make_scores(kind: str, experts: int, ranks: int, seed: int) -> Tensor:
         scores = (scores * 3).floor() / 4
     elif kind == "all equal":
         scores = torch.full_like(scores, 0.25)
-    elif kind == "equal in one rank":
-        scores[-TOKENS:] = 0.5
     return scores
 
 
 def make_slots(kind: str, experts: int, tokens: int) -> int | Tensor:
     if kind == "per expert":
         return torch.tensor([[0, tokens, 5, tokens - 1, 1, 7, 0, tokens // 2]])[:, :experts]
-    return {"one": 1, "some": tokens // 3, "all": tokens}[kind]
+    return {"one": 1, "some": tokens // 3, "some alone": tokens // 3, "all": tokens}[kind]
 
 
-def make_cases(ranks: int) -> list[tuple[str, str, int]]:
+def has_second(slots_kind: str) -> bool:
+    """Whether the case asks for the k-th largest of second scores too."""
+    return slots_kind in ("one", "some", "all")
+
+
+def make_cases() -> list[tuple[str, str, int]]:
     return [(scores, slots, experts) for scores in SCORES for slots in SLOTS for experts in EXPERTS]
 
 
 def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Every case in every group by both exchanges: what this rank is told."""
+    """Every case in every group by both exchanges: what this rank is told. One number of slots: with second scores."""
     results = {}
     for layout, members in GROUPS.items():
         groups = [dist.new_group(ranks) for ranks in members]
@@ -100,14 +103,14 @@ def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[st
         local = slice(place * TOKENS, (place + 1) * TOKENS)
         for exchange in EXCHANGES:
             pool = DistributedPool(groups[mine], exchange)
-            for scores_kind, slots_kind, experts in make_cases(ranks):
+            for scores_kind, slots_kind, experts in make_cases():
                 scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)[local]
                 slots = make_slots(slots_kind, experts, ranks * TOKENS)
                 second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)[local]
-                for with_second in (False, True) if isinstance(slots, int) else (False,):
-                    selection = pool.select(scores_TN, slots, second_TN if with_second else None)
-                    key = (layout, exchange, scores_kind, slots_kind, experts, with_second)
-                    results[key] = {**vars(selection), "count": pool.count(scores_TN > 0.4)}
+                selection = pool.select(scores_TN, slots, second_TN if has_second(slots_kind) else None)
+                results[layout, exchange, scores_kind, slots_kind, experts] = vars(selection)
+                if slots_kind == "one":
+                    results[layout, exchange, scores_kind, experts] = {"count": pool.count(scores_TN > 0.4)}
             results[layout, exchange] = {"num_tokens": pool.num_tokens(TOKENS)}
     return results
 
@@ -126,29 +129,30 @@ def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_cho
     results = results_of_the_ranks()
     for mine, members in enumerate(GROUPS[layout]):
         ranks = len(members)
-        for scores_kind, slots_kind, experts in make_cases(ranks):
+        for scores_kind, slots_kind, experts in make_cases():
             scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)
             second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)
             slots = make_slots(slots_kind, experts, ranks * TOKENS)
-            for with_second in (False, True) if isinstance(slots, int) else (False,):
-                key = (layout, exchange, scores_kind, slots_kind, experts, with_second)
-                told = [results[rank][key] for rank in members]
-                chosen_NP = torch.cat([answer["chosen"] for answer in told], dim=1)
-                local = LocalPool().select(scores_TN, slots, second_TN if with_second else None)
+            key = (layout, exchange, scores_kind, slots_kind, experts)
+            told = [results[rank][key] for rank in members]
+            chosen_NP = torch.cat([selection["chosen"] for selection in told], dim=1)
+            local = LocalPool().select(scores_TN, slots, second_TN if has_second(slots_kind) else None)
 
-                assert torch.equal(chosen_NP, local.chosen), key
-                per_expert = [slots] * experts if isinstance(slots, int) else slots[0].tolist()
-                assert chosen_NP.sum(dim=1).tolist() == per_expert, key
-                for answer_ in told:
-                    assert answer_["pool_ranks"] == ranks
-                    assert answer_["slots_per_expert"] == (slots if isinstance(slots, int) else None)
-                    assert torch.equal(answer_["count"], LocalPool().count(scores_TN > 0.4)), key
-                    if with_second:
-                        brute = [sorted(column, reverse=True)[slots - 1] for column in second_TN.T.tolist()]
-                        assert answer_["kth_largest"].tolist() == brute, key
-                        assert torch.equal(answer_["kth_largest"], local.kth_largest), key
-                    else:
-                        assert answer_["kth_largest"] is None
+            assert torch.equal(chosen_NP, local.chosen), key
+            per_expert = [slots] * experts if isinstance(slots, int) else slots[0].tolist()
+            assert chosen_NP.sum(dim=1).tolist() == per_expert, key
+            for selection in told:
+                assert selection["pool_ranks"] == ranks
+                assert selection["slots_per_expert"] == (slots if isinstance(slots, int) else None)
+                if has_second(slots_kind):
+                    brute = [sorted(column, reverse=True)[slots - 1] for column in second_TN.T.tolist()]
+                    assert selection["kth_largest"].tolist() == brute, key
+                    assert torch.equal(selection["kth_largest"], local.kth_largest), key
+                else:
+                    assert selection["kth_largest"] is None
+            for rank in members:
+                counted = results[rank][layout, exchange, scores_kind, experts]["count"]
+                assert torch.equal(counted, LocalPool().count(scores_TN > 0.4)), key
         assert all(results[rank][layout, exchange]["num_tokens"] == ranks * TOKENS for rank in members)
 
 
@@ -158,8 +162,8 @@ def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_share_of_the_exper
     results = results_of_the_ranks()
     for members in GROUPS[layout]:
         ranks = len(members)
-        for scores_kind, slots_kind, experts in make_cases(ranks):
-            key = (layout, exchange, scores_kind, slots_kind, experts, False)
+        for scores_kind, slots_kind, experts in make_cases():
+            key = (layout, exchange, scores_kind, slots_kind, experts)
             sent_QN = torch.stack([results[rank][key]["chosen"].sum(dim=1) for rank in members])
             for place, rank in enumerate(members):
                 arrivals = results[rank][key]["arrivals"]
@@ -172,7 +176,7 @@ def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_share_of_the_exper
 
 def test_the_cases_of_the_ranks_split_ties_and_leave_a_rank_without_any_token() -> None:
     results = results_of_the_ranks()
-    key = ("all", "all_to_all", "all equal", "some", 4, False)
+    key = ("all", "all_to_all", "all equal", "some", 4)
 
     sent = [results[rank][key]["chosen"].sum(dim=1).tolist() for rank in range(RANKS)]
 

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffmoe_dist import load_model
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.engine.build import find_start
+from diffmoe_dist.engine.checkpoint import complete_checkpoints, find_checkpoint, read_progress
+from diffmoe_dist.errors import UserError
+from tests.distributed import run_ranks
+from tests.engine.runs import tiny_config, train_all
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A run of 6 steps on two ranks with the experts split, checkpoints at 2, 4, 6 of which two are kept."""
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    settings = {"train": {"steps": 6}, "checkpoint": {"every": 2, "keep": 2}, "parallel": {"expert": 2}}
+    run_ranks(2, train_all, digits, [(run_dir, settings)])
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "step-00000006"
+
+
+def start(run_dir: Path, digits: Path, *layers: dict[str, Any], world_size: int = 1) -> Any:
+    config = tiny_config(run_dir, digits, {"train": {"micro_batch_size": 16 // world_size}}, *layers)
+    return find_start(config, ShardIndex.open(digits), world_size)
+
+
+def test_the_newest_checkpoints_are_kept(trained: Path) -> None:
+    names = [path.name for path in complete_checkpoints(trained / "checkpoints")]
+    assert names == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == names, "nothing unfinished is left"
+
+
+def test_a_run_starts_from_its_newest_complete_checkpoint(run_dir: Path, digits: Path) -> None:
+    assert start(run_dir, digits).checkpoint == newest(run_dir)
+    assert start(run_dir, digits).progress.images_seen == 6 * 16
+
+
+def test_a_torn_checkpoint_is_never_picked(run_dir: Path, digits: Path) -> None:
+    folder = run_dir / "checkpoints"
+    shutil.copytree(newest(run_dir), folder / ".unfinished-step-00000008")
+    torn = Path(shutil.copytree(newest(run_dir), folder / "step-00000009"))
+    (torn / "state.json").unlink()
+    assert start(run_dir, digits).checkpoint == newest(run_dir)
+
+
+def test_an_empty_run_folder_starts_at_step_zero(tmp_path: Path, digits: Path) -> None:
+    assert start(tmp_path / "none", digits).checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"depth": 4}}, r"model\.depth=4, but the checkpoint .* model\.depth=2"),
+        ({"model": {"hidden_size": 64}}, r"model\.hidden_size=64, but"),
+        ({"moe": {"num_experts": 8}}, r"moe\.num_experts=8, but"),
+        ({"seed": 1}, r"seed=1, but .* seed=0"),
+        ({"train": {"micro_batch_size": 8}}, r"one token pool of this launch has 8 samples, .* it had 16; set train\."),
+    ],
+)
+def test_a_resume_that_would_be_another_run_is_refused(
+    trained: Path, digits: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        start(trained, digits, change)
+
+
+def test_a_pool_change_is_allowed_when_told(trained: Path, digits: Path) -> None:
+    change = {"train": {"micro_batch_size": 8}, "checkpoint": {"allow_pool_change": True}}
+    assert start(trained, digits, change).progress.step == 6
+
+
+def test_other_data_is_refused(trained: Path, digits: Path, tmp_path: Path) -> None:
+    index = ShardIndex.open(digits)
+    config = tiny_config(trained, digits, {"train": {"micro_batch_size": 16}})
+    index.fingerprint = "0" * 64
+    with pytest.raises(UserError, match=r"data\.shards holds other data"):
+        find_start(config, index, 1)
+
+
+def test_a_model_is_loaded_from_a_run_folder_or_a_step_folder(trained: Path) -> None:
+    for directory in (trained, newest(trained)):
+        model = load_model(directory)
+        x = torch.randn(3, 1, 8, 8)
+        assert model(x, torch.rand(3), torch.tensor([0, 9, 10])).prediction.shape == x.shape
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_older_checkpoint_is_another_model_than_the_newer(trained: Path) -> None:
+    older, newer = load_model(trained / "checkpoints" / "step-00000004"), load_model(trained)
+    assert not torch.equal(older.final_layer.linear.weight, newer.final_layer.linear.weight)
+    assert int(newer.moe_layers[0].router.threshold_updates) == 6
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path}: no complete checkpoint there"):
+        find_checkpoint(tmp_path)
+
+
+def test_damaged_state_is_named(run_dir: Path) -> None:
+    (newest(run_dir) / "state.json").write_text('{"step": 6')
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        read_progress(newest(run_dir))
+
+
+def test_a_missing_or_cut_data_file_is_named(run_dir: Path) -> None:
+    data = sorted(newest(run_dir).glob("*.distcp"))
+    data[0].write_bytes(data[0].read_bytes()[:1000])
+    with pytest.raises(UserError, match="step-00000006 is damaged"):
+        load_model(run_dir)
+    data[0].unlink()
+    with pytest.raises(UserError, match=rf"step-00000006 is damaged .*{data[0].name}"):
+        load_model(run_dir)
+
+
+def test_a_checkpoint_of_another_shape_names_the_tensor(run_dir: Path) -> None:
+    config = newest(run_dir) / "config.yaml"
+    config.write_text(config.read_text().replace("num_classes: 10", "num_classes: 20"))
+    with pytest.raises(UserError, match=r"y_embedder\.embedding_table\.weight"):
+        load_model(run_dir)
+
+
+class Malicious:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.target,)
+
+
+def test_a_checkpoint_cannot_execute_code(run_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    (newest(run_dir) / ".metadata").write_bytes(pickle.dumps(Malicious(target)))
+    with pytest.raises(UserError, match="refused to load"):
+        load_model(run_dir)
+    assert not target.exists()
+
+
+def test_every_element_is_stored_once_and_the_same_for_any_number_of_ranks(
+    trained: Path, digits: Path, tmp_path: Path
+) -> None:
+    run_ranks(1, train_all, digits, [(tmp_path / "one", {"train": {"steps": 6}})])
+    two, one = load_model(trained), load_model(tmp_path / "one")
+    for (name, ours), theirs in zip(two.named_parameters(), one.parameters(), strict=True):
+        # Six AdamW steps of lr 1e-3 in another summation order; an expert in the wrong place is off by 0.1.
+        assert (ours - theirs).abs().max() < 2e-3, name
+    assert json.loads((newest(trained) / "state.json").read_text())["step"] == 6
+    assert replace(read_progress(newest(trained))).pool_samples == 16

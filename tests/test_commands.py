@@ -1,0 +1,140 @@
+"""The commands as a user meets them: in processes of their own, under each launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+STEPS = 3
+
+
+def run(*command: str | Path, env: dict[str, str] = ENV) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+LAUNCHERS = {
+    "python": (sys.executable, "-m"),
+    "deepspeed": ("deepspeed", "--num_gpus", "2", "--master_port", "PORT", "--module"),
+    "torchrun": ("torchrun", "--nproc-per-node", "2", "--master-port", "PORT", "-m"),
+    "mpirun": ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-m"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_training_runs_and_ends_cleanly_under(launcher: str, runs: Path, digits: Path) -> None:
+    if launcher == "mpirun" and shutil.which("mpirun") is None:
+        pytest.skip("no MPI library on this machine (Debian: openmpi-bin)")
+    command = [part.replace("PORT", free_port()) for part in LAUNCHERS[launcher]]
+    ended = run(
+        *command, "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
+        f"run_dir={runs / launcher}", f"train.steps={STEPS}", "log.every=1", "sample.every=3", "sample.num=4",
+        "sample.steps=2", f"parallel.expert={1 if launcher == 'python' else 2}",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    losses = [json.loads(line)["loss"] for line in (runs / launcher / "metrics.jsonl").read_text().splitlines()]
+    expected = json.loads((ROOT / "tests/golden/global_pool.json").read_text())[:STEPS]
+    # Another machine's matrix products round differently; three steps do not make much of it.
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
+    run_dir = runs / "python"
+    line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(line) == {
+        "step", "images_seen", "loss", "loss_diffusion", "loss_capacity", "grad_norm", "lr", "images_per_second",
+        "step_seconds", "capacity", "expert_load_max", "expert_load_min", "peak_memory_bytes",
+    }  # fmt: skip
+    assert (line["step"], line["images_seen"], line["capacity"]) == (STEPS, STEPS * 32, 1.0)
+    assert list((run_dir / "tensorboard").glob("events.*"))
+    assert (run_dir / "config.yaml").is_file()
+    assert f"step {STEPS}/{STEPS}" in (run_dir / "logs/rank-0.log").read_text()
+    assert (run_dir / f"checkpoints/step-{STEPS:08d}/state.json").is_file()
+    assert Image.open(run_dir / f"samples/step-{STEPS:08d}.png").size[0] > 64
+
+
+def test_sampling_gives_the_same_images_on_one_process_and_on_two(runs: Path, tmp_path: Path) -> None:
+    arguments = ("--checkpoint", runs / "python", "--num", "7", "--steps", "3", "--batch-size", "2", "--cfg-scale", "2")
+    one, two = tmp_path / "one", tmp_path / "two"
+    torchrun = ("torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "--")
+    for command, out in (((sys.executable, "-m"), one), (torchrun, two)):
+        ended = run(*command, "diffmoe_dist.sample", *arguments, "--out", out)
+        assert ended.returncode == 0, ended.stderr
+    ours, theirs = np.load(one / "samples.npz"), np.load(two / "samples.npz")
+    assert ours["arr_0"].shape == (7, 8, 8, 1) and ours["arr_0"].dtype == np.uint8
+    assert np.array_equal(ours["arr_0"], theirs["arr_0"])
+    assert ours["arr_1"].tolist() == list(range(7))
+    record = json.loads((one / "sampling.json").read_text())
+    assert record["capacity"] == pytest.approx(json.loads((two / "sampling.json").read_text())["capacity"])
+    assert record["images_per_second"] > 0 and record["num"] == 7
+    assert Image.open(one / "grid.png").size == (7 * 68, 68)
+
+
+def test_the_loss_curve_is_drawn(runs: Path) -> None:
+    ended = run(sys.executable, "-m", "diffmoe_dist.report", "--run", runs / "python")
+    assert ended.returncode == 0, ended.stderr
+    assert Image.open(runs / "python/loss.png").size[0] > 500
+
+
+TRAIN = ("diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", "data.shards=DIGITS")
+BAD = {
+    "unknown key": ((*TRAIN, "optim.lrr=1"), "unknown setting optim.lrr=1; did you mean optim.lr?"),
+    "no such config": (("diffmoe_dist.train", "--config", "nowhere.yaml"), "--config nowhere.yaml: no such file"),
+    "no config": (("diffmoe_dist.train",), "the following arguments are required: --config"),
+    "experts over ranks": ((*TRAIN, "parallel.expert=3"), "parallel.expert=3 does not divide moe.num_experts=8"),
+    "ranks over experts": ((*TRAIN, "parallel.expert=8"), "parallel.expert=8 does not divide the 1 ranks"),
+    "batch": ((*TRAIN, "train.micro_batch_size=5"), "train.global_batch_size=32 is not a multiple of"),
+    "no index": ((*TRAIN, "data.shards=/nowhere"), "data.shards=/nowhere"),
+    "other images": ((*TRAIN, "model.input_size=16"), "model.input_size=16, but data.shards"),
+    "no CUDA": ((*TRAIN, "device=cuda"), "device=cuda, but this machine has no usable CUDA device"),
+    "other checkpoint": ((*TRAIN, "run_dir=RUNS/python", "model.depth=2"), "is of another model with model.depth=4"),
+    "no checkpoint": (
+        ("diffmoe_dist.sample", "--checkpoint", "/nowhere", "--out", "o", "--num", "1"),
+        "no complete checkpoint there",
+    ),
+    "no images": (
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "o", "--num", "0"),
+        "--num 0: choose at least 1",
+    ),
+    "no run": (("diffmoe_dist.report", "--run", "/nowhere"), "--run /nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_users_mistake_is_one_line_and_exit_code_2(case: str, runs: Path, digits: Path) -> None:
+    arguments, message = BAD[case]
+    if case == "no CUDA":
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    filled = [part.replace("DIGITS", str(digits)).replace("RUNS", str(runs)) for part in arguments]
+    ended = run(sys.executable, "-m", *filled)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert message in ended.stderr

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmoe_dist.config import (
+    Config,
+    build_config,
+    check_world,
+    expert_slots,
+    load_config,
+    pool_samples,
+    save_config,
+)
+from diffmoe_dist.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+MOE = {"router": "global_pool", "num_experts": 8}
+
+
+def config(*layers: dict[str, Any]) -> Config:
+    return build_config({"run_dir": "r", "data": {"shards": "s"}, "model": {"size": "S"}, "moe": MOE}, *layers)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_repository_loads(path: Path) -> None:
+    assert load_config(path, ["data.shards=somewhere"]).data.shards == "somewhere"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_resolved_config_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    resolved = load_config(path, ["data.shards=somewhere"])
+    save_config(resolved, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == resolved
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("run_dir: r\ndata: {shards: s}\nmodel: {size: S}\noptim: {lr: 1.0e-3}\n")
+    assert load_config(path).optim.lr == 1e-3
+    assert load_config(path, ["optim.lr=2e-4", "seed=5"]).optim.lr == 2e-4
+
+
+def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
+    assert [getattr(config({"model": {"size": "XL"}}).model, k) for k in ("depth", "hidden_size", "num_heads")] == [
+        28, 1152, 16,
+    ]  # fmt: skip
+    free = config({"model": {"size": None, "depth": 3, "hidden_size": 12, "num_heads": 3}})
+    assert (free.model.depth, free.model.hidden_size, free.model.num_heads) == (3, 12, 3)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"optmi": {"lr": 1}}, r"unknown setting optmi=.*did you mean optim\?"),
+        ({"moe": {"num_expert": 8}}, r"unknown setting moe\.num_expert=8; did you mean moe\.num_experts\?"),
+        ({"optim": {"lr": "fast"}}, r"optim\.lr: .*'fast'.*right type"),
+        ({"moe": {"router": "globl"}}, r"moe\.router: Invalid value 'globl', expected one of"),
+        ({"moe": 3}, r"moe=3: expected settings below it"),
+        ({"run_dir": None}, r"run_dir is not set"),
+        ({"data": {"shards": None}}, r"data\.shards is not set"),
+        ({"seed": -1}, r"seed=-1 is out of range"),
+        ({"train": {"steps": 0}}, r"train\.steps=0 must be at least 1"),
+        ({"optim": {"lr": 0.0}}, r"optim\.lr=0\.0 must be above 0"),
+        ({"ema": {"decay": 1.0}}, r"ema\.decay=1\.0 must be in \[0, 1\)"),
+        ({"model": {"size": "S", "depth": 13}}, r"model\.depth=13 contradicts model\.size=S"),
+        ({"model": {"size": None}}, r"model\.depth is not set"),
+        ({"model": {"patch_size": 3}}, r"model\.input_size=32 is not divisible by model\.patch_size=3"),
+        ({"model": {"size": None, "depth": 2, "hidden_size": 32, "num_heads": 3}}, r"hidden_size=32 .*num_heads=3"),
+        ({"model": {"size": None, "depth": 2, "hidden_size": 6, "num_heads": 3}}, r"hidden_size=6 .* by 4"),
+        ({"parallel": {"tensor": 2}}, r"parallel\.tensor=2"),
+        ({"parallel": {"expert": 3}}, r"parallel\.expert=3 does not divide moe\.num_experts=8"),
+        ({"moe": {"num_experts": None}}, r"moe\.num_experts is not set"),
+        ({"moe": {"capacity": 9.0}}, r"moe\.capacity=9\.0 is more than moe\.num_experts=8"),
+        ({"moe": {"router": "dense"}}, r"moe\.num_experts=8 has no effect with moe\.router=dense"),
+        (
+            {"moe": {"router": "dense", "num_experts": None}, "parallel": {"expert": 2}},
+            r"parallel\.expert=2 needs experts",
+        ),
+        (
+            {"moe": {"pool": "rank"}, "parallel": {"score_exchange": "all_gather"}},
+            r"parallel\.score_exchange=all_gather has no effect with moe\.pool=rank",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        config(layer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "ranks", "message"),
+    [
+        ({"parallel": {"expert": 4}}, 6, r"parallel\.expert=4 does not divide the 6 ranks"),
+        ({"train": {"global_batch_size": 10}}, 4, r"train\.global_batch_size=10 does not divide over 4 ranks"),
+        (
+            {"train": {"global_batch_size": 16, "micro_batch_size": 3}},
+            2,
+            r"train\.global_batch_size=16 is not a multiple of train\.micro_batch_size=3 x 2 ranks",
+        ),
+        ({"moe": {"pool": "sample", "capacity": 0.01}}, 1, r"moe\.capacity=0\.01 gives each .* no slot"),
+    ],
+)
+def test_a_launch_that_does_not_fit_is_refused(layer: dict[str, Any], ranks: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_world(config(layer), ranks)
+
+
+def test_without_a_micro_batch_size_nothing_is_accumulated() -> None:
+    for ranks in (1, 2, 4):
+        fitted = config({"train": {"global_batch_size": 16}})
+        check_world(fitted, ranks)
+        assert fitted.train.micro_batch_size == 16 // ranks
+        assert pool_samples(fitted, ranks) == 16, "so the global pool is the global batch on any number of ranks"
+
+
+def test_the_pool_is_what_its_name_says() -> None:
+    sizes = {}
+    for pool in ("global", "expert_parallel", "rank", "sample"):
+        fitted = config({"train": {"global_batch_size": 16}, "moe": {"pool": pool}, "parallel": {"expert": 2}})
+        check_world(fitted, 4)
+        sizes[pool] = pool_samples(fitted, 4)
+    assert sizes == {"global": 16, "expert_parallel": 8, "rank": 4, "sample": 1}
+
+
+def test_expert_slots_are_the_papers_rule() -> None:
+    assert expert_slots(16_384, 16, 1.0) == 1024
+    assert expert_slots(256, 8, 1.0) == 32
+    assert expert_slots(256, 12, 1.0) == 21
+    assert expert_slots(10, 16, 1.0) == 0
+    assert expert_slots(10, 2, 2.0) == 10, "every token"
