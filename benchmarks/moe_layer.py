@@ -12,13 +12,17 @@ How. The three layers run in turn (A B C A B C ...) in one process after a warm-
 is the median of the ratios of one round, so that a machine whose speed drifts cancels out. The work column comes from
 torch's FLOP counter over forward and backward and shows how equal the arithmetic is.
 
-Memory is that of one step beyond the parameters, the input and the output gradient, which exist before it.
+Memory, beyond the parameters:
 
-- peak: the most that is live at one moment. Each parameter gradient is freed as soon as it is complete (counted until
+- peak: the most that a step has live at one moment beyond what is there before it (input, output gradient). Each parameter gradient is freed as soon as it is complete (counted until
   then): those are the optimizer's to keep, there are as many bytes of them as of parameters, and they would hide the
   layer's own memory. On CUDA from torch.cuda.max_memory_allocated; on CPU the running sum of the allocations and
   releases in the profiler's memory events, which holds every tensor, but not the scratch space inside a math library.
-- saved: bytes that autograd keeps for backward after the forward pass, each storage once, parameters left out.
+- saved: bytes that autograd keeps for backward after the forward pass, each storage once, the input among them.
+
+On a CPU, tensors of many megabytes come from the operating system as fresh pages at every allocation, the gradients
+of all the experts among them; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment lets the C
+library keep them, as the caching allocator does on CUDA, and shows how much of a ratio that is.
 
     python -m benchmarks.moe_layer
     python -m benchmarks.moe_layer --device cuda --dtype bf16 --sizes 1152x65536x16
@@ -103,10 +107,8 @@ def candidates(width: int, tokens: int, num_experts: int, like: Tensor) -> dict[
     images = tokens // TOKENS_PER_IMAGE
     layer = moe_layer(width, num_experts)
     modules: dict[str, tuple[nn.Module, Forward]] = {"moe": (layer, lambda x: _moe_outputs(layer, x))}
-    for name, hidden in {
-        "ratio 4": MLP_RATIO * width,
-        "widened": widened_hidden_size(width, num_experts),
-    }.items():
+    hidden_sizes = {"ratio 4": MLP_RATIO * width, "widened": widened_hidden_size(width, num_experts)}
+    for name, hidden in hidden_sizes.items():
         mlp = Mlp(width, hidden)
         modules[name] = (mlp, lambda x, mlp=mlp: [mlp(x)])
     return {name: Candidate(module, forward, images, width, like) for name, (module, forward) in modules.items()}
@@ -200,15 +202,13 @@ def measure(width: int, tokens: int, num_experts: int, like: Tensor, repeats: in
     """The table rows of one size: the MoE layer, then each dense layer with the MoE layer's ratio to it."""
     layers = candidates(width, tokens, num_experts, like)
     seconds = times_in_turn({name: layer.step for name, layer in layers.items()}, repeats, like.device)
-    size = f"{width}x{tokens}x{num_experts}"
-    rows = []
-    figures = {}
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.clear()
-        figures[name] = (flops(layer), peak_bytes(layer, like.device), saved_bytes(layer))
-        work, peak, saved = figures[name]
-        row = f"{size:>16}  {name:8} {statistics.median(seconds[name]) * 1e3:10.2f} {work / 1e9:9.1f}"
-        row += f" {peak / 2**20:9.1f} {saved / 2**20:9.1f}"
+    figures = {name: (flops(x), peak_bytes(x, like.device), saved_bytes(x)) for name, x in layers.items()}
+    rows = []
+    for name, (work, peak, saved) in figures.items():
+        row = f"{f'{width}x{tokens}x{num_experts}':>16}  {name:8} {statistics.median(seconds[name]) * 1e3:10.2f}"
+        row += f" {work / 1e9:9.1f} {peak / 2**20:9.1f} {saved / 2**20:9.1f}"
         if name != "moe":
             time_ratio = statistics.median(a / b for a, b in zip(seconds["moe"], seconds[name], strict=True))
             ratios = [of_moe / own for of_moe, own in zip(figures["moe"], figures[name], strict=True)]

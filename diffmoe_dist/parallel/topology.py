@@ -64,6 +64,9 @@ def choose_device(setting: str, local_rank: int) -> torch.device:
 def start_process_group(device: torch.device) -> Launch:
     """Initialise torch.distributed for whichever launcher started this process."""
     launch = detect_launch()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Threads of two ranks on one core spin against each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.kind == "single":
         _publish(launch)
@@ -91,11 +94,12 @@ def _meet_over_mpi() -> Launch:
             f"mpirun started this process, but mpi4py does not load: {error}; install an MPI library"
         ) from None
     world = MPI.COMM_WORLD
-    local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    local_rank, local_size = node.Get_rank(), node.Get_size()
     one_node = len(set(world.allgather(socket.gethostname()))) == 1
     address = None
     if world.Get_rank() == 0:
-        host = "127.0.0.1" if one_node else socket.gethostbyname(socket.gethostname())
+        host = "127.0.0.1" if one_node else socket.gethostname()
         with socket.socket() as probe:
             probe.bind(("", 0))
             address = (host, probe.getsockname()[1])
@@ -103,7 +107,7 @@ def _meet_over_mpi() -> Launch:
     rank, size = world.Get_rank(), world.Get_size()
     MPI.Finalize()  # its work is done, and mpirun calls a process that ends without this a failure
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    launch = Launch(rank, size, local_rank, "mpi")
+    launch = Launch(rank, size, local_rank, "mpi", local_size)
     _publish(launch)
     return launch
 
