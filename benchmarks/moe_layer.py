@@ -14,10 +14,11 @@ torch's FLOP counter over forward and backward and shows how equal the arithmeti
 
 Memory, beyond the parameters:
 
-- peak: the most that a step has live at one moment beyond what is there before it (input, output gradient). Each parameter gradient is freed as soon as it is complete (counted until
-  then): those are the optimizer's to keep, there are as many bytes of them as of parameters, and they would hide the
-  layer's own memory. On CUDA from torch.cuda.max_memory_allocated; on CPU the running sum of the allocations and
-  releases in the profiler's memory events, which holds every tensor, but not the scratch space inside a math library.
+- peak: the most that a step has live at one moment, beyond what is there before it (the input, the output gradient).
+  Each parameter gradient is freed as soon as it is complete, and counted until then: gradients are the optimizer's to
+  keep, they weigh as much as the parameters, and they would hide the layer's own memory. On CUDA it comes from
+  torch.cuda.max_memory_allocated; on CPU it is the running sum of the allocations and releases in the profiler's
+  memory events, which hold every tensor, but not the scratch space inside a math library.
 - saved: bytes that autograd keeps for backward after the forward pass, each storage once, the input among them.
 
 On a CPU, tensors of many megabytes come from the operating system as fresh pages at every allocation, the gradients
@@ -109,9 +110,12 @@ def candidates(width: int, tokens: int, num_experts: int, like: Tensor) -> dict[
     modules: dict[str, tuple[nn.Module, Forward]] = {"moe": (layer, lambda x: _moe_outputs(layer, x))}
     hidden_sizes = {"ratio 4": MLP_RATIO * width, "widened": widened_hidden_size(width, num_experts)}
     for name, hidden in hidden_sizes.items():
-        mlp = Mlp(width, hidden)
-        modules[name] = (mlp, lambda x, mlp=mlp: [mlp(x)])
+        modules[name] = _dense(Mlp(width, hidden))
     return {name: Candidate(module, forward, images, width, like) for name, (module, forward) in modules.items()}
+
+
+def _dense(mlp: Mlp) -> tuple[nn.Module, Forward]:
+    return mlp, lambda x: [mlp(x)]
 
 
 def _moe_outputs(layer: MoELayer, x: Tensor) -> list[Tensor]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from tqdm import tqdm
 
 from data_tools.digits import DigitsSource
 from data_tools.pack import Source, pack
-from diffmoe_dist.errors import UserError, run_command
+from diffmoe_dist.errors import CommandParser, UserError, run_command
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -39,20 +37,14 @@ example:
   python -m diffmoe_dist.train --config FILE data.shards=data/digits"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see: {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data_tools", description="Prepare data for training.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m data_tools", description="Prepare data for training.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     pack_parser = commands.add_parser(
         "pack",
         help="pack labelled images into WebDataset shards",
         description=_PACK_HELP,
         epilog=_PACK_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     pack_parser.add_argument("source", metavar="SOURCE", help="the data to pack: digits")
     pack_parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same pack")

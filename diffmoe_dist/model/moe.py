@@ -79,27 +79,26 @@ class Experts(nn.Module):
 
 def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     x = x_RD.view(len(w1), rows_per_expert, -1)
-    return _BatchedMlp.apply(x, w1, b1, w2, b2).view(len(x_RD), -1)
+    h = torch.baddbmm(b1[:, None], x, w1)
+    return _GeluLinear.apply(h, w2, b2).view(len(x_RD), -1)
 
 
-class _BatchedMlp(torch.autograd.Function):
-    """The formulas of autograd, but one hidden-sized gradient in backward where autograd allocates two."""
+class _GeluLinear(torch.autograd.Function):
+    """gelu(h) @ w + b by the formulas of autograd, which would allocate a second gradient of h's size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        pre = torch.baddbmm(b1[:, None], x, w1)
-        h = F.gelu(pre, approximate="tanh")
-        ctx.save_for_backward(x, pre, h, w1, w2)
-        return torch.baddbmm(b2[:, None], h, w2)
+    def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        activated = F.gelu(h, approximate="tanh")
+        ctx.save_for_backward(h, activated, w)
+        return torch.baddbmm(b[:, None], activated, w)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        x, pre, h, w1, w2 = ctx.saved_tensors
-        grad_w2, grad_b2 = h.mT @ grad, grad.sum(dim=1)
-        grad = grad @ w2.mT
-        torch.ops.aten.gelu_backward.grad_input(grad, pre, approximate="tanh", grad_input=grad)  # in place
-        return grad @ w1.mT, x.mT @ grad, grad.sum(dim=1), grad_w2, grad_b2
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        h, activated, w = ctx.saved_tensors
+        grad_h = grad @ w.mT
+        torch.ops.aten.gelu_backward.grad_input(grad_h, h, approximate="tanh", grad_input=grad_h)  # in place
+        return grad_h, activated.mT @ grad, grad.sum(dim=1)
 
 
 def _grouped_mlp(x_RD: Tensor, tokens_per_expert: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
