@@ -11,6 +11,7 @@ from diffmoe_dist.errors import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 
 def draw_loss_curve(run_dir: Path) -> Path:
@@ -36,6 +37,9 @@ def draw_loss_curve(run_dir: Path) -> Path:
     norms.set(xlabel="step", title="gradient norm before clipping", yscale="log")
     for axes in (losses, norms):
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     picture = run_dir / "loss.png"
     figure.savefig(picture, dpi=110)
     plt.close(figure)

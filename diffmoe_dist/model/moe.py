@@ -78,9 +78,9 @@ class Experts(nn.Module):
 
 
 def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    x = x_RD.view(len(w1), rows_per_expert, -1)
+    x = x_RD.view(len(w1), rows_per_expert, x_RD.shape[1])
     h = torch.baddbmm(b1[:, None], x, w1)
-    return _GeluLinear.apply(h, w2, b2).view(len(x_RD), -1)
+    return _GeluLinear.apply(h, w2, b2).view(x_RD.shape)
 
 
 class _GeluLinear(torch.autograd.Function):

@@ -118,10 +118,11 @@ def cutoffs(scores: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (...) fp32 and (...) int64. A row without slots has cutoff +inf and no ties.
     """
-    if isinstance(slots, int):
+    if isinstance(slots, int) and slots > 0:
         cutoff = kth_largest(scores, slots)
         left = slots - (scores > cutoff[..., None]).sum(dim=-1)
         return cutoff, left
+    slots = torch.as_tensor(slots, device=scores.device).expand(scores.shape[:-1])
     ranked = scores.sort(dim=-1, descending=True).values
     last = ranked.gather(-1, (slots - 1).clamp_min(0)[..., None])[..., 0]
     cutoff = torch.where(slots > 0, last, torch.inf)
@@ -150,7 +151,7 @@ class GlobalPoolRouter(nn.Module):
       published code). A token depends on its batch mates.
     - `static`: int(T / N * C) tokens of the pool, as in training.
 
-    The router is computed in fp32 whatever the precision of the model.
+    Scores are computed in fp32 whatever the precision of the model.
     """
 
     threshold: Tensor
@@ -176,14 +177,14 @@ class GlobalPoolRouter(nn.Module):
         # Alg. 3: the affinity of eq. 5 with a softmax over the experts.
         scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
         # eq. 10-11: the predictor learns from tokens, not the tokens from it.
-        predicted_TN = self.capacity_predictor(x_TD.detach()).float()
+        predicted_TN = self._predict(x_TD.detach())
         selection = self._select(scores_TN.detach(), predicted_TN.detach())
         token_index, expert_index = assignments(selection)
         losses, proposal = {}, None
         if self.training:
             losses["capacity"] = capacity_loss(predicted_TN, selection.chosen.T)
             assert selection.kth_largest is not None
-            proposal = selection.kth_largest.sigmoid()  # eq. 17
+            proposal = selection.kth_largest  # eq. 17
         return Routing(
             token_index=token_index,
             expert_index=expert_index,
@@ -210,13 +211,18 @@ class GlobalPoolRouter(nn.Module):
         weight = (1 - self.threshold_decay) / (1 - self.threshold_decay ** self.threshold_updates.double())
         self.threshold.lerp_(proposal, weight.to(self.threshold.dtype))
 
+    def _predict(self, x_TD: Tensor) -> Tensor:
+        """(T, N) fp32 logits. The last layer is computed in fp32: at bf16's resolution scores would tie in crowds."""
+        first, activation, last = self.capacity_predictor
+        return F.linear(activation(first(x_TD)).float(), last.weight.float(), last.bias.float())
+
     def _select(self, scores_TN: Tensor, predicted_TN: Tensor) -> Selection:
         slots = expert_slots(self.pool.num_tokens(len(scores_TN)), self.num_experts, self.capacity)
         # A NaN has no place in any order; sent to the end of it, the choice stays well defined on every rank, and the
         # NaN still reaches the loss through the gate.
         scores_TN = scores_TN.nan_to_num(nan=-1.0)
         if self.training:
-            return self.pool.select(scores_TN, slots, second_TN=predicted_TN.nan_to_num(nan=-torch.inf))
+            return self.pool.select(scores_TN, slots, second_TN=predicted_TN.sigmoid().nan_to_num(nan=0.0))
         if self.inference == "static":
             return self.pool.select(scores_TN, slots)
         above_TN = predicted_TN.sigmoid() > self.threshold  # eq. 14

@@ -372,3 +372,12 @@ def test_the_router_decides_in_fp32_for_a_bf16_token() -> None:
     # Multiples of 1/8 are exact in bf16, so the fp32 router takes the same tokens with the same gates.
     exact = make_layer().router(x.float())
     assert torch.equal(routing.token_index, exact.token_index) and torch.equal(routing.gate, exact.gate)
+
+
+def test_a_pool_too_small_for_one_slot_gives_no_expert_a_token_at_inference() -> None:
+    config = MoEConfig("global_pool", 8, 1.0, "sample", "static", 1.0, 0.95)
+    layer = MoELayer(GlobalPoolRouter(16, config, tokens_per_sample=6), Experts(8, 16, 32)).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    y, routing = layer(torch.randn(2, 6, 16))
+    assert not y.any() and int(routing.stats.tokens_per_expert.sum()) == 0
