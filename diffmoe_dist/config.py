@@ -187,6 +187,12 @@ def model_settings(config: Config) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
+def loss_weights(config: Config) -> dict[str, float]:
+    """What each loss of the router counts beside the diffusion loss, by the name the router gives it."""
+    weights = {"capacity": config.moe.capacity_loss_weight}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
 def check_world(config: Config, world_size: int) -> None:
     """Check what only the number of ranks decides; fill in `train.micro_batch_size`.
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.loader import Batch, TrainingLoader
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
@@ -69,12 +69,13 @@ class Trainer:
         self.log = log
         self.draw_samples = draw_samples
         self.run_dir = Path(str(config.run_dir))
-        weights = {"capacity": config.moe.capacity_loss_weight}
-        self.loss_weights = {name: weight for name, weight in weights.items() if weight is not None}
+        self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
 
     def train(self) -> None:
-        config, saved = self.config, self.progress.step
+        config = self.config
+        if self.progress.step >= config.train.steps:
+            logger.info("already at step %d of train.steps=%d: nothing to do", self.progress.step, config.train.steps)
         while self.progress.step < config.train.steps:
             with self.timer:
                 report = self.train_step()
@@ -86,8 +87,6 @@ class Trainer:
                 self.sample()
             if _due(step, config.checkpoint.every) or step == config.train.steps:
                 self.save()
-                saved = step
-        assert saved == self.progress.step, "the last step is always saved"
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch; collective."""

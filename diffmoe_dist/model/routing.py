@@ -213,8 +213,9 @@ class GlobalPoolRouter(nn.Module):
 
     def _predict(self, x_TD: Tensor) -> Tensor:
         """(T, N) fp32 logits. The last layer is computed in fp32: at bf16's resolution scores would tie in crowds."""
-        first, activation, last = self.capacity_predictor
-        return F.linear(activation(first(x_TD)).float(), last.weight.float(), last.bias.float())
+        last = self.capacity_predictor[-1]
+        assert isinstance(last, nn.Linear)
+        return F.linear(self.capacity_predictor[:-1](x_TD).float(), last.weight.float(), last.bias.float())
 
     def _select(self, scores_TN: Tensor, predicted_TN: Tensor) -> Selection:
         slots = expert_slots(self.pool.num_tokens(len(scores_TN)), self.num_experts, self.capacity)
