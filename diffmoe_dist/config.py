@@ -39,13 +39,31 @@ class ModelConfig:
 
 @dataclass
 class MoEConfig:
-    router: Literal["dense", "global_pool"] = "dense"
+    """A router knows `num_experts` and the settings that it has a default for in `ROUTER_DEFAULTS`."""
+
+    router: Literal["dense", "token_choice", "expert_choice", "global_pool"] = "dense"
     num_experts: int | None = None
     capacity: float | None = None  # expert slots per token, C in the papers
+    top_k: int | None = None  # experts a token chooses
     pool: Literal["global", "expert_parallel", "rank", "sample"] | None = None  # who competes for an expert's slots
     inference: Literal["threshold", "count", "static"] | None = None
     capacity_loss_weight: float | None = None
     threshold_decay: float | None = None
+    balance_loss_weight: float | None = None
+
+
+ROUTER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "token_choice": {"top_k": 1, "balance_loss_weight": 0.0},
+    "expert_choice": {"capacity": 1.0},
+    "global_pool": {
+        "capacity": 1.0,
+        "pool": "global",
+        "inference": "threshold",
+        "capacity_loss_weight": 1.0,
+        "threshold_decay": 0.95,
+    },
+}
 
 
 @dataclass
@@ -189,7 +207,7 @@ def model_settings(config: Config) -> dict[str, Any]:
 
 def loss_weights(config: Config) -> dict[str, float]:
     """What each loss of the router counts beside the diffusion loss, by the name the router gives it."""
-    weights = {"capacity": config.moe.capacity_loss_weight}
+    weights = {"capacity": config.moe.capacity_loss_weight, "balance": config.moe.balance_loss_weight}
     return {name: weight for name, weight in weights.items() if weight is not None}
 
 
@@ -217,16 +235,22 @@ def check_world(config: Config, world_size: int) -> None:
             f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {world_size} ranks;"
             f" choose a multiple of {micro * world_size}"
         )
-    if config.moe.router != "dense":
+    if config.moe.capacity is not None:
         _check_capacity(config, world_size)
 
 
 def pool_samples(config: Config, world_size: int) -> int:
-    """How many samples of a training micro-step compete in one token pool."""
+    """How many samples of a training micro-step compete in one token pool, or share a loss over the batch."""
     micro = config.train.micro_batch_size
     assert micro is not None, "check_world fills in the micro batch size"
     ranks = {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}
-    return 1 if config.moe.pool == "sample" else micro * ranks[config.moe.pool or "rank"]
+    kind = pool_kind(config.moe)
+    return 1 if kind == "sample" else micro * ranks[kind]
+
+
+def pool_kind(moe: MoEConfig) -> str:
+    """Whose tokens compete for an expert's slots or, where none do, share a loss over the batch."""
+    return moe.pool or ("global" if moe.router == "token_choice" else "sample")
 
 
 def expert_slots(pool_tokens: int, num_experts: int, capacity: float) -> int:
@@ -248,32 +272,26 @@ def _resolve_model(model: ModelConfig) -> None:
 
 
 def _resolve_moe(moe: MoEConfig) -> None:
-    if moe.router == "dense":
-        for name, value in vars(moe).items():
-            if name != "router" and value is not None:
-                raise UserError(
-                    f"moe.{name}={value} has no effect with moe.router=dense; remove it or choose another router"
-                )
-        return
-    if moe.num_experts is None:
+    defaults = ROUTER_DEFAULTS[moe.router]
+    for name, value in vars(moe).items():
+        if name == "router" or (name == "num_experts" and moe.router != "dense"):
+            continue
+        if name not in defaults and value is not None:
+            known = ", ".join(["num_experts", *defaults]) if defaults else "nothing else"
+            raise UserError(
+                f"moe.{name}={value} has no effect with moe.router={moe.router}, which knows {known}; remove it"
+            )
+        if value is None:
+            setattr(moe, name, defaults.get(name))
+    if moe.router != "dense" and moe.num_experts is None:
         raise UserError(f"moe.num_experts is not set; moe.router={moe.router} needs a number, such as 16")
-    defaults = {
-        "capacity": 1.0,
-        "pool": "global",
-        "inference": "threshold",
-        "capacity_loss_weight": 1.0,
-        "threshold_decay": 0.95,
-    }
-    for name, value in defaults.items():
-        if getattr(moe, name) is None:
-            setattr(moe, name, value)
 
 
 def _check(config: Config) -> None:
     model, moe, parallel = config.model, config.moe, config.parallel
     at_least_one = {
         "model": ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"),
-        "moe": ("num_experts",),
+        "moe": ("num_experts", "top_k"),
         "train": ("steps", "global_batch_size", "micro_batch_size"),
         "parallel": ("expert", "tensor"),
         "checkpoint": ("every", "keep"),
@@ -292,6 +310,8 @@ def _check(config: Config) -> None:
     _require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     _require(moe, "moe", "threshold_decay", lambda value: 0 <= value < 1, "in [0, 1)")
     _require(moe, "moe", "capacity", lambda value: value > 0, "above 0")
+    for name in ("capacity_loss_weight", "balance_loss_weight"):
+        _require(moe, "moe", name, lambda value: value >= 0, "0 or more")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is out of range; choose one from 0 to 2**63 - 1")
     if not config.run_dir:
@@ -319,20 +339,23 @@ def _check(config: Config) -> None:
         if parallel.expert != 1:
             raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
         return
-    assert moe.num_experts is not None and moe.capacity is not None
+    assert moe.num_experts is not None
     if moe.num_experts % parallel.expert:
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide moe.num_experts={moe.num_experts}; choose a divisor"
         )
-    if moe.capacity > moe.num_experts:
+    if moe.top_k is not None and moe.top_k > moe.num_experts:
+        raise UserError(f"moe.top_k={moe.top_k} is more than moe.num_experts={moe.num_experts}; lower it")
+    if moe.capacity is not None and moe.capacity > moe.num_experts:
         raise UserError(
             f"moe.capacity={moe.capacity} is more than moe.num_experts={moe.num_experts}: "
             "a token cannot visit an expert twice; lower it"
         )
-    if config.moe.pool in ("rank", "sample") and config.parallel.score_exchange != "all_to_all":
+    if config.moe.pool not in ("global", "expert_parallel") and config.parallel.score_exchange != "all_to_all":
+        what = f"moe.router={moe.router}" if moe.pool is None else f"moe.pool={moe.pool}"
         raise UserError(
-            f"parallel.score_exchange={config.parallel.score_exchange} has no effect with moe.pool={config.moe.pool}, "
-            "which exchanges no scores; remove it"
+            f"parallel.score_exchange={config.parallel.score_exchange} has no effect with {what}, which exchanges no "
+            "scores; remove it"
         )
 
 
@@ -343,7 +366,7 @@ def _check_capacity(config: Config, world_size: int) -> None:
     if expert_slots(tokens, moe.num_experts, moe.capacity) < 1:
         raise UserError(
             f"moe.capacity={moe.capacity} gives each of moe.num_experts={moe.num_experts} experts no slot in a pool of "
-            f"{tokens} tokens (moe.pool={moe.pool}); raise the capacity or the batch"
+            f"{tokens} tokens (moe.pool={moe.pool or 'sample'}); raise the capacity or the batch"
         )
 
 

@@ -30,12 +30,14 @@ def main() -> None:
     check_world(config, detect_launch().world_size)
 
     # torch and deepspeed take seconds to import; a mistake in the settings is told before.
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
-    from diffmoe_dist.evaluation.generate import check_pixels, training_grid
-    from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
 
     device = choose_device(config.device, detect_launch().local_rank)
+
+    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+    from diffmoe_dist.evaluation.generate import check_pixels, training_grid
+    from diffmoe_dist.parallel.expert_parallel import create_topology
+
     index = open_data(config)
     if config.sample.every:
         check_pixels(config)

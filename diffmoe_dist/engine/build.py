@@ -146,8 +146,10 @@ def _build_engine(config: Config, topology: Topology) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_settings(config, topology, model), dist_init_required=False
     )
-    for layer in engine.module.moe_layers:  # DeepSpeed's bf16 casts buffers too; no threshold is set yet
-        layer.router.threshold = layer.router.threshold.float()
+    for module in engine.module.modules():  # DeepSpeed's bf16 casts buffers too; no threshold is set yet
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
     engine.train()
     return engine
 

@@ -36,7 +36,7 @@ class StepReport:
 
     losses: dict[str, float]  # `loss`, then its parts, unweighted
     grad_norm: float  # before clipping
-    thresholds_LN: Tensor  # proposals, mean over pools
+    thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some
     load_LN: Tensor  # assignments a micro-step and rank
 
 
@@ -98,8 +98,9 @@ class Trainer:
         assert sums is not None
         report = self._report(self.topology.mean(sums / self.progress.micro_steps))
         self._stop_on_non_finite(report)
-        for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
-            layer.router.update_threshold(proposal)
+        if report.thresholds_LN is not None:
+            for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
+                layer.router.update_threshold(proposal)
         self.average.update()
         images_seen = self.progress.images_seen + self.config.train.global_batch_size
         self.progress = replace(self.progress, step=self.progress.step + 1, images_seen=images_seen)
@@ -147,14 +148,14 @@ class Trainer:
     def _report(self, means: Tensor) -> StepReport:
         """The inverse of the flat form of `_forward_backward`."""
         names = ["loss", "loss_diffusion", *(f"loss_{name}" for name in self.loss_weights)]
-        layers = len(self.model.moe_layers)
         losses, rest = means[: len(names)], means[len(names) :]
-        thresholds_LN, load_LN = rest.view(2, layers, -1) if layers else rest.view(2, 0, 1)
+        layers, experts = len(self.model.moe_layers), self.config.moe.num_experts or 1
+        tables = rest.view(-1, layers, experts) if layers else rest.view(1, 0, experts)  # thresholds if any, loads
         return StepReport(
             losses=dict(zip(names, losses.tolist(), strict=True)),
             grad_norm=float(self.engine.get_global_grad_norm()),
-            thresholds_LN=thresholds_LN.float(),
-            load_LN=load_LN,
+            thresholds_LN=tables[0].float() if len(tables) == 2 else None,
+            load_LN=tables[-1],
         )
 
     def _stop_on_non_finite(self, report: StepReport) -> None:

@@ -17,7 +17,7 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.model.blocks import DiTBlock, FinalLayer, Mlp
 from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_table
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routing import GlobalPoolRouter, RoutingStats
+from diffmoe_dist.model.routing import RoutingStats, build_router
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
     if config.moe.router == "dense" or block % 2 == 0:
         return Mlp(width, hidden)
     assert config.moe.num_experts is not None
-    router = GlobalPoolRouter(width, config.moe, config.tokens_per_sample)
+    router = build_router(width, config.moe, config.tokens_per_sample)
     return MoELayer(router, Experts(config.moe.num_experts, width, hidden))
 
 
@@ -106,14 +106,13 @@ def initialize(model: DiT, seed: int) -> None:
 
     So a device that holds some of the experts fills them as a device that holds all of them would. The rules are the
     published ones: linear layers xavier-uniform with zero bias; label table and time MLP N(0, 0.02); the gate
-    N(0, 0.006); all adaLN output layers and the final layer zero, so that every block starts as the identity.
+    as its router says; all adaLN output layers and the final layer zero, so that every block starts as the identity.
     """
     for name, parameter in model.named_parameters():
         _initialize_parameter(model, name, parameter, seed)
+    for buffer in model.buffers():
+        buffer.zero_()
     model.pos_embed.copy_(position_table(model.pos_embed.shape[-1], model.grid_size))
-    for layer in model.moe_layers:
-        layer.router.threshold.zero_()
-        layer.router.threshold_updates.zero_()
 
 
 def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -> None:
@@ -139,7 +138,8 @@ def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -
                 _, fan_in, fan_out = parameter.shape
                 parameter[local].copy_(xavier_uniform(fan_in, fan_out, parameter[local].shape, expert))
     elif name.endswith(".gate_weight"):
-        parameter.copy_(normal(0.006))
+        router: Any = model.get_submodule(owner)
+        parameter.copy_(router.initial_gate(parameter.shape, generator()))
     elif name.startswith(("t_embedder.", "y_embedder.")):
         parameter.copy_(normal(0.02))
     else:  # nn.Linear, and the patch embedding as the linear map that it is

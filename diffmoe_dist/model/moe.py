@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffmoe_dist.model.routing import GlobalPoolRouter, Routing
+from diffmoe_dist.model.routing import Router, Routing
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _grouped_mlp(x_RD: Tensor, tokens_per_expert: Tensor, w1: Tensor, b1: Tensor
 class MoELayer(nn.Module):
     """A feed-forward layer whose experts each compute the tokens that the router gives them."""
 
-    def __init__(self, router: GlobalPoolRouter, experts: Experts) -> None:
+    def __init__(self, router: Router, experts: Experts) -> None:
         super().__init__()
         self.router = router
         self.experts = experts

@@ -10,6 +10,7 @@ G pools side by side on this device (1, or one per image), P tokens of one pool,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_dist.config import MoEConfig, expert_slots
-from diffmoe_dist.model.routing_losses import capacity_loss
+from diffmoe_dist.model.routing_losses import balance_loss, capacity_loss
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,95 @@ def keep(scores: Tensor, cutoff: Tensor, ties: Tensor) -> Tensor:
     return (scores > cutoff[..., None]) | (equal & (equal.cumsum(dim=-1) <= ties[..., None]))
 
 
-class GlobalPoolRouter(nn.Module):
+class Router(nn.Module):
+    """Decides about tokens (T, D). `pool` may be replaced by one that spans ranks, and the router never notices."""
+
+    pool: TokenPool
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        raise NotImplementedError
+
+    def initial_gate(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The gate's weights at the start: N(0, 0.006)."""
+        return torch.randn(shape, generator=generator) * 0.006
+
+    def update_threshold(self, proposal: Tensor) -> None:
+        """Take in the proposed thresholds of an optimizer step; for routers that propose some."""
+        raise NotImplementedError
+
+
+def build_router(hidden_size: int, config: MoEConfig, tokens_per_sample: int) -> Router:
+    """The router that the configuration names."""
+    if config.router == "token_choice":
+        return TokenChoiceRouter(hidden_size, config)
+    if config.router == "expert_choice":
+        return ExpertChoiceRouter(hidden_size, config, tokens_per_sample)
+    assert config.router == "global_pool", config.router
+    return GlobalPoolRouter(hidden_size, config, tokens_per_sample)
+
+
+class TokenChoiceRouter(Router):
+    """TC-DiT: every token takes its best experts (DiffMoE eq. 1-3, Alg. 2); the gate is the raw softmax value."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
+        super().__init__()
+        assert config.num_experts is not None and config.top_k is not None
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
+        self.pool = LocalPool()  # who shares the balance loss; nobody competes
+
+    def initial_gate(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Uniform within 1 / sqrt(D), as the published baseline."""
+        return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
+        # Sorting is stable: equal scores go to the lower expert, also where topk would leave it open.
+        best_TK = scores_TN.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        chosen_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, best_TK, True)
+        by_expert = best_TK.flatten().argsort(stable=True)
+        token_index, expert_index = by_expert // self.top_k, best_TK.flatten()[by_expert]
+        losses = {}
+        if self.training:
+            picks_N = self.pool.count(chosen_TN).sum(dim=0)
+            losses["balance"] = balance_loss(scores_TN, picks_N)
+        return Routing(
+            token_index=token_index,
+            expert_index=expert_index,
+            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
+            losses=losses,
+            stats=RoutingStats(chosen_TN.sum(dim=0), chosen_TN.sum() / len(x_TD)),
+            pool=Selection(chosen=chosen_TN.T, pool_ranks=1, slots_per_expert=None),
+        )
+
+
+class ExpertChoiceRouter(Router):
+    """EC-DiT: every expert takes its int(S / N * C) best tokens of each image (DiffMoE Sec. 2.1, Alg. 1)."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig, tokens_per_sample: int) -> None:
+        super().__init__()
+        assert config.num_experts is not None and config.capacity is not None
+        self.num_experts = config.num_experts
+        self.slots = expert_slots(tokens_per_sample, config.num_experts, config.capacity)
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
+        self.pool = LocalPool(tokens_per_sample)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
+        selection = self.pool.select(scores_TN.detach().nan_to_num(nan=-1.0), self.slots)
+        token_index, expert_index = assignments(selection)
+        return Routing(
+            token_index=token_index,
+            expert_index=expert_index,
+            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
+            losses={},
+            stats=RoutingStats(selection.chosen.sum(dim=1), selection.chosen.sum() / len(x_TD)),
+            pool=selection,
+        )
+
+
+class GlobalPoolRouter(Router):
     """DiffMoE: every expert takes its best tokens from one pool over the whole batch (Alg. 3).
 
     A capacity predictor learns which tokens each expert takes; at inference it decides how many each gets:
@@ -171,7 +260,7 @@ class GlobalPoolRouter(nn.Module):
         )
         self.register_buffer("threshold", torch.zeros(self.num_experts))
         self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
-        self.pool: TokenPool = LocalPool(tokens_per_sample if config.pool == "sample" else None)
+        self.pool = LocalPool(tokens_per_sample if config.pool == "sample" else None)
 
     def forward(self, x_TD: Tensor) -> Routing:
         # Alg. 3: the affinity of eq. 5 with a softmax over the experts.

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, pool_kind
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import ExpertInput, Experts
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
 from diffmoe_dist.parallel.pool import DistributedPool
 from diffmoe_dist.parallel.topology import Topology
-
-# Where DeepSpeed sees no accelerator it warns, unless told that the CPU is meant.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed  # noqa: E402
-from deepspeed.moe.layer import MoE  # noqa: E402
-from deepspeed.utils import groups, logger  # noqa: E402
 
 logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*is deprecated", category=FutureWarning)
@@ -57,8 +51,9 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
     Experts keep their names and hold this rank's share; the weights they hold are undefined afterwards.
     """
     for layer in model.moe_layers:
-        if config.moe.pool in ("global", "expert_parallel"):
-            group = topology.world_group if config.moe.pool == "global" else topology.expert_group
+        kind = pool_kind(config.moe)
+        if kind in ("global", "expert_parallel"):
+            group = topology.world_group if kind == "global" else topology.expert_group
             if dist.get_world_size(group) > 1:
                 layer.router.pool = DistributedPool(group, config.parallel.score_exchange)
         if topology.expert > 1:

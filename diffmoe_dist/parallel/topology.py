@@ -47,8 +47,9 @@ class Topology:
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:
-    """The device of this rank for the setting `device`: auto, cpu or cuda."""
+    """The device of this rank for the setting `device`: auto, cpu or cuda. To be asked before deepspeed is imported."""
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that is there, and warns where none is
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine has no usable CUDA device; use device=cpu or device=auto")

@@ -1,0 +1,88 @@
+"""Token choice against a loop written from the equations (DiffMoE eq. 1-3 and Alg. 2, and its code's balance loss)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmoe_dist.config import MoEConfig
+from diffmoe_dist.model.moe import Experts, MoELayer
+from diffmoe_dist.model.routing import TokenChoiceRouter
+from diffmoe_dist.model.routing_losses import balance_loss
+
+IMAGES, TOKENS, WIDTH, EXPERTS = 2, 6, 8, 4
+
+
+def make_layer(top_k: int) -> MoELayer:
+    config = MoEConfig("token_choice", EXPERTS, top_k=top_k, balance_loss_weight=0.01)
+    layer = MoELayer(TokenChoiceRouter(WIDTH, config), Experts(EXPERTS, WIDTH, 16)).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return layer
+
+
+def slow(layer: MoELayer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Token by token and expert by expert."""
+    experts, outputs, probabilities = layer.experts, [], []
+    picks = torch.zeros(EXPERTS)
+    for token in x.flatten(0, 1):
+        p = torch.softmax(layer.router.gate_weight @ token, dim=0)
+        probabilities.append(p)
+        total = torch.zeros_like(token)
+        for expert in sorted(range(EXPERTS), key=lambda e, p=p: (-p[e].item(), e))[:top_k]:
+            hidden = torch.nn.functional.gelu(token @ experts.w1[expert] + experts.b1[expert], approximate="tanh")
+            total = total + p[expert] * (hidden @ experts.w2[expert] + experts.b2[expert])
+            picks[expert] += 1
+        outputs.append(total)
+    loss = EXPERTS * sum(picks[e] / picks.sum() * torch.stack(probabilities)[:, e].mean() for e in range(EXPERTS))
+    return torch.stack(outputs).view_as(x), loss
+
+
+def fast(layer: MoELayer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    y, routing = layer(x)
+    return y, routing.losses["balance"]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
+def test_outputs_balance_loss_and_gradients_equal_a_loop_over_tokens_and_experts(top_k: int) -> None:
+    layer = make_layer(top_k)
+    x = torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    results = []
+    for forward in (fast, slow):
+        layer.zero_grad()
+        x = x.detach().requires_grad_()
+        y, loss = forward(layer, x, top_k)
+        (y.square().sum() + loss).backward()
+        results.append([y, loss, x.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # fp32 sums in another order
+
+
+def test_every_token_has_exactly_k_experts_and_equal_scores_go_to_the_lower_expert() -> None:
+    layer = make_layer(top_k=2)
+    with torch.no_grad():
+        layer.router.gate_weight.zero_()  # all scores equal
+    _, routing = layer(torch.ones(IMAGES, TOKENS, WIDTH))
+    assert routing.stats.tokens_per_expert.tolist() == [IMAGES * TOKENS, IMAGES * TOKENS, 0, 0]
+    assert float(routing.stats.capacity) == 2.0
+
+
+def test_assignments_are_ordered_by_expert_and_then_by_token() -> None:
+    _, routing = make_layer(top_k=2)(torch.randn(IMAGES, TOKENS, WIDTH))
+    pairs = list(zip(routing.expert_index.tolist(), routing.token_index.tolist(), strict=True))
+    assert pairs == sorted(pairs)
+
+
+def test_the_balance_loss_is_one_when_even_and_n_when_all_choose_one() -> None:
+    even = torch.full((4, 4), 0.25)
+    assert float(balance_loss(even, torch.ones(4))) == pytest.approx(1.0)
+    one = torch.eye(4)[torch.zeros(4, dtype=torch.long)]
+    assert float(balance_loss(one, torch.tensor([4.0, 0, 0, 0]))) == pytest.approx(4.0)
+
+
+def test_at_inference_there_is_no_loss() -> None:
+    _, routing = make_layer(1).eval()(torch.randn(IMAGES, TOKENS, WIDTH))
+    assert routing.losses == {}
