@@ -8,6 +8,7 @@ such settings default to None and `resolve` gives them their value where they me
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -168,11 +169,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"override '{override}': expected key=value, such as optim.lr=1e-4")
     try:
         from_file = OmegaConf.load(path)
+        from_command = OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not readable as YAML: {error}") from None
+        raise UserError(f"--config {path} {' '.join(overrides)}: not readable as YAML: {error}") from None
     if not isinstance(from_file, DictConfig):
         raise UserError(f"--config {path}: expected a mapping of settings at the top level")
-    return build_config(from_file, OmegaConf.from_dotlist(list(overrides)))
+    return build_config(from_file, from_command)
 
 
 def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
@@ -185,7 +187,11 @@ def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
         except OmegaConfBaseException as error:
             where = error.full_key or "config"
             raise UserError(f"{where}: {str(error).splitlines()[0]}; give a value of the right type") from None
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        where = error.full_key or "config"
+        raise UserError(f"{where}: {str(error).splitlines()[0]}; give the value itself") from None
     assert isinstance(config, Config)
     _resolve_model(config.model)
     _resolve_moe(config.moe)
@@ -200,8 +206,11 @@ def save_config(config: Config, path: Path) -> None:
 
 def model_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which tensors a model has and what they mean, as flat `section.key` -> value."""
-    moe = {name: getattr(config.moe, name) for name in ("router", "num_experts")}
-    sections = {"model": {k: v for k, v in vars(config.model).items() if k != "size"}, "moe": moe}
+    sections = {
+        "model": {name: value for name, value in vars(config.model).items() if name != "size"},
+        "moe": {name: getattr(config.moe, name) for name in ("router", "num_experts")},
+        "objective": vars(config.objective),
+    }
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
@@ -303,7 +312,12 @@ def _check(config: Config) -> None:
             _require(getattr(config, section), section, name, lambda value: value >= 1, "at least 1")
     for name in ("clip_grad_norm", "weight_decay"):
         _require(config.optim, "optim", name, lambda value: value >= 0, "0 (off) or more")
-    _require(config.optim, "optim", "lr", lambda value: value > 0, "above 0")
+    for section, names in {"optim": ("lr", "eps"), "model": ("mlp_ratio",), "objective": ("time_scale",)}.items():
+        for name in names:
+            _require(getattr(config, section), section, name, lambda value: 0 < value < math.inf, "above 0 and finite")
+    _require(
+        config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"
+    )
     _require(config.data, "data", "workers", lambda value: value >= 0, "0 or more")
     _require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
     _require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
@@ -335,10 +349,24 @@ def _check(config: Config) -> None:
         )
     if parallel.tensor != 1:
         raise UserError(f"parallel.tensor={parallel.tensor}: tensor parallelism is not available yet; use 1")
+    if moe.pool not in ("global", "expert_parallel") and parallel.score_exchange != "all_to_all":
+        what = f"moe.router={moe.router}" if moe.pool is None else f"moe.pool={moe.pool}"
+        raise UserError(
+            f"parallel.score_exchange={parallel.score_exchange} has no effect with {what}, which exchanges no scores; "
+            "remove it"
+        )
     if moe.router == "dense":
         if parallel.expert != 1:
             raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
         return
+    if model.depth < 2:  # type: ignore[operator]
+        raise UserError(f"model.depth={model.depth}: experts are in every second block, there is none; use 2 or more")
+    for name, width in (("hidden_size", model.hidden_size), ("mlp_ratio", int(model.hidden_size * model.mlp_ratio))):  # type: ignore[operator]
+        if width % 8:  # type: ignore[operator]
+            raise UserError(
+                f"model.{name}={getattr(model, name)} makes experts {width} wide; grouped matrix products need a "
+                "multiple of 8"
+            )
     assert moe.num_experts is not None
     if moe.num_experts % parallel.expert:
         raise UserError(
@@ -350,12 +378,6 @@ def _check(config: Config) -> None:
         raise UserError(
             f"moe.capacity={moe.capacity} is more than moe.num_experts={moe.num_experts}: "
             "a token cannot visit an expert twice; lower it"
-        )
-    if config.moe.pool not in ("global", "expert_parallel") and config.parallel.score_exchange != "all_to_all":
-        what = f"moe.router={moe.router}" if moe.pool is None else f"moe.pool={moe.pool}"
-        raise UserError(
-            f"parallel.score_exchange={config.parallel.score_exchange} has no effect with {what}, which exchanges no "
-            "scores; remove it"
         )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
-
-from diffmoe_dist.launch import detect_launch
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -30,16 +29,32 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's main function and end the process the way the contract promises.
 
-    A `UserError` becomes one line on standard error and exit code 2, without a traceback; anything else is a
-    fault and keeps its traceback and Python's exit code 1. Of the processes of a node only the first speaks.
+    A `UserError` becomes one line on standard error and exit code 2, without a traceback, of which only the first
+    process of a node speaks; anything else is a fault, with its traceback and exit code 1 (130 for Ctrl-C).
     """
     try:
         main()
+    except SystemExit:  # --help
+        raise
+    except KeyboardInterrupt:
+        _exit(130)
     except UserError as error:
-        if detect_launch().local_rank == 0:
+        if _is_first_of_node():
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         _exit(USER_ERROR_EXIT_CODE)
+    except BaseException:
+        traceback.print_exc()
+        _exit(1)
     _exit(0)
+
+
+def _is_first_of_node() -> bool:
+    from diffmoe_dist.launch import detect_launch  # which has mistakes of its own to tell
+
+    try:
+        return detect_launch().local_rank == 0
+    except UserError:
+        return True
 
 
 def _exit(code: int) -> NoReturn:

@@ -6,18 +6,33 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from diffmoe_dist.errors import UserError
+
 
 @dataclass(frozen=True)
 class Launch:
     rank: int
     world_size: int
     local_rank: int
-    kind: Literal["environment", "mpi", "single"]
+    kind: Literal["environment", "mpi", "slurm", "single"]
     local_world_size: int = 1  # ranks on this node
 
 
 def detect_launch() -> Launch:
-    """torchrun and the `deepspeed` launcher set RANK, WORLD_SIZE, LOCAL_RANK; mpirun sets its own; else one process."""
+    """torchrun and the `deepspeed` launcher set RANK and WORLD_SIZE; mpirun and srun have their own; else one process.
+
+    Raises:
+        UserError: a launcher's variable is not a number.
+    """
+    try:
+        return _detect()
+    except ValueError as error:
+        raise UserError(
+            f"a launcher's variable (RANK, WORLD_SIZE, ...) is damaged: {error}; unset or repair it"
+        ) from None
+
+
+def _detect() -> Launch:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return Launch(
@@ -35,7 +50,17 @@ def detect_launch() -> Launch:
             "mpi",
             int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
         )
-    if "PMI_SIZE" in env:  # MPICH and its descendants
-        local_rank, local_size = env.get("MPI_LOCALRANKID", "0"), env.get("MPI_LOCALNRANKS", "1")
-        return Launch(int(env["PMI_RANK"]), int(env["PMI_SIZE"]), int(local_rank), "mpi", int(local_size))
+    if "MPI_LOCALRANKID" in env:  # MPICH and its descendants
+        return Launch(
+            int(env["PMI_RANK"]),
+            int(env["PMI_SIZE"]),
+            int(env["MPI_LOCALRANKID"]),
+            "mpi",
+            int(env["MPI_LOCALNRANKS"]),
+        )
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        local_size = int(env["SLURM_STEP_TASKS_PER_NODE"].split(",")[0].split("(")[0])
+        return Launch(
+            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), "slurm", local_size
+        )
     return Launch(0, 1, 0, "single")

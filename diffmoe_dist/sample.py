@@ -52,7 +52,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
     )
     settings.check()
-    device = choose_device(arguments.device, detect_launch().local_rank)
+    device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)
     sample_to_folder(settings, arguments.out, device, launch.rank, launch.world_size)
     stop_process_group()

@@ -27,22 +27,25 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    check_world(config, detect_launch().world_size)
+    launch = detect_launch()
+    check_world(config, launch.world_size)
 
     # torch and deepspeed take seconds to import; a mistake in the settings is told before.
-    from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
+    from diffmoe_dist.parallel.topology import choose_device, from_first_rank, start_process_group, stop_process_group
 
-    device = choose_device(config.device, detect_launch().local_rank)
+    device = choose_device(config.device, launch)
 
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+    from diffmoe_dist.engine.build import build_trainer, find_start, open_data, prepare_run_dir
     from diffmoe_dist.evaluation.generate import check_pixels, training_grid
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     index = open_data(config)
     if config.sample.every:
         check_pixels(config)
-    start = find_start(config, index, detect_launch().world_size)
+    prepare_run_dir(config)
+    start = find_start(config, index, launch.world_size)
     launch = start_process_group(device)
+    start = from_first_rank(start)
     topology = create_topology(launch, device, config.parallel.expert)
     draw_samples = partial(training_grid, config=config, rank=launch.rank, world_size=launch.world_size)
     trainer = build_trainer(config, topology, index, start, draw_samples)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # the tests run on the CPU, also where there is a GPU
 
 
 @pytest.fixture(scope="session")

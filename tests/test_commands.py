@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,8 @@ def test_training_runs_and_ends_cleanly_under(launcher: str, runs: Path, digits:
     command = [part.replace("PORT", free_port()) for part in LAUNCHERS[launcher]]
     ended = run(
         *command, "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
-        f"run_dir={runs / launcher}", f"train.steps={STEPS}", "log.every=1", "sample.every=3", "sample.num=4",
-        "sample.steps=2", f"parallel.expert={1 if launcher == 'python' else 2}",
+        f"run_dir={runs / launcher}", f"train.steps={STEPS}", "device=cpu", "log.every=1", "sample.every=3",
+        "sample.num=4", "sample.steps=2", f"parallel.expert={1 if launcher == 'python' else 2}",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     losses = [json.loads(line)["loss"] for line in (runs / launcher / "metrics.jsonl").read_text().splitlines()]
@@ -77,8 +78,46 @@ def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
     assert Image.open(run_dir / f"samples/step-{STEPS:08d}.png").size[0] > 64
 
 
+def test_a_killed_run_joins_its_curve_again(tmp_path: Path, digits: Path) -> None:
+    command = [
+        sys.executable, "-m", "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml",
+        f"data.shards={digits}", f"run_dir={tmp_path}", "device=cpu", "train.steps=20", "checkpoint.every=6",
+        "log.every=1",
+    ]  # fmt: skip
+    log = tmp_path / "metrics.jsonl"
+    killed = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
+    while killed.poll() is None and (not log.exists() or log.read_text().count("\n") < 9):
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert killed.returncode == -9, "it was killed after its first checkpoint and before its last step"
+    with log.open("a") as file:
+        file.write('{"step": 19, "loss"')  # and in the middle of a line
+    (tmp_path / "checkpoints/.unfinished-step-00000012").mkdir(exist_ok=True)
+    ended = run(*command)
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    golden = json.loads((ROOT / "tests/golden/global_pool.json").read_text())[:20]
+    assert [line["loss"] for line in lines] == pytest.approx(golden, abs=1e-3)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
 def test_sampling_gives_the_same_images_on_one_process_and_on_two(runs: Path, tmp_path: Path) -> None:
-    arguments = ("--checkpoint", runs / "python", "--num", "7", "--steps", "3", "--batch-size", "2", "--cfg-scale", "2")
+    arguments = (
+        "--checkpoint",
+        runs / "python",
+        "--num",
+        "7",
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--cfg-scale",
+        "2",
+        "--device",
+        "cpu",
+    )
     one, two = tmp_path / "one", tmp_path / "two"
     torchrun = ("torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "--")
     for command, out in (((sys.executable, "-m"), one), (torchrun, two)):
@@ -112,12 +151,18 @@ BAD = {
     "other images": ((*TRAIN, "model.input_size=16"), "model.input_size=16, but data.shards"),
     "no CUDA": ((*TRAIN, "device=cuda"), "device=cuda, but this machine has no usable CUDA device"),
     "other checkpoint": ((*TRAIN, "run_dir=RUNS/python", "model.depth=2"), "is of another model with model.depth=4"),
+    "one block": ((*TRAIN, "model.depth=1"), "model.depth=1: experts are in every second block"),
+    "run_dir is a file": ((*TRAIN, "run_dir=README.md"), "run_dir=README.md: cannot be written"),
+    "out is a file": (
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "README.md", "--num", "1"),
+        "--out README.md: cannot be written",
+    ),
     "no checkpoint": (
-        ("diffmoe_dist.sample", "--checkpoint", "/nowhere", "--out", "o", "--num", "1"),
+        ("diffmoe_dist.sample", "--checkpoint", "/nowhere", "--out", "RUNS/out", "--num", "1"),
         "no complete checkpoint there",
     ),
     "no images": (
-        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "o", "--num", "0"),
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "0"),
         "--num 0: choose at least 1",
     ),
     "no run": (("diffmoe_dist.report", "--run", "/nowhere"), "--run /nowhere"),

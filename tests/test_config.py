@@ -47,8 +47,8 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
     assert [getattr(config({"model": {"size": "XL"}}).model, k) for k in ("depth", "hidden_size", "num_heads")] == [
         28, 1152, 16,
     ]  # fmt: skip
-    free = config({"model": {"size": None, "depth": 3, "hidden_size": 12, "num_heads": 3}})
-    assert (free.model.depth, free.model.hidden_size, free.model.num_heads) == (3, 12, 3)
+    free = config({"model": {"size": None, "depth": 3, "hidden_size": 24, "num_heads": 3}})
+    assert (free.model.depth, free.model.hidden_size, free.model.num_heads) == (3, 24, 3)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,22 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"seed": -1}, r"seed=-1 is out of range"),
         ({"train": {"steps": 0}}, r"train\.steps=0 must be at least 1"),
         ({"optim": {"lr": 0.0}}, r"optim\.lr=0\.0 must be above 0"),
+        ({"optim": {"lr": float("inf")}}, r"optim\.lr=inf must be above 0 and finite"),
+        ({"optim": {"betas": [2.0, 0.9]}}, r"optim\.betas=\(2\.0, 0\.9\) must be two numbers in"),
+        ({"objective": {"time_scale": 0.0}}, r"objective\.time_scale=0\.0 must be above 0"),
+        ({"run_dir": "${nope}"}, r"run_dir: .*nope"),
+        ({"model": {"size": None, "depth": 1, "hidden_size": 32, "num_heads": 2}}, r"model\.depth=1: experts are in"),
+        ({"model": {"size": None, "depth": 2, "hidden_size": 36, "num_heads": 3}}, r"hidden_size=36 makes experts 36"),
+        ({"model": {"mlp_ratio": 1.01}}, r"mlp_ratio=1\.01 makes experts 387 wide"),
+        (
+            {"moe": {"top_k": 2}},
+            r"moe\.top_k=2 has no effect with moe\.router=global_pool, which knows",
+        ),
+        ({"moe": {"router": "token_choice", "top_k": 9}}, r"moe\.top_k=9 is more than moe\.num_experts=8"),
+        (
+            {"moe": {"router": "expert_choice", "pool": "global"}},
+            r"moe\.pool=global has no effect with moe\.router",
+        ),
         ({"ema": {"decay": 1.0}}, r"ema\.decay=1\.0 must be in \[0, 1\)"),
         ({"model": {"size": "S", "depth": 13}}, r"model\.depth=13 contradicts model\.size=S"),
         ({"model": {"size": None}}, r"model\.depth is not set"),

@@ -149,13 +149,14 @@ class TrainingLoader:
         images_seen: int,
         flip: bool,
         num_workers: int,
+        pin_memory: bool = False,
     ) -> None:
         loader = DataLoader(
             TrainingDataset(index, seed, flip),
             batch_size=None,  # an item is a micro-batch already
             sampler=MicroBatchSampler(images_seen, global_batch_size, micro_batch_size, rank, world_size),
             num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             worker_init_fn=_leave_signals_to_the_rank,
             generator=torch.Generator(),  # else starting the workers would draw from torch's global generator
         )
@@ -175,7 +176,5 @@ class TrainingLoader:
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    # Ctrl-C and a scheduler's warning reach every process of a job. The rank still has a checkpoint to write then,
-    # and a worker's death would raise in the middle of it.
+    # Ctrl-C reaches every process of a job; the rank ends its workers, without a traceback from each of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)

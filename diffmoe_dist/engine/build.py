@@ -21,7 +21,7 @@ from diffmoe_dist.engine.checkpoint import (
     load_fragments,
     read_progress,
 )
-from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, set_up_logging
+from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import DrawSamples, Trainer
 from diffmoe_dist.errors import UserError
@@ -49,6 +49,18 @@ def open_data(config: Config) -> ShardIndex:
                 f"model.{name}={setting}, but data.shards={config.data.shards} has {found}; set it to {found}"
             )
     return index
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Make the run folder, before anything is computed for it.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        make_writable(Path(str(config.run_dir)))
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir}: cannot be written ({error.strerror}); choose another") from None
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ def build_trainer(
         images_seen=progress.images_seen,
         flip=config.data.flip,
         num_workers=config.data.workers,
+        pin_memory=topology.device.type == "cuda",
     )
     return Trainer(
         config=config,

@@ -79,19 +79,21 @@ def save_checkpoint(
     final = folder / f"step-{progress.step:08d}"
     unfinished = folder / f".unfinished-{final.name}"
     if is_first_rank:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for remains in (*folder.glob(".unfinished-*"), *folder.glob(".removing-*")):  # of a run that was killed
+            shutil.rmtree(remains)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    dcp.save({}, storage_writer=dcp.FileSystemWriter(unfinished), planner=_SaveFragments(fragments))
+    dcp.save({}, storage_writer=_Writer(unfinished), planner=_SaveFragments(fragments))
     if is_first_rank:
+        _check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
         _write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
-        if final.exists():  # this very step was saved before; the run was resumed from it
-            shutil.rmtree(final)
+        if final.exists():  # torn by hand or by a file system, else the run would have started from it
+            _remove(final)
         unfinished.rename(final)
         _flush_directory(folder)
         for old in complete_checkpoints(folder)[: -config.checkpoint.keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
 
 
@@ -135,7 +137,7 @@ def check_same_model(checkpoint: Path, config: Config) -> None:
 
 
 def check_same_run(checkpoint: Path, saved: Progress, now: Progress, allow_pool_change: bool) -> None:
-    """Refuse a resume that would leave the loss curve: another seed, other data, another token pool."""
+    """Refuse a resume with another seed, other data or another token pool: it would be another run."""
     if saved.seed != now.seed:
         raise UserError(
             f"seed={now.seed}, but {checkpoint} was trained with seed={saved.seed}; use that or another run_dir"
@@ -170,6 +172,10 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
             cause = failure[0]
             if isinstance(cause, UserError):
                 raise cause from None
+            if isinstance(cause, pickle.UnpicklingError):
+                raise UserError(
+                    f"checkpoint {checkpoint}: .metadata is no checkpoint's ({cause}); do not use this folder"
+                ) from None
             reason = f"{type(cause).__name__}: {cause}"
             raise UserError(f"checkpoint {checkpoint} is damaged ({reason}); remove that folder") from None
         raise
@@ -279,6 +285,28 @@ def _check_coverage(metadata: Metadata) -> None:
             raise RuntimeError(f"{name}: elements {end} to {stored.size[0]} are owned by no rank")
 
 
+def _check_files(unfinished: Path) -> None:
+    """Every rank's file is here in its full length; ranks with a folder of their own would each have a part."""
+    for info in _SafeReader(unfinished).read_metadata().storage_data.values():
+        file = unfinished / info.relative_path
+        if not file.is_file() or file.stat().st_size < info.offset + info.length:
+            raise RuntimeError(
+                f"{file} was written by no rank that shares this folder: run_dir must be on a shared disk"
+            )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take a checkpoint out of sight in one step, then delete it: a kill in between leaves none that looks whole."""
+    hidden = checkpoint.with_name(f".removing-{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+class _Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch would put the path of this machine into the checkpoint
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """torch stores a checkpoint's metadata as a pickle; this reads its own data classes and nothing else."""
 
@@ -291,7 +319,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "strided"},
         "torch.serialization": {"_get_layout"},
         "collections": {"OrderedDict"},
-        "pathlib": {"PosixPath", "PurePosixPath"},
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +79,19 @@ class NullRunLog:
     def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder and prove that files can be written there. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged steps of a metrics.jsonl, without a line that a kill has torn."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
 def set_up_logging(run_dir: Path, rank: int) -> None:

@@ -68,14 +68,10 @@ class ShardedState:
                 data = flats[mapping.param_group_index].narrow(0, there.start, there.numel)
                 yield Fragment(f"{kind}.{name}", offset + here.start, total, data)
 
-    @property
-    def optimizer_steps(self) -> int:
-        return int(self.adamw.state[self.adamw.param_groups[0]["params"][0]]["step"])
-
-    def after_load(self, optimizer_steps: int) -> None:
-        """Bring the optimizer's step and the model's own weights in line with partitions just written."""
+    def after_load(self, step: int) -> None:
+        """Bring AdamW's step count and the model's own weights in line with partitions just written."""
         for group in self.adamw.param_groups:
-            self.adamw.state[group["params"][0]]["step"].fill_(optimizer_steps)
+            self.adamw.state[group["params"][0]]["step"].fill_(step)
         self.zero.update_lp_params()
 
 

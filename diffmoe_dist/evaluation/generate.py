@@ -26,9 +26,10 @@ from diffmoe_dist.data.randomness import Stream, sample_generator
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_ema_model
+from diffmoe_dist.engine.metrics import make_writable
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
-from diffmoe_dist.parallel.topology import all_gather
+from diffmoe_dist.parallel.topology import all_gather, from_first_rank
 
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
@@ -155,7 +156,11 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     Raises:
         UserError: there is no such checkpoint, or its model draws latents.
     """
-    checkpoint = find_checkpoint(settings.checkpoint)
+    try:
+        make_writable(Path(out))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+    checkpoint = from_first_rank(find_checkpoint(settings.checkpoint))
     model, config = read_ema_model(checkpoint, device)
     check_pixels(config)
     labels = balanced_labels(settings.num, config.model.num_classes)
@@ -194,7 +199,6 @@ def _gather(mine: dict, rank: int, ranks: int) -> dict | None:
 
 
 def _write_samples(out: Path, images_NHWC: np.ndarray, labels: list[int], columns: int, record: dict) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", arr_0=images_NHWC, arr_1=np.asarray(labels, dtype=np.int64))
     shown = images_NHWC[: 10 * columns]
     Image.fromarray(image_grid(shown, columns).squeeze()).save(out / "grid.png")

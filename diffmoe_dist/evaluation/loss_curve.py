@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
 
+from diffmoe_dist.engine.metrics import read_metrics
 from diffmoe_dist.errors import UserError
 
 matplotlib.use("Agg")
@@ -20,8 +20,7 @@ def draw_loss_curve(run_dir: Path) -> Path:
     Raises:
         UserError: the run has logged nothing.
     """
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_metrics(run_dir / "metrics.jsonl")
     if not lines:
         raise UserError(
             f"--run {run_dir}: it has no metrics.jsonl with a logged step; give the folder of a training run"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,20 +48,23 @@ class Topology:
         return values / self.world_size
 
 
-def choose_device(setting: str, local_rank: int) -> torch.device:
+def choose_device(setting: str, launch: Launch) -> torch.device:
     """The device of this rank for the setting `device`: auto, cpu or cuda. To be asked before deepspeed is imported."""
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that is there, and warns where none is
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine has no usable CUDA device; use device=cpu or device=auto")
-    if local_rank >= torch.cuda.device_count():
+    devices = torch.cuda.device_count()
+    if max(launch.local_world_size, launch.local_rank + 1) > devices:
         raise UserError(
-            f"device={setting}: local rank {local_rank} has no CUDA device of its own, there are "
-            f"{torch.cuda.device_count()}; launch at most that many ranks on this node"
+            f"device={setting}: {launch.local_world_size} ranks on a node with {devices} CUDA devices; "
+            "launch at most that many, or use device=cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(launch.local_rank)
+    # The patch embedding is a convolution, the one operation that would use TF32 unasked.
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", launch.local_rank)
 
 
 def start_process_group(device: torch.device) -> Launch:
@@ -67,7 +72,7 @@ def start_process_group(device: torch.device) -> Launch:
     launch = detect_launch()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Threads of two ranks on one core spin against each other.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_world_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.kind == "single":
         _publish(launch)
@@ -75,6 +80,8 @@ def start_process_group(device: torch.device) -> Launch:
         return launch
     if launch.kind == "mpi":
         launch = _meet_over_mpi()
+    elif launch.kind == "slurm":
+        _meet_under_slurm(launch)
     dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return launch
 
@@ -97,10 +104,9 @@ def _meet_over_mpi() -> Launch:
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     local_rank, local_size = node.Get_rank(), node.Get_size()
-    one_node = len(set(world.allgather(socket.gethostname()))) == 1
     address = None
     if world.Get_rank() == 0:
-        host = "127.0.0.1" if one_node else socket.gethostname()
+        host = "127.0.0.1" if local_size == world.Get_size() else socket.gethostname()
         with socket.socket() as probe:
             probe.bind(("", 0))
             address = (host, probe.getsockname()[1])
@@ -111,6 +117,25 @@ def _meet_over_mpi() -> Launch:
     launch = Launch(rank, size, local_rank, "mpi", local_size)
     _publish(launch)
     return launch
+
+
+def _meet_under_slurm(launch: Launch) -> None:
+    """srun tells ranks but no address: the first node of the step, and a port that follows from the job."""
+    env = os.environ
+    if "MASTER_ADDR" not in env:
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
+        )
+        env["MASTER_ADDR"] = nodes.stdout.split()[0]
+    env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+    _publish(launch)
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on every rank: what each would find by itself may differ on a shared disk; collective."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _publish(launch: Launch) -> None:

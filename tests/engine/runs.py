@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.engine.checkpoint import load_fragments
+from diffmoe_dist.engine.sharded_state import Fragment, buffers
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.dit import DiT, initialize
 
 TINY = {
     "model": {
@@ -57,3 +60,19 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def curve(run_dir: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in metrics(run_dir)]
+
+
+def whole_state(run_dir: Path, digits: Path, kind: str, step: int) -> dict[str, torch.Tensor]:
+    """One kind of state of a checkpoint, by parameter, and the buffers."""
+    model = empty_model(run_dir, digits)
+    tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted = [Fragment(f"{kind}.{name}", 0, value.numel(), value.view(-1)) for name, value in tensors.items()]
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+    load_fragments(checkpoint, [*wanted, *buffers(model)])
+    return {**tensors, **{fragment.name: fragment.data.clone() for fragment in buffers(model)}}
+
+
+def empty_model(run_dir: Path, digits: Path) -> DiT:
+    model = DiT(tiny_config(run_dir, digits))
+    initialize(model, 0)
+    return model
