@@ -375,7 +375,7 @@ def test_the_router_decides_in_fp32_for_a_bf16_token() -> None:
 
 
 def test_a_pool_too_small_for_one_slot_gives_no_expert_a_token_at_inference() -> None:
-    config = MoEConfig("global_pool", 8, 1.0, "sample", "static", 1.0, 0.95)
+    config = MoEConfig("global_pool", 8, capacity=1.0, pool="sample", inference="static", threshold_decay=0.95)
     layer = MoELayer(GlobalPoolRouter(16, config, tokens_per_sample=6), Experts(8, 16, 32)).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
