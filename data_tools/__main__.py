@@ -1,73 +1,319 @@
-"""Command line of the shard tool: `python -m data_tools pack SOURCE OUT`."""
+"""Command line of the shard tool: `python -m data_tools COMMAND ...`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args
 
 from tqdm import tqdm
 
-from data_tools.digits import DigitsSource
-from data_tools.pack import Source, pack
+from data_tools.adopt import adopt
+from data_tools.folder import PackedFolder
+from data_tools.images import ImageRules
+from data_tools.pack import PackSettings, pack
+from data_tools.parallel import Workers, make_workers
+from data_tools.plan import make_plan
+from data_tools.source import Source
+from data_tools.sources import FORMATS, SourceOptions, open_source
+from data_tools.stats import count, describe, picture
+from data_tools.table import Columns
+from data_tools.verify import verify
+from diffmoe_dist.data.format import QUARANTINE_NAME
+from diffmoe_dist.data.images import Crop
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import CommandParser, UserError, run_command
 
 _SECONDS_BETWEEN_LINES = 5.0
+_THUMBNAIL = 96  # pixels
 
-_PACK_HELP = """\
-Pack labelled images into WebDataset shards for training.
+_SOURCES_HELP = """\
+SOURCE is the data to read; --source-format names its kind where the name does not tell:
+  digits        scikit-learn's 1,797 handwritten digits, 8x8, gray; nothing is downloaded
+  image-folder  a folder with a subfolder of images for each class, or of images alone
+  ilsvrc-train  ILSVRC2012_img_train.tar, read in place
+  ilsvrc-val    ILSVRC2012_img_val.tar, with --devkit
+  coco          captions_*.json, with --images where the images lie elsewhere than COCO puts them
+  pairs         a folder with NAME.txt beside each image
+  table         .csv, .tsv, .jsonl or .parquet: paths with captions or labels
+  hf-parquet    Hugging Face Parquet files with the images inside
+  webdataset    tars of any origin, as img2dataset writes them
+  idx           *-images-idx3-ubyte[.gz] of MNIST and Fashion-MNIST, with the labels' file beside it"""
 
-SOURCE is the data to pack:
-  digits   scikit-learn's 1,797 handwritten digits, 8x8, gray; nothing is downloaded
+_PACK_HELP = f"""\
+Pack images, with labels or captions, into WebDataset shards for training.
+
+{_SOURCES_HELP}
 
 OUT becomes a folder that the trainer takes as data.shards:
-  SOURCE-000000.tar ...   plain WebDataset tars: KEY.png and KEY.cls side by side
-  offsets.npy             where each payload lies, its size and its CRC-32
+  SOURCE-000000.tar ...   plain WebDataset tars: KEY.jpg, KEY.cls, KEY.txt, KEY.json side by side
+  offsets.npy, keys.npy   where each payload lies, its size and its CRC-32; the key of each sample
+  quarantine.jsonl        the items that were left out, with the reason
   index.json              counts, classes, image size, SHA-256 sums; written last
 
-All samples are permuted before they are cut into shards, because a loader that reads
-a window of shards cannot undo an order by class. The same arguments give the same
-bytes, so an interrupted command is simply run again."""
+Every image is decoded completely. Its file is stored as it is, unless it is resized or turned: then without loss.
+All items are permuted before they are cut into shards, because a loader that reads a window of shards cannot undo an
+order by class. The same arguments give the same bytes for any number of workers; an interrupted command is simply run
+again and goes on with the shards that are missing or damaged."""
 
 _PACK_EXAMPLE = """\
+examples:
+  python -m data_tools pack digits shards/digits
+  python -m data_tools pack ILSVRC2012_img_train.tar shards/imagenet256 --crop adm --size 256 --workers 16
+  mpirun -n 64 python -m mpi4py -m data_tools pack annotations/captions_train2017.json shards/coco
+  python -m diffmoe_dist.train --config FILE data.shards=shards/digits"""
+
+
+_LATENTS_HELP = (
+    "run an autoencoder over the images of a folder",
+    """\
+Encode every image, and its mirror image, with a diffusers AutoencoderKL in fp32.
+
+OUT becomes a side folder of BASE that the trainer takes as data.latents: in fp16, unscaled, the mean and the log
+variance of each latent; training draws from them anew in every epoch. It has the samples of BASE in the same order.
+The index records the autoencoder's fingerprint, scale and shift, the crop and the size. An interrupted command is
+simply run again. On GPUs: one MPI rank for each, and one more that hands out the work.""",
+    """\
+examples:
+  python -m data_tools encode-latents shards/imagenet shards/imagenet-latents --vae models/sd-vae-ft-ema --size 256
+  mpirun -n 9 python -m mpi4py -m data_tools encode-latents BASE OUT --vae DIR --device cuda
+  python -m diffmoe_dist.train --config FILE data.shards=BASE data.latents=OUT""",
+)
+
+_TEXT_HELP = (
+    "run a text encoder over the captions of a folder",
+    """\
+Encode all captions of every image with a CLIP or T5 text encoder from transformers, in fp32.
+
+OUT becomes a side folder of BASE: in fp16 the encoder's last layer for the tokens of each caption, without padding, the
+pooled vector where the encoder has one, and once the empty caption. An interrupted command is simply run again.""",
+    """\
 example:
-  python -m data_tools pack digits data/digits
-  python -m diffmoe_dist.train --config FILE data.shards=data/digits"""
+  python -m data_tools encode-text shards/coco shards/coco-t5 --encoder models/t5-v1_1-xxl --device cuda""",
+)
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m data_tools", description="Prepare data for training.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    pack_parser = commands.add_parser(
-        "pack",
-        help="pack labelled images into WebDataset shards",
-        description=_PACK_HELP,
-        epilog=_PACK_EXAMPLE,
-    )
-    pack_parser.add_argument("source", metavar="SOURCE", help="the data to pack: digits")
-    pack_parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same pack")
-    pack_parser.add_argument(
-        "--samples-per-shard", type=int, default=512, metavar="N", help="samples in a tar (default: %(default)s)"
-    )
-    pack_parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the permutation (default: %(default)s)"
-    )
+    add = _command(commands, "plan", _plan, "what a pack would be: counts, classes, sizes, time; writes nothing")
+    add("source", metavar="SOURCE", help="the data to read; see pack --help")
+    _add_pack_options(add)
+    _add_max_bad(add)
+    add = _command(commands, "pack", _pack, "pack images into WebDataset shards", _PACK_HELP, _PACK_EXAMPLE)
+    add("source", metavar="SOURCE", help="the data to pack")
+    add("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same pack")
+    _add_pack_options(add)
+    _add_max_bad(add)
+    add = _command(commands, "index", _index, "give foreign WebDataset tars an index; they stay as they are")
+    add("folder", metavar="FOLDER", type=Path, help="a folder of uncompressed .tar files; the index is written there")
+    _add_max_bad(add)
+    add = _command(commands, "verify", _verify, "check a folder of shards against its index")
+    add("folder", metavar="FOLDER", type=Path, help="a folder with an index")
+    add("--quick", dest="full", action="store_false", help="sizes, and two samples of each shard")
+    add("--full", dest="full", action="store_true", default=True, help="every byte and every image (the default)")
+    add = _command(commands, "stats", _stats, "counts, classes, sizes and captions of a folder of shards")
+    add("folder", metavar="FOLDER", type=Path, help="a folder with an index")
+    add("--picture", metavar="FILE", type=Path, help="also draw 64 random samples into this PNG")
+    add = _command(commands, "encode-latents", _encode_latents, *_LATENTS_HELP)
+    add("base", metavar="BASE", type=Path, help="the folder with the images")
+    add("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same latents")
+    add("--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers AutoencoderKL")
+    add("--size", type=int, metavar="PIXELS", help="side of the square that is encoded (default: the images')")
+    add("--crop", choices=("adm", "center"), default="adm", help="of images of another size (default: %(default)s)")
+    add("--no-flip", dest="flip", action="store_false", help="leave out the mirror images; halves the folder")
+    _add_encoder_options(add, batch_size=16)
+    _add_max_bad(add)
+    add = _command(commands, "encode-text", _encode_text, *_TEXT_HELP)
+    add("base", metavar="BASE", type=Path, help="the folder with the captions")
+    add("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same captions")
+    add("--encoder", type=Path, required=True, metavar="DIR", help="local folder of a CLIP or T5 text encoder")
+    add("--tokenizer", type=Path, metavar="DIR", help="local folder of its tokenizer (default: the encoder's)")
+    add("--max-length", type=int, metavar="N", help="tokens of a caption at most (default: CLIP 77, T5 120)")
+    _add_encoder_options(add, batch_size=32)
     return parser
 
 
-def _open_source(name: str) -> Source:
-    if name == "digits":
-        return DigitsSource()
-    raise UserError(f"SOURCE={name}: not a source; use digits")
+def _add_encoder_options(add: Callable[..., Any], batch_size: int) -> None:
+    add("--batch-size", type=int, default=batch_size, metavar="N", help="encoded together (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode (default: %(default)s)")
+
+
+def _command(
+    commands: Any, name: str, run: Callable[..., None], summary: str, description: str = "", epilog: str = ""
+) -> Callable[..., Any]:
+    """Add a command; returns the function that adds its arguments."""
+    parser = commands.add_parser(name, help=summary, description=description or summary, epilog=epilog)
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes, without MPI (default: %(default)s)"
+    )
+    return parser.add_argument  # type: ignore[no-any-return]
+
+
+def _add_pack_options(add: Callable[..., Any]) -> None:
+    add("--source-format", choices=FORMATS, metavar="NAME", help=f"one of {', '.join(FORMATS)} (default: by the name)")
+    add("--images", type=Path, metavar="DIR", help="coco, table: where the images lie")
+    add("--devkit", type=Path, metavar="PATH", help="ilsvrc-val: ILSVRC2012_devkit_t12, the folder or its .tar.gz")
+    add("--split", metavar="NAME", help="hf-parquet: which files of a folder, such as train")
+    for column in ("image", "caption", "label"):
+        add(f"--{column}-column", metavar="NAME", help=f"table, hf-parquet: the {column}s (default: the usual names)")
+    add(
+        "--crop", choices=get_args(Crop), default="none",
+        help="adm: centre crop as ADM and DiT do it; center: square of the original, then scaled; keep-ratio: shorter "
+        "side scaled to --size; none: files as they are (default)",
+    )  # fmt: skip
+    add("--size", type=int, metavar="PIXELS", help="side of the square, or shorter side; with --crop")
+    add("--encoding", choices=("webp", "png"), default="webp", help="of resized images (default: %(default)s)")
+    add("--upright", action="store_true", help="apply the EXIF orientation; not usual for ImageNet")
+    add("--samples-per-shard", type=int, default=512, metavar="N", help="items in a tar (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the permutation (default: %(default)s)")
+    add("--order", choices=("shuffled", "listed"), default="shuffled", help="listed: unpermuted (default: shuffled)")
+
+
+def _add_max_bad(add: Callable[..., Any]) -> None:
+    add("--max-bad", type=int, default=100, metavar="N", help="give up at more bad items (default: %(default)s)")
+
+
+def _open(arguments: argparse.Namespace) -> Source:
+    columns = Columns(arguments.image_column, arguments.caption_column, arguments.label_column)
+    options = SourceOptions(arguments.images, arguments.devkit, columns, arguments.split)
+    return open_source(arguments.source, arguments.source_format, options)
+
+
+def _settings(arguments: argparse.Namespace) -> PackSettings:
+    rules = ImageRules(arguments.crop, arguments.size, arguments.encoding, arguments.upright)
+    return PackSettings(arguments.samples_per_shard, arguments.seed, arguments.order == "shuffled", rules)
+
+
+def _plan(arguments: argparse.Namespace, workers: Workers) -> None:
+    settings = _settings(arguments)
+    source = _open(arguments)
+    plan = make_plan(source, settings)
+    lines = [
+        f"{source.name}: {plan.num_items} items, {plan.num_shards} shards of at most {settings.samples_per_shard}",
+        f"about {plan.num_bytes / 1e9:.2f} GB, {plan.bytes_per_sample / 1e3:.1f} kB a sample",
+        f"about {plan.seconds(1) / 60:.1f} minutes in one process, {plan.seconds(16) / 60:.1f} in 16 "
+        f"({1 / plan.seconds_per_item:.0f} items/s each)",
+    ]
+    if plan.smallest_class is not None and plan.largest_class is not None:
+        (small, few), (large, many) = plan.smallest_class, plan.largest_class
+        lines.insert(1, f"{plan.num_classes} classes, from {few} items ({small}) to {many} ({large})")
+    lines += [f"bad: {item}: {reason}" for item, reason in plan.bad]
+    lines.append(f"sizes and times from {plan.sampled} items, of which {len(plan.bad)} are bad")
+    if plan.num_bad > arguments.max_bad:
+        lines.append(f"expect about {plan.num_bad} bad items: more than --max-bad={arguments.max_bad} allows")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _pack(arguments: argparse.Namespace, workers: Workers) -> None:
+    settings = _settings(arguments)
+    source = _open(arguments)
+    with _progress("pack", len(source)) as advance:
+        packed = pack(
+            source,
+            arguments.out,
+            samples_per_shard=settings.samples_per_shard,
+            seed=settings.seed,
+            shuffled=settings.shuffled,
+            images=settings.images,
+            max_bad=arguments.max_bad,
+            workers=workers,
+            on_shard=advance,
+        )
+    sys.stdout.write(
+        f"packed {packed.num_samples} samples into {packed.num_shards} shards, {packed.num_bytes} bytes: "
+        f"data.shards={arguments.out}\n"
+    )
+    _tell_bad(packed.num_bad, arguments.out)
+
+
+def _index(arguments: argparse.Namespace, workers: Workers) -> None:
+    with _progress("index", None) as advance:
+        packed = adopt(arguments.folder, max_bad=arguments.max_bad, workers=workers, on_shard=advance)
+    sys.stdout.write(
+        f"indexed {packed.num_samples} samples in {packed.num_shards} tars: data.shards={arguments.folder}\n"
+    )
+    _tell_bad(packed.num_bad, arguments.folder)
+
+
+def _tell_bad(num_bad: int, folder: Path) -> None:
+    if num_bad:
+        sys.stdout.write(f"left out {num_bad} bad items: {folder / QUARANTINE_NAME}\n")
+
+
+def _verify(arguments: argparse.Namespace, workers: Workers) -> None:
+    index = ShardIndex.open(arguments.folder)
+    with _progress("verify", index.num_samples) as advance:
+        verified = verify(index, full=arguments.full, workers=workers, on_shard=advance)
+    for problem in verified.problems:
+        sys.stdout.write(f"{problem}\n")
+    if verified.problems:
+        raise UserError(
+            f"FOLDER={arguments.folder}: damaged in {len(verified.problems)} places, named above; "
+            "restore the shards, or run the command again that made the folder"
+        )
+    how = "every byte" if arguments.full else "sizes and two samples of each shard"
+    sys.stdout.write(f"{verified.num_samples} samples in {verified.num_shards} shards are whole ({how})\n")
+
+
+def _stats(arguments: argparse.Namespace, workers: Workers) -> None:
+    index = ShardIndex.open(arguments.folder)
+    if arguments.picture is not None and index.channels is None:
+        raise UserError(f"--picture={arguments.picture}: {arguments.folder} has no images; leave it out")
+    with _progress("stats", index.num_samples) as advance:
+        stats = count(index, workers, advance)
+    sys.stdout.write(describe(index, stats, arguments.folder))
+    if arguments.picture is not None:
+        picture(index, _THUMBNAIL).save(arguments.picture, format="PNG")
+
+
+def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
+    from data_tools.latents import LatentSettings, choose_device, encode_latents  # torch takes seconds to import
+
+    base = ShardIndex.open(arguments.base)
+    size = arguments.size or base.image_size
+    if size is None:
+        raise UserError(f"--size: {arguments.base} has images of many sizes; give the side of the square, such as 256")
+    device = choose_device(arguments.device, arguments.workers)
+    settings = LatentSettings(arguments.vae, size, arguments.crop, arguments.flip, arguments.batch_size, device)
+    with _progress("encode-latents", base.num_samples) as advance:
+        written = encode_latents(
+            base, arguments.out, settings, max_bad=arguments.max_bad, workers=workers, on_shard=advance
+        )
+    _tell_encoded("latents", written, arguments.out)
+    if written.num_bad:
+        sys.stdout.write(f"{written.num_bad} images have no latent: {arguments.out / QUARANTINE_NAME}\n")
+
+
+def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
+    from data_tools.latents import choose_device
+    from data_tools.text import TextSettings, encode_text
+
+    base = ShardIndex.open(arguments.base)
+    device = choose_device(arguments.device, arguments.workers)
+    settings = TextSettings(arguments.encoder, arguments.tokenizer, arguments.max_length, arguments.batch_size, device)
+    with _progress("encode-text", base.num_samples) as advance:
+        written = encode_text(base, arguments.out, settings, workers=workers, on_shard=advance)
+    _tell_encoded("text", written, arguments.out)
+
+
+def _tell_encoded(kind: str, written: PackedFolder, out: Path) -> None:
+    sys.stdout.write(
+        f"encoded {written.num_samples} samples into {written.num_shards} shards, {written.num_bytes} bytes: "
+        f"data.{kind}={out}\n"
+    )
 
 
 @contextmanager
-def _progress(num_samples: int) -> Iterator[Callable[[int], None]]:
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar with rate and time left on a terminal; else a line every few seconds, and none for a short run."""
     if sys.stderr.isatty():
-        with tqdm(total=num_samples, unit=" samples", desc="pack") as bar:
+        with tqdm(total=total, unit=" samples", desc=what) as bar:
             yield bar.update
         return
     done, begin = 0, time.monotonic()
@@ -78,8 +324,9 @@ def _progress(num_samples: int) -> Iterator[Callable[[int], None]]:
         done, now = done + samples, time.monotonic()
         if now >= next_line:
             rate = done / (now - begin)
-            left = (num_samples - done) / rate
-            sys.stderr.write(f"pack: {done}/{num_samples} samples, {rate:.0f}/s, {left:.0f} s left\n")
+            of_total = "" if total is None else f"/{total}"
+            left = "" if total is None or not rate else f", {(total - done) / rate:.0f} s left"
+            sys.stderr.write(f"{what}: {done}{of_total} samples, {rate:.0f}/s{left}\n")
             next_line = now + _SECONDS_BETWEEN_LINES
 
     yield advance
@@ -87,19 +334,9 @@ def _progress(num_samples: int) -> Iterator[Callable[[int], None]]:
 
 def main() -> None:
     arguments = _parser().parse_args()
-    source = _open_source(arguments.source)
-    with _progress(len(source)) as advance:
-        packed = pack(
-            source,
-            arguments.out,
-            samples_per_shard=arguments.samples_per_shard,
-            seed=arguments.seed,
-            on_shard=advance,
-        )
-    sys.stdout.write(
-        f"packed {packed.num_samples} samples into {packed.num_shards} shards, {packed.num_bytes} bytes: "
-        f"data.shards={arguments.out}\n"
-    )
+    with make_workers(arguments.workers) as workers:
+        if workers is not None:
+            arguments.run(arguments, workers)
 
 
 if __name__ == "__main__":

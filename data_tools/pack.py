@@ -1,165 +1,192 @@
-"""Pack a source of labelled images into WebDataset shards with an index. The same arguments give the same bytes."""
+"""Pack a source into WebDataset shards with an index. The same arguments give the same bytes, whoever does the work."""
 
 from __future__ import annotations
 
-import json
-import os
-import tarfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import numpy as np
-import webdataset
 
-from diffmoe_dist.data.index import FORMAT, INDEX_NAME, OFFSETS_NAME, VERSION, Shard, file_sha256, sample_key
+from data_tools.folder import PackedFolder, ShardFolder, ShardSlot, text_sha256
+from data_tools.images import ImageRules, store_image
+from data_tools.parallel import SERIAL, Workers
+from data_tools.shards import BadItem, write_shard
+from data_tools.source import IMAGE, BadItemError, Source
+from diffmoe_dist.data.format import LABEL_FIELD, QUARANTINE_NAME
+from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.randomness import Stream, permutation
 from diffmoe_dist.errors import UserError
 
-_PARTIAL = ".partial"
 
+@dataclass(frozen=True)
+class PackSettings:
+    """What decides the bytes of a pack, beside the source."""
 
-class Source(Protocol):
-    """Where samples come from. Making one lists its items, which is cheap; `read` opens one of them."""
+    samples_per_shard: int = 512
+    seed: int = 0
+    shuffled: bool = True  # else in the order of the source
+    images: ImageRules = ImageRules()
 
-    name: str  # also the first part of the shards' names
-    fields: Sequence[str]  # file extensions without the dot, e.g. ("png", "cls")
-    class_names: Sequence[str]
-    image_size: int  # height and width in pixels
-    channels: int
-
-    def __len__(self) -> int: ...
-
-    def read(self, item: int) -> Mapping[str, bytes]:
-        """The payload of every field of an item. Must not depend on what was read before."""
-        ...
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise UserError(
+                f"--samples-per-shard={self.samples_per_shard}: must be at least 1; 512 is usual for small images"
+            )
 
 
 @dataclass(frozen=True)
-class PackedFolder:
-    """What `pack` wrote."""
+class ShardDone:
+    """What a worker says of a shard; the record itself is on the disk."""
 
-    num_samples: int
-    num_shards: int
-    num_bytes: int
+    num_items: int
+    num_bad: int
+    last_bad: BadItem | None
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    slot: ShardSlot
+    source: Source  # the items of this shard alone
+    num_items: int
+    first_position: int
+    images: ImageRules
 
 
 def pack(
     source: Source,
     out: Path,
     *,
-    samples_per_shard: int,
-    seed: int,
-    on_shard: Callable[[int], None] = lambda num_samples: None,
+    samples_per_shard: int = 512,
+    seed: int = 0,
+    shuffled: bool = True,
+    images: ImageRules | None = None,
+    max_bad: int = 100,
+    workers: Workers = SERIAL,
+    on_shard: Callable[[int], None] = lambda num_items: None,
 ) -> PackedFolder:
-    """Write `<source>-000000.tar` ..., `offsets.npy` and, last, `index.json` into the folder `out`.
+    """Write `<source>-000000.tar` ... and, last, the index into the folder `out`. Run again, it goes on where it was.
 
-    One seeded permutation of all samples comes before the cut into shards, so no shard is sorted by class.
-    `on_shard` is called with the number of samples of each finished shard.
-    Raises UserError for a folder that holds anything but the same pack, whole or begun.
+    One seeded permutation of all items comes before the cut into shards, so no shard is sorted by class. Position p
+    of it has the key p, in the shard p // samples_per_shard; a bad item leaves its position empty, so which items are
+    good can be found out shard by shard, by any worker.
+    `on_shard` is called with the number of items of each shard that is done.
+    Raises UserError for a folder that holds anything but the same pack, whole or begun, and where more than `max_bad`
+    items are bad.
     """
-    if samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard={samples_per_shard}: must be at least 1; 512 is usual for small images")
-    order = permutation(len(source), seed, Stream.PACKING)
-    starts = range(0, len(order), samples_per_shard)
+    settings = PackSettings(samples_per_shard, seed, shuffled, images or ImageRules())
+    check_settings(source, settings)
+    starts = range(0, len(source), samples_per_shard)
     names = [f"{source.name}-{shard:06d}.tar" for shard in range(len(starts))]
-    header = _header(source, seed, samples_per_shard)
-    _claim_folder(out, names, header)
-
-    shards, offsets = [], []
-    for name, start in zip(names, starts, strict=True):
-        items = order[start : start + samples_per_shard]
-        entries = _write_shard(out / name, source, first_id=start, items=items)
-        shards.append(Shard(name, len(items), (out / name).stat().st_size, file_sha256(out / name)))
-        offsets.append(entries)
-        on_shard(len(items))
-    with _atomic_file(out / OFFSETS_NAME) as file:
-        np.save(file, np.concatenate(offsets), allow_pickle=False)
-    index = header | {
-        "shards": [asdict(shard) for shard in shards],
-        "offsets": {"file": OFFSETS_NAME, "sha256": file_sha256(out / OFFSETS_NAME)},
-    }
-    with _atomic_file(out / INDEX_NAME) as file:
-        file.write((json.dumps(index, indent=2) + "\n").encode())
-    return PackedFolder(len(source), len(shards), sum(shard.num_bytes for shard in shards))
+    folder = ShardFolder(out, names, _identity(source, settings))
+    folder.claim()
+    num_bad = 0
+    for done in workers.run(_pack_shard, _jobs(folder, source, settings)):
+        num_bad += done.num_bad
+        if num_bad > max_bad and done.last_bad is not None:
+            folder.write_quarantine()
+            raise UserError(
+                f"--max-bad={max_bad}: {num_bad} bad items so far, as {done.last_bad.item} ({done.last_bad.reason}); "
+                f"see {out / QUARANTINE_NAME}, and repair them or allow more and run it again"
+            )
+        on_shard(done.num_items)
+    return folder.finish({"class_names": list(source.class_names), "channels": source.channels})
 
 
-def _header(source: Source, seed: int, samples_per_shard: int) -> dict[str, Any]:
-    """The part of `index.json` that is known before the first shard: what identifies a pack."""
+def check_settings(source: Source, settings: PackSettings) -> None:
+    """Raises UserError for a source without items, and for a crop of images that are stored as they are read."""
+    if len(source) == 0:
+        raise UserError(f"SOURCE={source.name}: holds no items; check the path and --source-format")
+    if source.image_size is not None and settings.images != ImageRules():
+        raise UserError(
+            f"--crop={settings.images.crop}: {source.name} has images of {source.image_size} pixels that are stored as "
+            "they are; leave out --crop, --size, --encoding and --upright"
+        )
+
+
+def item_order(source: Source, settings: PackSettings) -> np.ndarray:
+    """(items,) int64: which item has which position."""
+    if not settings.shuffled:
+        return np.arange(len(source))
+    return permutation(len(source), settings.seed, Stream.PACKING)
+
+
+def read_item(source: Source, item: int, rules: ImageRules) -> tuple[dict[str, bytes], tuple[int, int] | None]:
+    """The fields of an item as they are stored, and the (width, height) of its image if it was looked at.
+
+    Raises BadItemError or ImageError for an item that gives no sample.
+    """
+    payloads = dict(source.read(item))
+    if IMAGE not in payloads:
+        return payloads, None
+    image = store_image(payloads.pop(IMAGE), source.channels, rules)
+    return {image.field: image.payload, **payloads}, image.size
+
+
+def _identity(source: Source, settings: PackSettings) -> dict[str, Any]:
+    """What makes two packs the same, as it stands in the index."""
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "command": "pack",
         "source": source.name,
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "num_samples": len(source),
-        "num_classes": len(source.class_names),
-        "class_names": list(source.class_names),
-        "image_size": source.image_size,
-        "channels": source.channels,
-        "fields": list(source.fields),
+        "num_items": len(source),
+        "items_sha256": text_sha256(source.item_name(item) for item in range(len(source))),
+        "class_names_sha256": text_sha256(iter(source.class_names)),
+        **asdict(settings),
     }
 
 
-def _claim_folder(out: Path, shard_names: list[str], header: dict[str, Any]) -> None:
-    """Make the folder, or take over one that holds this very pack, and mark it as unfinished."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        found = sorted(os.listdir(out))
-    except OSError as error:
-        raise UserError(f"OUT={out}: cannot be used as a folder ({error.strerror}); name another one") from error
-    ours = {*shard_names, INDEX_NAME, OFFSETS_NAME}
-    strange = [name for name in found if name.removesuffix(_PARTIAL) not in ours]
-    if strange:
-        raise UserError(f"OUT={out}: the folder holds something else ({strange[0]}); name a new or empty folder")
-    index = out / INDEX_NAME
-    if index.exists():
-        if not _same_pack(index, header):
-            raise UserError(f"OUT={out}: packed before with other arguments; name a new or empty folder")
-        index.unlink()  # written last, so a folder with an index is a finished one
+def _jobs(folder: ShardFolder, source: Source, settings: PackSettings) -> Iterator[_ShardJob]:
+    order = item_order(source, settings)
+    for slot, start in zip(folder.slots, range(0, len(source), settings.samples_per_shard), strict=True):
+        items = order[start : start + settings.samples_per_shard]
+        yield _ShardJob(slot, source.part(items), len(items), start, settings.images)
 
 
-def _same_pack(index: Path, header: dict[str, Any]) -> bool:
+def _pack_shard(job: _ShardJob) -> ShardDone:
+    """Write a shard, unless an earlier run did and none of its bad items has been repaired since."""
+    record = job.slot.finished()
+    if record is None or any(_is_good(job, int(bad.key) - job.first_position) for bad in record.bad):
+        result = _ShardResult()
+        record = write_shard(job.slot.begin(), _samples(job, result))
+        record = replace(record, bad=result.bad, image_size=result.image_size(), num_classes=result.num_classes)
+        job.slot.save(record)
+    return ShardDone(job.num_items, len(record.bad), record.bad[-1] if record.bad else None)
+
+
+def _is_good(job: _ShardJob, item: int) -> bool:
     try:
-        meta = json.loads(index.read_bytes())
-    except ValueError:
+        read_item(job.source, item, job.images)
+    except (BadItemError, ImageError):
         return False
-    return isinstance(meta, dict) and all(meta.get(name) == value for name, value in header.items())
+    return True
 
 
-def _write_shard(path: Path, source: Source, first_id: int, items: np.ndarray) -> np.ndarray:
-    """Write one tar. Returns (samples, fields, 3) int64: payload offset in the tar, payload size, CRC-32."""
-    entries = np.empty((len(items), len(source.fields), 3), dtype=np.int64)
-    with _atomic_file(path) as file:
-        # Nothing of the machine, the user or the day may enter the bytes.
-        with webdataset.TarWriter(file, encoder=False, mtime=0, user="root", group="root", mode=0o644) as tar:
-            for row, item in enumerate(items.tolist()):
-                payloads = source.read(item)
-                assert set(payloads) == set(source.fields), (source.name, sorted(payloads))
-                tar.write({"__key__": sample_key(first_id + row), **payloads})
-                entries[row, :, 2] = [zlib.crc32(payloads[field]) for field in source.fields]
-    # The places are read back from the file, so they are what any reader of tars will find.
-    with tarfile.open(path, "r:") as members:
-        placed = {member.name: (member.offset_data, member.size) for member in members}
-    for row in range(len(items)):
-        names = [f"{sample_key(first_id + row)}.{field}" for field in source.fields]
-        entries[row, :, :2] = [placed[name] for name in names]
-    return entries
+class _ShardResult:
+    """What comes up while a shard is written."""
+
+    def __init__(self) -> None:
+        self.bad: list[BadItem] = []
+        self.sizes: set[tuple[int, int]] = set()
+        self.num_classes = 0
+
+    def image_size(self) -> int | None:
+        """The side, where all images are squares of one size."""
+        width, height = next(iter(self.sizes)) if len(self.sizes) == 1 else (0, 1)
+        return width if width == height else None
 
 
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is complete and on the disk."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+def _samples(job: _ShardJob, result: _ShardResult) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    size = job.source.image_size
+    for item in range(job.num_items):
+        key = f"{job.first_position + item:09d}"
+        try:
+            payloads, found = read_item(job.source, item, job.images)
+        except (BadItemError, ImageError) as error:
+            result.bad.append(BadItem(key, job.source.item_name(item), str(error)))
+            continue
+        if found is not None or size is not None:
+            result.sizes.add(found or (size or 0, size or 0))
+        if LABEL_FIELD in payloads and payloads[LABEL_FIELD].isdigit():
+            result.num_classes = max(result.num_classes, int(payloads[LABEL_FIELD]) + 1)
+        yield key, payloads

@@ -106,10 +106,25 @@ class ParallelConfig:
 
 
 @dataclass
+class MixtureConfig:
+    """One of several data sets that a run reads together; `weight` is its share of the samples against the others'."""
+
+    shards: str | None = None
+    latents: str | None = None
+    text: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
 class DataConfig:
     shards: str | None = None
+    latents: str | None = None  # a folder made from the shards by `encode-latents`; takes the place of their images
+    text: str | None = None  # a folder made from the shards by `encode-text`
+    mixture: list[MixtureConfig] = field(default_factory=list)  # several data sets, in place of the three above
     workers: int = 0
     flip: bool = False
+    stream: bool = False  # read `shards`, URLs or paths of tars, without an index; not reproducible
+    allow_pipe: bool = False  # let the URLs of a stream run commands: `pipe:COMMAND`
 
 
 @dataclass
@@ -130,6 +145,7 @@ class SampleConfig:
     num: int = 40
     steps: int = 50
     cfg_scale: float = 1.0
+    decoder: str | None = None  # the folder of the autoencoder that turns latents into images
 
 
 @dataclass
@@ -318,7 +334,7 @@ def _check(config: Config) -> None:
     _require(
         config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"
     )
-    _require(config.data, "data", "workers", lambda value: value >= 0, "0 or more")
+    _check_data(config.data)
     _require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
     _require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
     _require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
@@ -330,8 +346,6 @@ def _check(config: Config) -> None:
         raise UserError(f"seed={config.seed} is out of range; choose one from 0 to 2**63 - 1")
     if not config.run_dir:
         raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
-    if not config.data.shards:
-        raise UserError("data.shards is not set; give a folder made by `python -m data_tools pack`")
     if model.hidden_size % model.num_heads:  # type: ignore[operator]
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads={model.num_heads}; "
@@ -379,6 +393,28 @@ def _check(config: Config) -> None:
             f"moe.capacity={moe.capacity} is more than moe.num_experts={moe.num_experts}: "
             "a token cannot visit an expert twice; lower it"
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    _require(data, "data", "workers", lambda value: value >= 0, "0 or more")
+    if data.mixture and (data.shards or data.latents or data.text):
+        raise UserError("data.mixture names its own shards, latents and text; remove data.shards, .latents and .text")
+    for number, entry in enumerate(data_sets(data)):
+        section = f"data.mixture[{number}]" if data.mixture else "data"
+        if not entry.shards:
+            raise UserError(f"{section}.shards is not set; give a folder made by `python -m data_tools pack`")
+        _require(entry, section, "weight", lambda value: 0 < value < math.inf, "above 0 and finite")
+        if entry.text:
+            raise UserError(f"{section}.text={entry.text}: the model is told classes and reads no captions; remove it")
+        if data.stream and (entry.latents or data.mixture):
+            raise UserError("data.stream=true reads one stream of images; remove data.latents and data.mixture")
+    if data.allow_pipe and not data.stream:
+        raise UserError("data.allow_pipe=true has no effect without data.stream=true; remove it")
+
+
+def data_sets(data: DataConfig) -> list[MixtureConfig]:
+    """The data sets of a run, of which there is usually one."""
+    return data.mixture or [MixtureConfig(data.shards, data.latents, data.text)]
 
 
 def _check_capacity(config: Config, world_size: int) -> None:

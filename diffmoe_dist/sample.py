@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
     parser.add_argument("--sampler", choices=["euler"], default="euler")
     parser.add_argument("--batch-size", type=int, default=100, help="images drawn together (default 100)")
+    parser.add_argument(
+        "--decoder", metavar="DIR", help="the autoencoder of a model of latents (default: the run's sample.decoder)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
@@ -50,6 +53,7 @@ def main() -> None:
         seed=arguments.seed,
         sampler=arguments.sampler,
         batch_size=arguments.batch_size,
+        decoder=arguments.decoder,
     )
     settings.check()
     device = choose_device(arguments.device, detect_launch())

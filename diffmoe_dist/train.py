@@ -36,19 +36,18 @@ def main() -> None:
     device = choose_device(config.device, launch)
 
     from diffmoe_dist.engine.build import build_trainer, find_start, open_data, prepare_run_dir
-    from diffmoe_dist.evaluation.generate import check_pixels, training_grid
+    from diffmoe_dist.evaluation.generate import open_decoder, training_grid
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
-    index = open_data(config)
-    if config.sample.every:
-        check_pixels(config)
+    data = open_data(config)
+    decode = open_decoder(config, config.sample.decoder, "sample.decoder", device) if config.sample.every else None
     prepare_run_dir(config)
-    start = find_start(config, index, launch.world_size)
+    start = find_start(config, data, launch.world_size)
     launch = start_process_group(device)
     start = from_first_rank(start)
     topology = create_topology(launch, device, config.parallel.expert)
-    draw_samples = partial(training_grid, config=config, rank=launch.rank, world_size=launch.world_size)
-    trainer = build_trainer(config, topology, index, start, draw_samples)
+    draw_samples = partial(training_grid, config=config, decode=decode, rank=launch.rank, world_size=launch.world_size)
+    trainer = build_trainer(config, topology, data, start, draw_samples)
     trainer.train()
     trainer.close()
     stop_process_group()

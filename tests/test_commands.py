@@ -74,7 +74,7 @@ def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
     line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert set(line) == {
         "step", "images_seen", "loss", "loss_diffusion", "loss_capacity", "grad_norm", "lr", "images_per_second",
-        "step_seconds", "capacity", "expert_load_max", "expert_load_min", "peak_memory_bytes",
+        "step_seconds", "capacity", "expert_load_max", "expert_load_min", "bad_samples", "peak_memory_bytes",
     }  # fmt: skip
     assert (line["step"], line["images_seen"], line["capacity"]) == (STEPS, STEPS * 32, 1.0)
     assert list((run_dir / "tensorboard").glob("events.*"))

@@ -1,4 +1,9 @@
-"""The index beside a folder of WebDataset shards: checked when it is opened, then any sample is one read away."""
+"""The index beside a folder of WebDataset shards: checked when it is opened, then any sample is one read away.
+
+What a process holds of it does not grow with the samples: the offsets and the keys stay on the disk, and a sample's row
+is read with `pread`. (A mapping would do the same until the file is cut or the file server fails: a bus error ends the
+process without a word.)
+"""
 
 from __future__ import annotations
 
@@ -8,21 +13,29 @@ import io
 import itertools
 import json
 import os
+import struct
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from diffmoe_dist.data.format import (
+    ABSENT,
+    FORMAT,
+    IMAGE_FIELDS,
+    INDEX_NAME,
+    MEAN_LOGVAR,
+    TAR_BLOCK,
+    VERSION,
+    File,
+    FolderMeta,
+    parse_meta,
+)
 from diffmoe_dist.errors import UserError
 
-FORMAT = "diffmoe-shards"
-VERSION = 1
-INDEX_NAME = "index.json"
-OFFSETS_NAME = "offsets.npy"
-_MAX_OPEN_SHARDS = 64  # a large set has more shards than a process may open files
+_MAX_OPEN_FILES = 64  # a large set has more shards than a process may open files
 _PACK = "python -m data_tools pack SOURCE OUT"
 _T = TypeVar("_T")
 
@@ -31,45 +44,31 @@ class CorruptShardError(RuntimeError):
     """A sample on disk is not what was packed; the message names the shard and the key."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar file: its name in the folder, its samples, its size in bytes, the SHA-256 of its content."""
-
-    name: str
-    num_samples: int
-    num_bytes: int
-    sha256: str
-
-
-def sample_key(sample_id: int) -> str:
-    """The WebDataset key of a sample: its position in the packed order, nine digits."""
-    return f"{sample_id:09d}"
+def member_crc32(header: bytes, payload: bytes) -> int:
+    """The checksum of a tar member in `offsets.npy`: of its header block, which has the key, and its payload."""
+    return zlib.crc32(payload, zlib.crc32(header))
 
 
 class ShardIndex:
-    """Random access to the samples of a packed folder. Made by `ShardIndex.open`; can be pickled and forked."""
+    """Random access to the samples of a folder of shards. Made by `ShardIndex.open`; can be pickled and forked."""
 
-    def __init__(self, folder: Path, raw: bytes, meta: dict[str, Any]) -> None:
-        """Take over a parsed `index.json`. Raises KeyError, TypeError or ValueError for an entry that is wrong."""
-        self.folder = folder
+    def __init__(self, folder: Path, raw: bytes, meta: FolderMeta) -> None:
+        self.folder, self.meta = folder, meta
         self.fingerprint: str = hashlib.sha256(raw).hexdigest()
-        self.num_samples = _count(meta, "num_samples")
-        self.num_classes = _count(meta, "num_classes")
-        self.class_names: list[str] = _entry(meta, "class_names", list)
-        self.image_size = _count(meta, "image_size")  # height and width in pixels
-        self.channels = _count(meta, "channels")
-        self.fields = tuple(_entry({"field": field}, "field", str) for field in _entry(meta, "fields", list))
-        self.shards = tuple(_shard(entry) for entry in _entry(meta, "shards", list))
-        offsets = _entry(meta, "offsets", dict)
-        self._offsets_path = folder / _plain_name(_entry(offsets, "file", str))
-        self._offsets_sha256 = _entry(offsets, "sha256", str)
+        self.num_samples, self.fields, self.shards = meta.num_samples, meta.fields, meta.shards
+        self.num_classes, self.class_names = meta.num_classes, list(meta.class_names)
+        self.image_size, self.channels = meta.image_size, meta.channels
+        self.latents, self.text, self.base = meta.latents, meta.text, meta.base
+        self.image_fields = tuple(field for field in meta.fields if field in IMAGE_FIELDS)  # a sample has one of them
         self._ends = list(itertools.accumulate(shard.num_samples for shard in self.shards))
-        self._offsets: np.ndarray | None = None
+        self._offsets = _Rows(folder / meta.offsets.name)
+        self._keys = _Rows(folder / meta.keys.name)
+        self._row = f"<{3 * len(self.fields)}q"
         self._open_shards: dict[int, io.FileIO] = {}
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> ShardIndex:
-        """Open and check a packed folder: the index, the offsets, every shard present in its full size.
+        """Open and check a folder of shards: the index, offsets and keys, every shard present in its full size.
 
         The content of the shards is checked sample by sample, as it is read.
         Raises UserError, naming `data.shards`, for whatever is wrong.
@@ -83,59 +82,92 @@ class ShardIndex:
         if not known or meta.get("version") != VERSION:
             found = f"{meta.get('format')} version {meta.get('version')}" if isinstance(meta, dict) else "no format"
             _refuse(path, f"{INDEX_NAME} says {found}, this program reads {FORMAT} version {VERSION}", "pack it again")
-        index = _load(path, INDEX_NAME, lambda: cls(path, raw, meta))
+        index = _load(path, INDEX_NAME, lambda: cls(path, raw, parse_meta(meta)))
         index._check_counts()
-        index._check_offsets()
+        index._check_rows()
         index._check_shards()
+        index._check_latents()
         return index
 
-    def read(self, sample_id: int) -> dict[str, bytes]:
-        """The payload of every field of a sample.
+    def read(self, sample_id: int, fields: Collection[str] | None = None) -> dict[str, bytes]:
+        """The payloads of a sample, by field; `fields` limits them. A field that the sample lacks is left out.
 
         Raises IndexError for an id outside 0..num_samples-1, CorruptShardError where the bytes are not those packed.
         """
+        payloads = {}
+        for field, offset, size, crc32 in self.entries(sample_id):
+            if size == ABSENT or (fields is not None and field not in fields):
+                continue
+            try:
+                descriptor = self._shard_file(self.shard_of(sample_id)).fileno()
+                member = os.pread(descriptor, TAR_BLOCK + size, offset - TAR_BLOCK)
+            except OSError as error:
+                raise self.corrupt(sample_id, f"cannot be read ({error})") from error
+            if len(member) != TAR_BLOCK + size:
+                raise self.corrupt(sample_id, f"{field} is cut: {max(len(member) - TAR_BLOCK, 0)} of {size} bytes")
+            payload = member[TAR_BLOCK:]
+            if member_crc32(member[:TAR_BLOCK], payload) != crc32:
+                raise self.corrupt(sample_id, f"{field} is damaged: its CRC-32 is not the one recorded")
+            payloads[field] = payload
+        return payloads
+
+    def entries(self, sample_id: int) -> list[tuple[str, int, int, int]]:
+        """(field, payload offset in the shard, payload size, CRC-32 of the member); ABSENT for a lacking field."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        shard = bisect.bisect_right(self._ends, sample_id)
-        entries = self._entries()[sample_id].tolist()
-        try:
-            descriptor = self._shard_file(shard).fileno()
-            payloads = [os.pread(descriptor, size, offset) for offset, size, _ in entries]
-        except OSError as error:
-            raise self.corrupt(sample_id, f"cannot be read ({error})") from error
-        for field, payload, (_, size, crc32) in zip(self.fields, payloads, entries, strict=True):
-            if len(payload) != size:
-                raise self.corrupt(sample_id, f"{field} is cut: {len(payload)} of {size} bytes")
-            if zlib.crc32(payload) != crc32:
-                raise self.corrupt(sample_id, f"{field} is damaged: its CRC-32 is not the one recorded")
-        return dict(zip(self.fields, payloads, strict=True))
+        row = self._offsets.read(sample_id)
+        if len(row) != struct.calcsize(self._row):
+            raise CorruptShardError(f"{self._offsets.path}: cut while in use")
+        numbers = iter(struct.unpack(self._row, row))
+        return list(zip(self.fields, numbers, numbers, numbers, strict=True))
+
+    def key(self, sample_id: int) -> str:
+        """The WebDataset key of a sample: the name of its members up to the first dot."""
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"sample {sample_id} of {self.num_samples}")
+        return self._keys.read(sample_id).rstrip(b"\0").decode()
+
+    def shard_of(self, sample_id: int) -> int:
+        """The number of the shard that holds a sample."""
+        return bisect.bisect_right(self._ends, sample_id)
+
+    def samples_of(self, shard: int) -> range:
+        """The sample ids that a shard holds."""
+        return range(self._ends[shard] - self.shards[shard].num_samples, self._ends[shard])
 
     def corrupt(self, sample_id: int, problem: str) -> CorruptShardError:
         """The error that says what is wrong with a sample, and where it lies."""
-        shard = self.shards[bisect.bisect_right(self._ends, sample_id)]
-        return CorruptShardError(f"{self.folder / shard.name}, key {sample_key(sample_id)}: {problem}")
+        shard = self.shards[self.shard_of(sample_id)]
+        return CorruptShardError(f"{self.folder / shard.name}, key {self.key(sample_id)}: {problem}")
+
+    def check_base(self, base: ShardIndex) -> None:
+        """Check that this side folder was computed from `base`: the same samples under the same keys in the same order.
+
+        Raises UserError where it was not.
+        """
+        if self.base is None:
+            _refuse(self.folder, "not a side folder: its index names no base", "name a folder of latents or text")
+        elif self.base.fingerprint != base.fingerprint:
+            problem = f"computed from another data set ({self.base.fingerprint[:12]}...) than {base.folder}"
+            _refuse(self.folder, problem, "encode it again from this one")
+        elif self.meta.keys.sha256 != base.meta.keys.sha256:
+            _refuse(self.folder, f"its keys are not those of {base.folder}", "encode it again")
 
     def close(self) -> None:
-        """Close the shards that this process opened; reading opens them again."""
+        """Close the files that this process opened; reading opens them again."""
+        self._offsets.close()
+        self._keys.close()
         while self._open_shards:
             self._open_shards.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the offsets and opens the shards itself.
-        return {**self.__dict__, "_offsets": None, "_open_shards": {}}
-
-    def _entries(self) -> np.ndarray:
-        """(num_samples, num_fields, 3) int64: payload offset, payload size, CRC-32; mapped, not read."""
-        if self._offsets is None:
-            # The plain view spares every row the cost of making an np.memmap object.
-            self._offsets = np.load(self._offsets_path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        return self._offsets
+        return {**self.__dict__, "_open_shards": {}}  # a worker process opens the shards itself
 
     def _shard_file(self, shard: int) -> io.FileIO:
         file = self._open_shards.pop(shard, None)
         if file is None:
             file = io.FileIO(self.folder / self.shards[shard].name)
-            if len(self._open_shards) == _MAX_OPEN_SHARDS:
+            if len(self._open_shards) == _MAX_OPEN_FILES:
                 self._open_shards.pop(next(iter(self._open_shards))).close()
         self._open_shards[shard] = file  # the last one used goes to the end
         return file
@@ -149,16 +181,18 @@ class ShardIndex:
             problem = f"{INDEX_NAME} says {self.num_classes} classes but names {len(self.class_names)}"
             _refuse(self.folder, problem, "restore or pack it again")
 
-    def _check_offsets(self) -> None:
-        name = self._offsets_path.name
-        found = _load(self.folder, name, lambda: file_sha256(self._offsets_path))
-        if found != self._offsets_sha256:
-            problem = f"{name} has SHA-256 {found[:12]}..., {INDEX_NAME} records {self._offsets_sha256[:12]}..."
+    def _check_rows(self) -> None:
+        self._check_array(self._offsets, self.meta.offsets, (self.num_samples, len(self.fields), 3), "<i8")
+        self._check_array(self._keys, self.meta.keys, (self.num_samples,), "|S")
+
+    def _check_array(self, rows: _Rows, file: File, shape: tuple[int, ...], dtype: str) -> None:
+        found = _load(self.folder, file.name, lambda: file_sha256(self.folder / file.name))
+        if found != file.sha256:
+            problem = f"{file.name} has SHA-256 {found[:12]}..., {INDEX_NAME} records {file.sha256[:12]}..."
             _refuse(self.folder, problem, "restore both or pack again")
-        entries = _load(self.folder, name, self._entries)
-        shape = (self.num_samples, len(self.fields), 3)
-        if entries.shape != shape or entries.dtype != np.int64:
-            problem = f"{name} holds {entries.dtype} {entries.shape}, {INDEX_NAME} needs int64 {shape}"
+        array = _load(self.folder, file.name, rows.find)
+        if array.shape != shape or not array.dtype.str.startswith(dtype):
+            problem = f"{file.name} holds {array.dtype} {array.shape}, {INDEX_NAME} needs {dtype} {shape}"
             _refuse(self.folder, problem, "restore both or pack again")
 
     def _check_shards(self) -> None:
@@ -167,6 +201,42 @@ class ShardIndex:
             if size != shard.num_bytes:
                 problem = f"{shard.name} has {size} bytes, {INDEX_NAME} records {shard.num_bytes}"
                 _refuse(self.folder, problem, "restore the shard or pack again")
+
+    def _check_latents(self) -> None:
+        # Mean and standard deviation have the shape of mean and log variance: only the name tells them apart.
+        if self.latents is not None and self.latents.parametrisation != MEAN_LOGVAR:
+            problem = f"latents are {self.latents.parametrisation}, this program reads {MEAN_LOGVAR}"
+            _refuse(self.folder, problem, "encode them again: python -m data_tools encode-latents")
+
+
+class _Rows:
+    """The rows of an .npy file, one `pread` each. Can be pickled and forked; a copy opens the file itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._start = self._row_bytes = 0
+        self._file: io.FileIO | None = None
+
+    def find(self) -> np.ndarray:
+        """Learn from the header where the rows lie. Returns the array, mapped, for a look at its shape and dtype."""
+        array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        if array.flags.f_contiguous and array.ndim > 1 and not array.flags.c_contiguous:
+            raise ValueError("its rows are not contiguous")
+        self._start, self._row_bytes = array.offset, array.strides[0]
+        return array
+
+    def read(self, row: int) -> bytes:
+        if self._file is None:
+            self._file = io.FileIO(self.path)
+        return os.pread(self._file.fileno(), self._row_bytes, self._start + row * self._row_bytes)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
 
 
 def file_sha256(path: Path) -> str:
@@ -194,29 +264,3 @@ def _load(folder: Path, name: str, action: Callable[[], _T]) -> _T:
         _refuse(folder, f"{name} has no entry {error}", "restore or pack it again")
     except (TypeError, ValueError) as error:
         _refuse(folder, f"{name} is damaged ({error})", "restore or pack it again")
-
-
-def _entry(meta: dict[str, Any], name: str, kind: type[_T]) -> _T:
-    value = meta[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, not {kind.__name__}")
-    return value
-
-
-def _count(meta: dict[str, Any], name: str) -> int:
-    value = _entry(meta, name, int)
-    if value < 1:
-        raise ValueError(f"{name} is {value}, not a positive number")
-    return value
-
-
-def _shard(entry: dict[str, Any]) -> Shard:
-    name = _plain_name(_entry(entry, "name", str))
-    num_samples, num_bytes = _count(entry, "num_samples"), _count(entry, "num_bytes")
-    return Shard(name, num_samples, num_bytes, _entry(entry, "sha256", str))
-
-
-def _plain_name(name: str) -> str:
-    if not name or name != Path(name).name:
-        raise ValueError(f"{name!r} is not the name of a file in the folder")
-    return name

@@ -1,41 +1,45 @@
-"""Training batches: images from the shards and, with each, the random numbers that training needs for it."""
+"""Training batches: images or latents from the shards and, with each, the random numbers that training needs for it."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.data.order import StreamOrder, batch_positions
-from diffmoe_dist.data.randomness import Stream, sample_generator
+from diffmoe_dist.data.dataset import DataSet, TrainingData
+from diffmoe_dist.data.format import LABEL_FIELD
+from diffmoe_dist.data.images import ImageError, crop_image, decode_image
+from diffmoe_dist.data.latents import FLIP_VIEW, LatentReader
+from diffmoe_dist.data.order import MixtureOrder, batch_positions
+from diffmoe_dist.data.randomness import Stream, philox, sample_generator
+from diffmoe_dist.data.text import EncodedText, TextBatch, TextReader, pad_text
 from diffmoe_dist.errors import UserError
 
-IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
-LABEL_FIELD = "cls"
-_IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+logger = logging.getLogger("diffmoe_dist.data")
 _SMALLEST_UNIFORM = 2.0**-54  # stands in for the 0.0 that one draw in 2**53 gives
+_REPLACEMENTS = 16  # tried for a bad sample; with more, the data set is bad
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of B samples on one rank."""
+    """One micro-batch of B samples on one rank. Images are what the model is given: pixels, or latents."""
 
-    images: Tensor  # (B, C, H, W) fp32 in [-1, 1]
+    images: Tensor  # (B, C, H, W) fp32; pixels in [-1, 1]
     labels: Tensor  # (B,) int64
     noise: Tensor  # (B, C, H, W) fp32, standard normal
     time_uniform: Tensor  # (B,) fp64 in (0, 1): what the objective turns into a time
     drop_uniform: Tensor  # (B,) fp64 in [0, 1): the label is dropped below the drop probability
-    sample_ids: Tensor  # (B,) int64
+    sample_ids: Tensor  # (B,) int64, of the place in the order, also where another sample stands in
     epochs: Tensor  # (B,) int64
+    bad: Tensor  # (B,) int64: how many samples that do not decode were passed over in this place
+    text: TextBatch | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory without waiting for the copy."""
@@ -46,71 +50,174 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(*(function(getattr(self, field.name)) for field in dataclasses.fields(self)))
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        text = values.pop("text")
+        return Batch(**{name: function(value) for name, value in values.items()}, text=text and text.map(function))
+
+
+class BatchBuffer:
+    """The arrays of a batch, filled row by row."""
+
+    def __init__(self, count: int, channels: int, image_size: int) -> None:
+        self.images = np.empty((count, channels, image_size, image_size), dtype=np.float32)
+        self.noise = np.empty_like(self.images)
+        self.uniforms = np.empty((3, count))  # time, drop, flip
+        self.labels, self.sample_ids, self.epochs, self.bad = np.empty((4, count), dtype=np.int64)
+
+    def draw(self, row: int, generator: np.random.Generator) -> None:
+        """The draws that come first, in this order. A new one goes after them."""
+        self.uniforms[:, row] = generator.random(3)
+        generator.standard_normal(dtype=np.float32, out=self.noise[row])
+
+    def flips(self, row: int) -> bool:
+        return bool(self.uniforms[2, row] < 0.5)
+
+    def batch(self, text: TextBatch | None) -> Batch:
+        return Batch(
+            images=torch.from_numpy(self.images),
+            labels=torch.from_numpy(self.labels),
+            noise=torch.from_numpy(self.noise),
+            time_uniform=torch.from_numpy(np.maximum(self.uniforms[0], _SMALLEST_UNIFORM)),
+            drop_uniform=torch.from_numpy(self.uniforms[1]),
+            sample_ids=torch.from_numpy(self.sample_ids),
+            epochs=torch.from_numpy(self.epochs),
+            bad=torch.from_numpy(self.bad),
+            text=text,
+        )
+
+
+def read_pixels(payload: bytes, channels: int, flip: bool, out_CHW: np.ndarray) -> tuple[int, int]:
+    """Decode an image, crop it to the square `out_CHW`, and write it there in [-1, 1], fp32.
+
+    Returns the (width, height) that it had. Raises ImageError for bytes that give no image.
+    """
+    image = decode_image(payload, channels)
+    found, size = image.size, out_CHW.shape[-1]
+    array = np.asarray(image if found == (size, size) else crop_image(image, size, "adm"))
+    if flip:
+        array = array[:, ::-1]
+    np.divide(array if channels == 1 else array.transpose(2, 0, 1), np.float32(127.5), out=out_CHW, dtype=np.float32)
+    out_CHW -= np.float32(1)
+    return found
+
+
+def parse_label(payload: bytes, num_classes: int) -> int:
+    """The class of a `cls` payload. Raises ValueError where it is none."""
+    try:
+        label = int(payload)
+    except ValueError:
+        raise ValueError(f"label {payload[:20]!r} is not a number") from None
+    if not 0 <= label < num_classes:
+        raise ValueError(f"label {label} is outside 0..{num_classes - 1}")
+    return label
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """What is drawn for a place after what `BatchBuffer.draw` does; a sample that stands in is given the same."""
+
+    flip: bool
+    latent_noise_CHW: np.ndarray | None
+    caption_uniform: float | None
+
+
+class _SampleReader:
+    """Reads the samples of one data set."""
+
+    def __init__(self, dataset: DataSet, flip: bool) -> None:
+        self.base, self.flip = dataset.base, flip
+        self.latents = None if dataset.latents is None else LatentReader(dataset.latents)
+        self.text = None if dataset.text is None else TextReader(dataset.text)
+        self._fields = {LABEL_FIELD, *(self.base.image_fields if self.latents is None else ())}
+        if self.latents is None and not self.base.image_fields:
+            raise UserError(f"{dataset.where}: fields {', '.join(self.base.fields)} lack an image; pack images")
+        if self.base.num_classes and LABEL_FIELD not in self.base.fields:
+            raise UserError(f"data.shards={self.base.folder}: has classes but no {LABEL_FIELD}; pack it with labels")
+        if self.latents is not None and flip and FLIP_VIEW not in self.latents.spec.views:
+            raise UserError(
+                f"data.flip=true, but {dataset.where} holds no mirrored latents; use false or encode without --no-flip"
+            )
+
+    def draw(self, generator: np.random.Generator, flip: bool, shape_CHW: tuple[int, ...]) -> _Draws:
+        noise = None if self.latents is None else generator.standard_normal(shape_CHW, dtype=np.float32)
+        return _Draws(self.flip and flip, noise, None if self.text is None else generator.random())
+
+    def read(self, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, EncodedText | None]:
+        """Write the image or the latent. Returns the label and the caption.
+
+        Raises ImageError for a bad sample, CorruptShardError for damage.
+        """
+        payloads = self.base.read(sample_id, self._fields)
+        if self.latents is not None:
+            assert draws.latent_noise_CHW is not None
+            self.latents.read(sample_id, draws.flip, draws.latent_noise_CHW, out_CHW)
+        else:
+            self._read_pixels(sample_id, payloads, draws.flip, out_CHW)
+        text = None if self.text is None else self.text.read(sample_id, draws.caption_uniform or 0.0)
+        return self._label(payloads, sample_id), text
+
+    def _read_pixels(self, sample_id: int, payloads: dict[str, bytes], flip: bool, out_CHW: np.ndarray) -> None:
+        payload = next((payloads[field] for field in self.base.image_fields if field in payloads), None)
+        if payload is None:
+            raise ImageError("has no image")
+        width, height = read_pixels(payload, len(out_CHW), flip, out_CHW)
+        recorded = self.base.image_size
+        if recorded is not None and (width, height) != (recorded, recorded):
+            problem = f"image is {width}x{height} pixels, the index says {recorded}x{recorded}"
+            raise self.base.corrupt(sample_id, problem)
+
+    def _label(self, payloads: dict[str, bytes], sample_id: int) -> int:
+        if self.base.num_classes == 0:
+            return 0  # what stands for "no class": the number after the last one
+        try:
+            return parse_label(payloads.get(LABEL_FIELD, b""), self.base.num_classes)
+        except ValueError as error:
+            raise self.base.corrupt(sample_id, str(error)) from None
 
 
 class TrainingDataset(Dataset[Batch]):
     """Stream positions in, one `Batch` out. A whole micro-batch is one item, so that small images cost no collation."""
 
-    def __init__(self, index: ShardIndex, seed: int, flip: bool) -> None:
-        image_field = next((field for field in index.fields if field in IMAGE_FIELDS), None)
-        if image_field is None or LABEL_FIELD not in index.fields:
-            raise UserError(
-                f"data.shards={index.folder}: fields {', '.join(index.fields)} lack an image "
-                f"({', '.join(IMAGE_FIELDS)}) or a label ({LABEL_FIELD}); pack images with labels"
-            )
-        self.index, self.seed, self.flip = index, seed, flip
-        self._image_field = image_field
-        self._order = StreamOrder(index.num_samples, seed)
+    def __init__(self, data: TrainingData, seed: int, flip: bool) -> None:
+        self.data, self.seed = data, seed
+        self._readers = [_SampleReader(dataset, flip) for dataset in data.datasets]
+        self._order = MixtureOrder([reader.base.num_samples for reader in self._readers], data.weights, seed)
+        self._first_ids, self._channels = data.first_ids, data.channels
+        self._text_length = max((reader.text.spec.max_length for reader in self._readers if reader.text), default=0)
 
     def __getitem__(self, positions: range) -> Batch:
-        count, size = len(positions), self.index.image_size
-        pixels = np.empty((count, self.index.channels, size, size), dtype=np.uint8)
-        noise = np.empty(pixels.shape, dtype=np.float32)
-        uniforms = np.empty((3, count))
-        labels, sample_ids, epochs = np.empty((3, count), dtype=np.int64)
+        buffer = BatchBuffer(len(positions), self._channels, self.data.image_size)
+        captions = []
         for row, position in enumerate(positions):
-            epoch, sample_id = self._order[position]
-            epochs[row], sample_ids[row] = epoch, sample_id
-            # The order of the draws is fixed: time, drop, flip, then noise. A new one goes after them.
-            generator = sample_generator(self.seed, Stream.TRAINING, epoch, sample_id)
-            uniforms[:, row] = generator.random(3)
-            generator.standard_normal(dtype=np.float32, out=noise[row])
-            payloads = self.index.read(sample_id)
-            labels[row] = self._label(payloads[LABEL_FIELD], sample_id)
-            image = self._image(payloads[self._image_field], sample_id)  # (C, H, W)
-            pixels[row] = image[:, :, ::-1] if self.flip and uniforms[2, row] < 0.5 else image
-        return Batch(
-            images=torch.from_numpy(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)),
-            labels=torch.from_numpy(labels),
-            noise=torch.from_numpy(noise),
-            time_uniform=torch.from_numpy(np.maximum(uniforms[0], _SMALLEST_UNIFORM)),
-            drop_uniform=torch.from_numpy(uniforms[1]),
-            sample_ids=torch.from_numpy(sample_ids),
-            epochs=torch.from_numpy(epochs),
-        )
+            number, epoch, sample_id = self._order[position]
+            name = self._first_ids[number] + sample_id
+            generator = sample_generator(self.seed, Stream.TRAINING, epoch, name)
+            buffer.draw(row, generator)
+            image = buffer.images[row]
+            draws = self._readers[number].draw(generator, buffer.flips(row), image.shape)
+            buffer.epochs[row], buffer.sample_ids[row] = epoch, name
+            buffer.bad[row], buffer.labels[row], caption = self._read(number, sample_id, draws, image)
+            captions.append(caption)
+        text = pad_text([caption for caption in captions if caption], self._text_length) if self._text_length else None
+        return buffer.batch(text)
 
-    def _label(self, payload: bytes, sample_id: int) -> int:
-        try:
-            label = int(payload)
-        except ValueError as error:
-            raise self.index.corrupt(sample_id, f"label {payload[:20]!r} is not a number") from error
-        if not 0 <= label < self.index.num_classes:
-            raise self.index.corrupt(sample_id, f"label {label} is outside 0..{self.index.num_classes - 1}")
-        return label
+    def _read(
+        self, number: int, sample_id: int, draws: _Draws, out_CHW: np.ndarray
+    ) -> tuple[int, int, EncodedText | None]:
+        """Read a sample, or another one in the place of a bad one. Returns how many were bad, label and caption."""
+        reader, reason = self._readers[number], ""
+        for bad, candidate in enumerate(self._candidates(number, sample_id)):
+            try:
+                return bad, *reader.read(candidate, draws, out_CHW)
+            except ImageError as error:
+                reason = reason or str(error)
+        raise reader.base.corrupt(sample_id, f"{reason}; so it is with {_REPLACEMENTS} samples tried in its place")
 
-    def _image(self, payload: bytes, sample_id: int) -> np.ndarray:
-        """Decode to (C, H, W) uint8."""
-        mode = "L" if self.index.channels == 1 else "RGB"
-        try:
-            image = Image.open(io.BytesIO(payload), formats=_IMAGE_FORMATS)
-            if image.size != (self.index.image_size, self.index.image_size):
-                size, expected = "x".join(map(str, image.size)), self.index.image_size
-                raise self.index.corrupt(sample_id, f"image is {size} pixels, the index says {expected}x{expected}")
-            array = np.asarray(image if image.mode == mode else image.convert(mode))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise self.index.corrupt(sample_id, f"{self._image_field} does not decode ({error})") from error
-        return array[None] if mode == "L" else array.transpose(2, 0, 1)
+    def _candidates(self, number: int, sample_id: int) -> Iterator[int]:
+        """A sample, and those that stand in for it if it is bad: the same in every epoch, on any rank and worker."""
+        yield sample_id
+        bits = philox(self.seed, Stream.REPLACEMENT, 0, self._first_ids[number] + sample_id)
+        yield from (int(raw) % self._readers[number].base.num_samples for raw in bits.random_raw(_REPLACEMENTS))
 
 
 class MicroBatchSampler(Sampler[range]):
@@ -130,16 +237,44 @@ class MicroBatchSampler(Sampler[range]):
             images_seen += self.global_batch_size
 
 
-class TrainingLoader:
-    """An endless iterator over a rank's micro-batches, `global_batch_size / (micro_batch_size * world_size)` a step.
+class BatchLoader:
+    """An endless iterator over a rank's micro-batches. Close it to end its worker processes."""
+
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self._batches: Iterator[Batch] | None = iter(loader)
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise StopIteration
+        batch = next(self._batches)
+        for sample_id in batch.sample_ids[batch.bad > 0].tolist():
+            logger.warning("%s", self.describe_bad(sample_id))
+        return batch
+
+    def describe_bad(self, sample_id: int) -> str:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the worker processes. The loader is exhausted afterwards; closing it again does nothing."""
+        batches, self._batches = self._batches, None
+        # Dropping the last reference would do it too, but the traceback of an error may hold another one.
+        if batches is not None and hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
+
+
+class TrainingLoader(BatchLoader):
+    """A rank's micro-batches from indexed shards, `global_batch_size / (micro_batch_size * world_size)` a step.
 
     `images_seen` is the only state: a loader made with it continues exactly where another one stopped, on any number
-    of ranks and workers. `rank` and `world_size` count data-parallel ranks. Close it to end its worker processes.
+    of ranks and workers. `rank` and `world_size` count data-parallel ranks.
     """
 
     def __init__(
         self,
-        index: ShardIndex,
+        data: TrainingData,
         *,
         seed: int,
         global_batch_size: int,
@@ -151,28 +286,27 @@ class TrainingLoader:
         num_workers: int,
         pin_memory: bool = False,
     ) -> None:
-        loader = DataLoader(
-            TrainingDataset(index, seed, flip),
-            batch_size=None,  # an item is a micro-batch already
-            sampler=MicroBatchSampler(images_seen, global_batch_size, micro_batch_size, rank, world_size),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_signals_to_the_rank,
-            generator=torch.Generator(),  # else starting the workers would draw from torch's global generator
-        )
-        self._batches: Iterator[Batch] | None = iter(loader)
+        sampler = MicroBatchSampler(images_seen, global_batch_size, micro_batch_size, rank, world_size)
+        super().__init__(make_loader(TrainingDataset(data, seed, flip), sampler, num_workers, pin_memory))
+        self.data = data
 
-    def __iter__(self) -> TrainingLoader:
-        return self
+    def describe_bad(self, sample_id: int) -> str:
+        return f"{self.data.name_of(sample_id)}: does not decode; another sample stands in"
 
-    def __next__(self) -> Batch:
-        if self._batches is None:
-            raise StopIteration
-        return next(self._batches)
 
-    def close(self) -> None:
-        """End the worker processes. The loader is exhausted afterwards; closing it again does nothing."""
-        self._batches = None  # the last reference: the DataLoader's iterator joins its workers as it goes
+def make_loader(
+    dataset: Dataset[Batch], sampler: Sampler[range] | None, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """A DataLoader whose items are micro-batches; each worker process has two of them ready."""
+    return DataLoader(
+        dataset,
+        batch_size=None,  # an item is a micro-batch already
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_rank,
+        generator=torch.Generator(),  # else starting the workers would draw from torch's global generator
+    )
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -1,10 +1,14 @@
-"""The order of samples: a pure function of (number of samples, seed, epoch), computed window by window.
+"""The order of samples: a pure function of (numbers of samples, weights, seed, position), computed window by window.
 
 Training follows one endless stream of positions: position p is epoch p // n, place p % n. An epoch's tail is carried
-over into the next batch, never dropped, so "images seen" is the whole state of the data.
+over into the next batch, never dropped, so "images seen" is the whole state of the data. Several data sets share the
+positions by their weights, and each follows a stream of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -15,20 +19,23 @@ BLOCK_SAMPLES = 64  # contiguous in the shards, hence read from one place of the
 WINDOW_BLOCKS = 32
 WINDOW_SAMPLES = BLOCK_SAMPLES * WINDOW_BLOCKS
 _CACHED_EPOCHS = 2  # a batch may straddle two
+_MAX_WINDOWS = 2**40  # of an epoch: the room that each data set of a mixture has for its permutations
 
 
 class EpochOrder:
     """The order of one epoch: `order[place]` is a sample id, and every sample has exactly one place.
 
     Blocks of 64 contiguous samples are permuted, then the samples are shuffled inside windows of 32 permuted blocks.
-    Holds the permutation of the blocks, n/64 numbers, and the window read last.
+    Holds the permutation of the blocks, n/64 numbers, and the window read last. `dataset` numbers the data sets of a
+    mixture, which are ordered independently.
     """
 
-    def __init__(self, num_samples: int, seed: int, epoch: int) -> None:
+    def __init__(self, num_samples: int, seed: int, epoch: int, dataset: int = 0) -> None:
         assert num_samples > 0 and epoch >= 0, (num_samples, epoch)
         self.num_samples, self.seed, self.epoch = num_samples, seed, epoch
+        self._first_draw = dataset * _MAX_WINDOWS
         num_blocks = -(-num_samples // BLOCK_SAMPLES)
-        self._blocks = permutation(num_blocks, seed, Stream.ORDER, epoch)
+        self._blocks = permutation(num_blocks, seed, Stream.ORDER, epoch, self._first_draw).astype(np.int32)
         # The last block may be short and may land anywhere: the windows after it begin that much earlier.
         self._missing = num_blocks * BLOCK_SAMPLES - num_samples
         short_window = int(np.flatnonzero(self._blocks == num_blocks - 1)[0]) // WINDOW_BLOCKS
@@ -51,28 +58,53 @@ class EpochOrder:
         missing = 0 if place < self._short_window_end else self._missing
         window = (place + missing) // WINDOW_SAMPLES
         blocks = self._blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
-        samples = (blocks[:, None] * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).reshape(-1)
+        samples = (blocks[:, None].astype(np.int64) * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).reshape(-1)
         samples = samples[samples < self.num_samples]
-        shuffle = permutation(len(samples), self.seed, Stream.ORDER, self.epoch, 1 + window)  # 0 is the blocks'
+        draw = self._first_draw + 1 + window  # the first one is the blocks'
+        shuffle = permutation(len(samples), self.seed, Stream.ORDER, self.epoch, draw)
         self._window_start, self._window = window * WINDOW_SAMPLES - missing, samples[shuffle]
 
 
 class StreamOrder:
     """The endless stream: `order[position]` is (epoch, sample id)."""
 
-    def __init__(self, num_samples: int, seed: int) -> None:
-        self.num_samples, self.seed = num_samples, seed
+    def __init__(self, num_samples: int, seed: int, dataset: int = 0) -> None:
+        self.num_samples, self.seed, self.dataset = num_samples, seed, dataset
         self._epochs: dict[int, EpochOrder] = {}
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         epoch, place = divmod(position, self.num_samples)
         order = self._epochs.get(epoch)
         if order is None:
-            order = EpochOrder(self.num_samples, self.seed, epoch)
+            order = EpochOrder(self.num_samples, self.seed, epoch, self.dataset)
             if len(self._epochs) == _CACHED_EPOCHS:
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = order
         return epoch, order[place]
+
+
+class MixtureOrder:
+    """The endless stream of several data sets: `order[position]` is (data set, epoch and sample id in that data set).
+
+    A data set has its share of any run of positions to within a sample for each data set before it, and goes through
+    its own samples epoch by epoch, so each comes once before any comes twice.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        assert len(sizes) == len(weights) and min(weights) > 0, (sizes, weights)
+        exact = [Fraction(str(weight)) for weight in weights]  # the decimal that was written, not its binary neighbour
+        # Of the positions that the data sets before it leave, the share that each one takes; the last one takes all.
+        self._shares = [weight / sum(exact[dataset:]) for dataset, weight in enumerate(exact)]
+        self._orders = [StreamOrder(size, seed, dataset) for dataset, size in enumerate(sizes)]
+
+    def __getitem__(self, position: int) -> tuple[int, int, int]:
+        for dataset, share in enumerate(self._shares):
+            # floor(p * share) of the positions before p are this one's, and p is where that number grows.
+            place = position * share.numerator // share.denominator
+            if (position + 1) * share.numerator // share.denominator > place:
+                return dataset, *self._orders[dataset][place]
+            position -= place
+        raise AssertionError("the last share is 1")
 
 
 def batch_positions(

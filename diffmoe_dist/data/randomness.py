@@ -18,6 +18,8 @@ class Stream(IntEnum):
     TRAINING = 1
     PACKING = 2
     SAMPLING = 3
+    REPLACEMENT = 4
+    STREAMED_SHARDS = 5
 
 
 def philox(seed: int, stream: Stream, epoch: int, index: int) -> np.random.Philox:

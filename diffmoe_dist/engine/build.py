@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffmoe_dist.config import Config, pool_samples, save_config
-from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.config import Config, data_sets, pool_samples, save_config
+from diffmoe_dist.data.dataset import DataSet, TrainingData
+from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
+from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.engine.checkpoint import (
     Progress,
@@ -30,25 +31,38 @@ from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspe
 from diffmoe_dist.parallel.topology import Topology
 
 
-def open_data(config: Config) -> ShardIndex:
-    """Open the shards and check that they fit the model.
+def open_data(config: Config) -> TrainingData | StreamedData:
+    """Open the data and check that they fit the model.
 
     Raises:
-        UserError: the index is missing or damaged, or holds other images or classes than the model is made for.
+        UserError: an index is missing or damaged, or holds other images or classes than the model is made for.
     """
-    index = ShardIndex.open(str(config.data.shards))
+    model, settings = config.model, config.data
+    if settings.stream:
+        return StreamedData.open(
+            str(settings.shards), allow_pipe=settings.allow_pipe,
+            channels=model.in_channels, image_size=model.input_size, num_classes=model.num_classes,
+        )  # fmt: skip
+    entries = data_sets(settings)
+    datasets = tuple(DataSet.open(str(entry.shards), entry.latents, entry.text) for entry in entries)
+    for dataset in datasets:
+        _check_fit(config, dataset)
+    return TrainingData(datasets, model.input_size, tuple(entry.weight for entry in entries))
+
+
+def _check_fit(config: Config, dataset: DataSet) -> None:
     model = config.model
     expected = {
-        "input_size": (model.input_size, index.image_size),
-        "in_channels": (model.in_channels, index.channels),
-        "num_classes": (model.num_classes, index.num_classes),
+        "input_size": (model.input_size, dataset.image_size or model.input_size),
+        "in_channels": (model.in_channels, dataset.channels),
+        "num_classes": (model.num_classes, dataset.base.num_classes),
     }
     for name, (setting, found) in expected.items():
         if found != setting:
-            raise UserError(
-                f"model.{name}={setting}, but data.shards={config.data.shards} has {found}; set it to {found}"
-            )
-    return index
+            raise UserError(f"model.{name}={setting}, but {dataset.where} has {found}; set it to {found}")
+    spec = dataset.latents.latents if dataset.latents else None
+    if spec and spec.width != spec.height:
+        raise UserError(f"{dataset.where}: latents of {spec.height}x{spec.width}; the model takes squares")
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -71,7 +85,7 @@ class Start:
     progress: Progress
 
 
-def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
+def find_start(config: Config, data: TrainingData | StreamedData, world_size: int) -> Start:
     """Look for a checkpoint in `run_dir` and check that this run continues it.
 
     Raises:
@@ -83,7 +97,7 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
         step=0,
         images_seen=0,
         seed=config.seed,
-        data_fingerprint=index.fingerprint,
+        data_fingerprint=data.fingerprint,
         pool_samples=pool_samples(config, world_size),
         micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
     )
@@ -97,7 +111,7 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
 
 
 def build_trainer(
-    config: Config, topology: Topology, index: ShardIndex, start: Start, draw_samples: DrawSamples
+    config: Config, topology: Topology, data: TrainingData | StreamedData, start: Start, draw_samples: DrawSamples
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
@@ -115,31 +129,36 @@ def build_trainer(
     else:
         log = NullRunLog()
     logger.info(_summary(config, topology, engine.module, progress))
-    micro_batch_size = config.train.micro_batch_size
-    assert micro_batch_size is not None
-    loader = TrainingLoader(
-        index,
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=topology.rank,
-        world_size=topology.world_size,
-        images_seen=progress.images_seen,
-        flip=config.data.flip,
-        num_workers=config.data.workers,
-        pin_memory=topology.device.type == "cuda",
-    )
     return Trainer(
         config=config,
         topology=topology,
         engine=engine,
         objective=RectifiedFlow(config.objective),
         state=state,
-        loader=loader,
+        loader=_open_loader(config, topology, data, progress),
         progress=progress,
         log=log,
         draw_samples=draw_samples,
     )
+
+
+def _open_loader(
+    config: Config, topology: Topology, data: TrainingData | StreamedData, progress: Progress
+) -> BatchLoader:
+    assert config.train.micro_batch_size is not None
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "micro_batch_size": config.train.micro_batch_size,
+        "rank": topology.rank,
+        "world_size": topology.world_size,
+        "images_seen": progress.images_seen,
+        "flip": config.data.flip,
+        "num_workers": config.data.workers,
+        "pin_memory": topology.device.type == "cuda",
+    }
+    if isinstance(data, StreamedData):
+        return StreamLoader(data, **settings)
+    return TrainingLoader(data, global_batch_size=config.train.global_batch_size, **settings)
 
 
 def _build_engine(config: Config, topology: Topology) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config, loss_weights
-from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.data.loader import Batch, BatchLoader
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
 from diffmoe_dist.engine.ema import WeightAverage
@@ -38,6 +38,7 @@ class StepReport:
     grad_norm: float  # before clipping
     thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some
     load_LN: Tensor  # assignments a micro-step and rank
+    bad_samples: int  # did not decode and were passed over
 
 
 class Trainer:
@@ -51,7 +52,7 @@ class Trainer:
         engine: Any,
         objective: RectifiedFlow,
         state: ShardedState,
-        loader: TrainingLoader,
+        loader: BatchLoader,
         progress: Progress,
         log: Log,
         draw_samples: DrawSamples,
@@ -71,6 +72,7 @@ class Trainer:
         self.run_dir = Path(str(config.run_dir))
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
+        self.bad_samples = 0  # since the last line of metrics
 
     def train(self) -> None:
         config = self.config
@@ -98,6 +100,7 @@ class Trainer:
         assert sums is not None
         report = self._report(self.topology.mean(sums / self.progress.micro_steps))
         self._stop_on_non_finite(report)
+        self.bad_samples += report.bad_samples
         if report.thresholds_LN is not None:
             for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
                 layer.router.update_threshold(proposal)
@@ -128,7 +131,7 @@ class Trainer:
         self.log.close()
 
     def _forward_backward(self, batch: Batch) -> Tensor:
-        """One micro-step. Returns what is to be averaged over ranks, flat fp64: losses, thresholds, loads."""
+        """One micro-step. Returns what is to be averaged over ranks, flat fp64: losses, thresholds, loads, bad."""
         t = self.objective.times(batch.time_uniform)
         dropped = batch.drop_uniform < self.config.train.label_dropout
         labels = torch.where(dropped, self.model.num_classes, batch.labels)
@@ -142,13 +145,13 @@ class Trainer:
         losses = torch.stack([loss, diffusion, *output.losses.values()])
         stats = output.routing
         thresholds = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
-        parts = [losses, *thresholds, *(s.tokens_per_expert for s in stats)]
+        parts = [losses, *thresholds, *(s.tokens_per_expert for s in stats), batch.bad.sum(dim=0, keepdim=True)]
         return torch.cat([part.detach().double() for part in parts])
 
     def _report(self, means: Tensor) -> StepReport:
         """The inverse of the flat form of `_forward_backward`."""
         names = ["loss", "loss_diffusion", *(f"loss_{name}" for name in self.loss_weights)]
-        losses, rest = means[: len(names)], means[len(names) :]
+        losses, rest, bad = means[: len(names)], means[len(names) : -1], means[-1]
         layers, experts = len(self.model.moe_layers), self.config.moe.num_experts or 1
         tables = rest.view(-1, layers, experts) if layers else rest.view(1, 0, experts)  # thresholds if any, loads
         return StepReport(
@@ -156,6 +159,7 @@ class Trainer:
             grad_norm=float(self.engine.get_global_grad_norm()),
             thresholds_LN=tables[0].float() if len(tables) == 2 else None,
             load_LN=tables[-1],
+            bad_samples=round(float(bad) * self.topology.world_size * self.progress.micro_steps),
         )
 
     def _stop_on_non_finite(self, report: StepReport) -> None:
@@ -172,6 +176,7 @@ class Trainer:
         tokens = (self.config.train.micro_batch_size or 0) * self.config.tokens_per_sample
         load_LN = report.load_LN
         capacity = load_max = load_min = None
+        bad_samples, self.bad_samples = self.bad_samples, 0
         if len(load_LN):
             capacity = float(load_LN.sum(dim=1).mean() / tokens)
             relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True)
@@ -187,6 +192,7 @@ class Trainer:
             "capacity": capacity,
             "expert_load_max": load_max,
             "expert_load_min": load_min,
+            "bad_samples": bad_samples,
             "peak_memory_bytes": _peak_memory(self.topology.device),
         }
 

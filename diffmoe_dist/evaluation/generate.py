@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, data_sets
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.latents import Autoencoder, same_scaling
 from diffmoe_dist.data.randomness import Stream, sample_generator
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
@@ -31,6 +34,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather, from_first_rank
 
+Decode = Callable[[Tensor], Tensor]  # the model's images, (N, C, H, W), to pixels in about [-1, 1]
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
 
@@ -43,6 +47,7 @@ class SamplingSettings:
     seed: int
     sampler: str
     batch_size: int
+    decoder: str | None = None  # of latents; default: the run's own
 
     def check(self) -> None:
         for name in ("num", "steps", "batch_size"):
@@ -101,13 +106,35 @@ def balanced_labels(num: int, num_classes: int) -> list[int]:
     return [number % num_classes for number in range(num)]
 
 
-def check_pixels(config: Config) -> None:
-    """Refuse a model whose images are latents, which need a decoder to look at."""
-    if config.model.in_channels not in (1, 3):
-        raise UserError(
-            f"model.in_channels={config.model.in_channels}: these images are latents and decoding them is not "
-            "available yet; pictures need 1 or 3 channels (sample.every=0 trains without them)"
-        )
+def open_decoder(config: Config, folder: str | None, setting: str, device: torch.device) -> Decode:
+    """What turns the model's images into pixels: nothing for pixels, the autoencoder in `folder` for latents.
+
+    `setting` is how the user names the folder.
+
+    Raises:
+        UserError: latents without a decoder, pixels with one, or a decoder of other latents than the model's.
+    """
+    channels = config.model.in_channels
+    latents = channels not in (1, 3) or any(entry.latents for entry in data_sets(config.data))
+    if not latents and folder is None:
+        return lambda images: images
+    if not latents:
+        raise UserError(f"{setting}={folder}: this model draws pixels, not latents; remove it")
+    if folder is None:
+        raise UserError(f"model.in_channels={channels}: this model draws latents; give {setting} their autoencoder")
+    decoder = Autoencoder.open(folder, setting, device)
+    if decoder.latent_channels != channels:
+        raise UserError(f"{setting}={folder}: has {decoder.latent_channels} latent channels, the model {channels}")
+    for entry in data_sets(config.data):
+        if entry.latents and Path(entry.latents).is_dir():  # a model may be sampled where its data are not
+            _check_scaling(decoder, entry.latents, f"{setting}={folder}")
+    return decoder.decode
+
+
+def _check_scaling(decoder: Autoencoder, latents: str, named: str) -> None:
+    spec = ShardIndex.open(latents).latents
+    if spec is not None and not same_scaling(decoder, spec):
+        raise UserError(f"{named}: takes latents of another scale or shift than data.latents={latents}; give their own")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -127,7 +154,7 @@ def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
     )
 
 
-def training_grid(model: DiT, config: Config, rank: int, world_size: int) -> np.ndarray:
+def training_grid(model: DiT, config: Config, decode: Decode | None, rank: int, world_size: int) -> np.ndarray:
     """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Each rank draws an equal share."""
     sample = config.sample
     share = -(-sample.num // world_size)
@@ -137,8 +164,10 @@ def training_grid(model: DiT, config: Config, rank: int, world_size: int) -> np.
         model, RectifiedFlow(config.objective), numbers, labels,
         seed=config.seed, steps=sample.steps, cfg_scale=sample.cfg_scale,
     )  # fmt: skip
-    everyone = drawn.images.new_empty(world_size * share, *drawn.images.shape[1:])
-    all_gather(everyone, drawn.images.contiguous())
+    assert decode is not None, "sample.every opens it"
+    pixels = decode(drawn.images)
+    everyone = pixels.new_empty(world_size * share, *pixels.shape[1:])
+    all_gather(everyone, pixels.contiguous())
     return image_grid(to_uint8(everyone[: sample.num]), grid_columns(config, sample.num))
 
 
@@ -162,18 +191,19 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     checkpoint = from_first_rank(find_checkpoint(settings.checkpoint))
     model, config = read_ema_model(checkpoint, device)
-    check_pixels(config)
+    decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
     labels = balanced_labels(settings.num, config.model.num_classes)
     starts = range(0, settings.num, settings.batch_size)
-    mine: dict[int, Generated] = {}
+    mine: dict[int, tuple[np.ndarray, float | None]] = {}  # pixels and capacity of each block
     begun = time.perf_counter()
     for start in tqdm(starts[rank::ranks], unit="block", disable=rank != 0 or not sys.stderr.isatty()):
         numbers = list(range(start, min(start + settings.batch_size, settings.num)))
-        mine[start] = generate(
+        drawn = generate(
             model, RectifiedFlow(config.objective), numbers, [labels[number] for number in numbers],
             seed=settings.seed, steps=settings.steps, cfg_scale=settings.cfg_scale,
         )  # fmt: skip
-    blocks = _gather({start: (to_uint8(drawn.images), drawn.capacity) for start, drawn in mine.items()}, rank, ranks)
+        mine[start] = to_uint8(decode(drawn.images)), drawn.capacity
+    blocks = _gather(mine, rank, ranks)
     if blocks is None:
         return
     seconds = time.perf_counter() - begun

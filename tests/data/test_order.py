@@ -10,6 +10,7 @@ from diffmoe_dist.data.order import (
     WINDOW_BLOCKS,
     WINDOW_SAMPLES,
     EpochOrder,
+    MixtureOrder,
     StreamOrder,
     batch_positions,
 )
@@ -79,6 +80,25 @@ def test_the_stream_carries_an_epochs_tail_into_the_next_one() -> None:
     found = [stream[position] for position in range(15)]
     assert found == [(epoch, sample) for epoch in range(3) for sample in _order(5, 3, epoch)]
     assert stream[2] == found[2]  # also after its epoch has left the cache
+
+
+def test_a_mixture_deals_out_positions_by_weight() -> None:
+    # Shares of what is left: 1/2, then 1/2, then all. Position 0 goes to 2, 1 to 0, 2 to 1, 3 to 0, and again.
+    order = MixtureOrder([3, 4, 5], [2, 1, 1], seed=0)
+    assert [order[position][0] for position in range(8)] == [2, 0, 1, 0] * 2
+    uneven = MixtureOrder([10, 10, 10], [0.1, 0.2, 0.7], seed=0)
+    for end in (10, 100, 1000):
+        found = [uneven[position][0] for position in range(end)]
+        assert [found.count(dataset) for dataset in range(3)] == [end // 10, end // 5, end * 7 // 10]
+    assert uneven[10**15][0] in range(3)
+
+
+def test_each_data_set_of_a_mixture_follows_a_stream_of_its_own() -> None:
+    order = MixtureOrder([100, 100], [3, 1], seed=4)
+    found = [order[position] for position in range(800)]
+    first, second = ([name[1:] for name in found if name[0] == dataset] for dataset in range(2))
+    assert first == [StreamOrder(100, 4)[place] for place in range(600)]
+    assert sorted(second[:100]) == [(0, sample) for sample in range(100)] and second[:100] != first[:100]
 
 
 def test_a_rank_takes_its_run_of_every_micro_step() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_tools import pack as pack_module
+from data_tools import shards as shards_module
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
 from diffmoe_dist.data.index import ShardIndex, file_sha256
@@ -33,7 +33,7 @@ class _FewDigits(DigitsSource):
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def _pack_few(out: Path, samples_per_shard: int = 20, seed: int = 0) -> dict[str, bytes]:
@@ -44,7 +44,11 @@ def _pack_few(out: Path, samples_per_shard: int = 20, seed: int = 0) -> dict[str
 def test_packing_twice_gives_the_same_bytes(packed: Path, tmp_path: Path) -> None:
     pack(DigitsSource(), tmp_path, samples_per_shard=512, seed=0)
     first = _contents(packed)
-    assert sorted(first) == [f"digits-{shard:06d}.tar" for shard in range(4)] + ["index.json", "offsets.npy"]
+    assert sorted(first) == [f"digits-{shard:06d}.tar" for shard in range(4)] + [
+        "index.json",
+        "keys.npy",
+        "offsets.npy",
+    ]
     assert _contents(tmp_path) == first
     pack(DigitsSource(), tmp_path, samples_per_shard=512, seed=0)
     assert _contents(tmp_path) == first
@@ -86,7 +90,10 @@ def test_classes_are_mixed_in_every_shard(packed: Path) -> None:
 
 def test_the_index_describes_the_files(packed: Path) -> None:
     meta = json.loads((packed / "index.json").read_text())
-    assert (meta["format"], meta["version"], meta["source"], meta["seed"]) == ("diffmoe-shards", 1, "digits", 0)
+    assert (meta["format"], meta["version"], meta["image_size"], meta["channels"]) == ("diffmoe-shards", 2, 8, 1)
+    assert (meta["packing"]["source"], meta["packing"]["seed"]) == ("digits", 0)
+    for name in ("offsets", "keys"):
+        assert meta[name] == {"name": f"{name}.npy", "sha256": file_sha256(packed / f"{name}.npy")}
     assert [shard["num_samples"] for shard in meta["shards"]] == [512, 512, 512, 261]
     for shard in meta["shards"]:
         path = packed / shard["name"]
@@ -129,6 +136,7 @@ def test_an_interrupted_pack_is_no_data_set_and_is_finished_by_the_same_command(
     out = tmp_path / "interrupted"
     _pack_few(out)
     (out / "digits-000001.tar.partial").write_bytes(b"left by a killed process")
+    (out / "digits-000000.tar").unlink()
 
     def interrupt(num_samples: int) -> None:
         raise KeyboardInterrupt
@@ -147,12 +155,12 @@ def test_a_reader_that_fails_leaves_no_half_written_shard(tmp_path: Path) -> Non
 
     with pytest.raises(OSError, match="disk"):
         pack(Failing(), tmp_path, samples_per_shard=20, seed=0)
-    assert _contents(tmp_path) == {}
+    assert _contents(tmp_path) == {}  # nothing but the note of what was begun
 
 
 def test_every_file_takes_its_name_after_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, replace = pack_module.os.fsync, pack_module.os.replace
+    fsync, replace = shards_module.os.fsync, shards_module.os.replace
 
     def note_fsync(descriptor: int) -> None:
         events.append("fsync")
@@ -162,11 +170,12 @@ def test_every_file_takes_its_name_after_it_is_on_the_disk(tmp_path: Path, monke
         events.append(path.name)
         replace(partial, path)
 
-    monkeypatch.setattr(pack_module.os, "fsync", note_fsync)
-    monkeypatch.setattr(pack_module.os, "replace", note_replace)
+    monkeypatch.setattr(shards_module.os, "fsync", note_fsync)
+    monkeypatch.setattr(shards_module.os, "replace", note_replace)
     _pack_few(tmp_path)
-    assert events[0::2] == ["fsync"] * 5
-    assert events[1::2] == [f"digits-{shard:06d}.tar" for shard in range(3)] + ["offsets.npy", "index.json"]
+    assert events[0::2] == ["fsync"] * 11
+    shards = [f"digits-{shard:06d}.tar{kind}" for shard in range(3) for kind in ("", ".json")]
+    assert events[1::2] == ["pack.json", *shards, "quarantine.jsonl", "offsets.npy", "keys.npy", "index.json"]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

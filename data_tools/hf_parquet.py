@@ -1,0 +1,141 @@
+"""Source: Parquet files of Hugging Face data sets, with the images inside: a struct of `bytes` and `path`."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.source import IMAGE, BadItemError, caption_payloads, label_payload
+from data_tools.table import CAPTIONS, LABELS, Columns, as_captions, choose_column, import_pyarrow, number_labels
+from diffmoe_dist.errors import UserError
+
+
+class HfParquetSource:
+    """The rows of all files, in order.
+
+    A row is read with the whole row group around it, so a part takes from a group, once, all rows it will need of it.
+    """
+
+    name = "hf-parquet"
+    channels = 3
+    image_size: int | None = None
+
+    def __init__(self, root: Path, columns: Columns, split: str | None) -> None:
+        self._files = _files_of(root, split) if root.is_dir() else [root]
+        files = [_open(path) for path in self._files]
+        schema = files[0].schema_arrow
+        self._image = _image_column(self._files[0], schema, columns.image)
+        self._caption = choose_column(root, schema.names, "caption", columns.caption, CAPTIONS)
+        self._label = choose_column(root, schema.names, "label", columns.label, LABELS)
+        self._places = np.concatenate(
+            [_rows(number, group, file) for number, file in enumerate(files) for group in range(file.num_row_groups)]
+        )  # (items, 3): file, row group, row in it
+        self.class_names: Sequence[str] = ()
+        self.labels: np.ndarray | None = None
+        if self._label is not None:
+            values = [value for file in files for value in file.read([self._label])[self._label].to_pylist()]
+            self.class_names, self.labels = number_labels(root, values)
+            known = _known_names(schema, self._label)
+            if known and len(self.class_names) > len(known):
+                raise UserError(f"SOURCE={root}: label {self.class_names[-1]} of only {len(known)} named classes")
+            self.class_names = known or self.class_names
+        self._read_ahead: dict[int, tuple[bytes | None, list[str]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def item_name(self, item: int) -> str:
+        number, group, row = self._places[item].tolist()
+        return f"{self._files[number].name}: row {row} of group {group}"
+
+    def part(self, items: np.ndarray) -> HfParquetSource:
+        part = copy.copy(self)
+        part._places, part._read_ahead = self._places[items], {}
+        part.labels = None if self.labels is None else self.labels[items]
+        part.class_names = ()
+        return part
+
+    def read(self, item: int) -> dict[str, bytes]:
+        if item not in self._read_ahead:
+            self._read_group(item)
+        image, captions = self._read_ahead.pop(item)
+        if image is None:
+            raise BadItemError("no image bytes in its row")
+        payloads = {IMAGE: image}
+        if self.labels is not None:
+            payloads["cls"] = label_payload(self.labels[item])
+        if self._caption is not None:
+            payloads.update(caption_payloads(captions))
+        return payloads
+
+    def _read_group(self, item: int) -> None:
+        number, group, _ = self._places[item].tolist()
+        columns = [self._image, *([self._caption] if self._caption is not None else [])]
+        table = _open(self._files[number]).read_row_group(group, columns=columns)
+        here = np.flatnonzero((self._places[:, :2] == (number, group)).all(axis=1))
+        for other in here.tolist():
+            row = self._places[other, 2]
+            image: dict[str, Any] = table[self._image][row].as_py() or {}
+            captions = as_captions(table[self._caption][row].as_py()) if self._caption is not None else []
+            self._read_ahead[other] = (image.get("bytes"), captions)
+
+
+def holds_images(path: Path) -> bool:
+    """Whether a Parquet file has images inside, rather than paths to them."""
+    return any(_is_image(field) for field in _open(path).schema_arrow)
+
+
+def _rows(number: int, group: int, file: Any) -> np.ndarray:
+    rows = np.arange(file.metadata.row_group(group).num_rows, dtype=np.int64)
+    return np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], axis=1)
+
+
+def _files_of(root: Path, split: str | None) -> list[Path]:
+    """The files of one split, by name: `train-00000-of-00004.parquet`, or `train/0000.parquet`."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.parquet")):
+        numbered = re.match(r"(.+?)-\d", path.name)
+        files.setdefault(numbered[1] if numbered else path.parent.name, []).append(path)
+    if not files:
+        raise UserError(f"SOURCE={root}: holds no .parquet file; name a file or a folder of them")
+    if split is not None and split not in files:
+        raise UserError(f"--split={split}: not in {root}, which has {', '.join(files)}")
+    if split is None and len(files) > 1:
+        raise UserError(f"SOURCE={root}: holds several splits ({', '.join(files)}); name one with --split")
+    return files[split] if split is not None else next(iter(files.values()))
+
+
+def _open(path: Path) -> Any:
+    pyarrow = import_pyarrow()
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"SOURCE={path}: cannot be read as Parquet ({error}); restore it") from error
+
+
+def _is_image(field: Any) -> bool:
+    kind = import_pyarrow().types
+    return bool(kind.is_struct(field.type)) and field.type.get_field_index("bytes") >= 0
+
+
+def _image_column(path: Path, schema: Any, given: str | None) -> str:
+    images = [field.name for field in schema if _is_image(field)]
+    if given is not None and given not in images:
+        raise UserError(f"--image-column={given}: not a column of images in {path}; there are {', '.join(images)}")
+    if not images:
+        raise UserError(f"SOURCE={path}: no column is a struct with `bytes`; for paths use --source-format=table")
+    return given or images[0]
+
+
+def _known_names(schema: Any, label: str) -> list[str]:
+    """The names of the classes, where the file was written by `datasets` and says them."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    return list(metadata.get("info", {}).get("features", {}).get(label, {}).get("names", []))

@@ -1,0 +1,153 @@
+"""Sources: ILSVRC2012 (ImageNet-1k) from the archives as they are distributed, without extracting them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.source import IMAGE, Strings, label_payload
+from data_tools.tars import Member, TarFile
+from diffmoe_dist.errors import UserError
+
+_GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_TABLES = ("meta.mat", "synsets.txt")
+
+
+class IlsvrcSource:
+    """Images in one tar, each with its class. A label is the rank of the WordNet id by name, as everywhere else."""
+
+    channels = 3
+    image_size: int | None = None
+
+    def __init__(
+        self, name: str, tar: TarFile, members: list[Member], labels: np.ndarray, wnids: Sequence[str]
+    ) -> None:
+        self.name, self._tar, self.class_names = name, tar, wnids
+        self._names = Strings(member.name for member in members)
+        self._places = np.array([(member.offset, member.size) for member in members], dtype=np.int64)
+        self.labels: np.ndarray | None = labels
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def item_name(self, item: int) -> str:
+        return self._names[item]
+
+    def part(self, items: np.ndarray) -> IlsvrcSource:
+        part = copy.copy(self)
+        assert self.labels is not None
+        part._names, part._places, part.labels = self._names.take(items), self._places[items], self.labels[items]
+        part.class_names = ()
+        return part
+
+    def read(self, item: int) -> dict[str, bytes]:
+        assert self.labels is not None
+        offset, size = self._places[item].tolist()
+        return {IMAGE: self._tar.read(offset, size), "cls": label_payload(self.labels[item])}
+
+
+def train_source(path: Path) -> IlsvrcSource:
+    """ILSVRC2012_img_train.tar: a tar of one `<wnid>.tar` for each class. Only headers are read for the listing."""
+    tar = TarFile(path)
+    classes = sorted(tar.members(), key=lambda member: member.name)
+    strange = [member.name for member in classes if not member.name.endswith(".tar")]
+    if strange or not classes:
+        raise UserError(f"SOURCE={path}: not a tar of one tar for each class ({', '.join(strange[:1]) or 'empty'})")
+    members, labels = [], []
+    for label, of_class in enumerate(classes):
+        found = list(tar.members(of_class.offset, of_class.size))
+        members += found
+        labels += [label] * len(found)
+    wnids = [Path(member.name).stem for member in classes]
+    return IlsvrcSource("ilsvrc-train", tar, members, np.array(labels, dtype=np.int64), wnids)
+
+
+def validation_source(path: Path, devkit: Path | None) -> IlsvrcSource:
+    """ILSVRC2012_img_val.tar, and the devkit (folder or .tar.gz), which has the ground truth and the table of classes.
+
+    Line i of the ground truth is the ILSVRC2012_ID of image i by name. That number is not the rank of the WordNet id:
+    the devkit's table leads from one to the other.
+    """
+    if devkit is None:
+        raise UserError(
+            "--devkit is not set; the labels of the validation images need it: ILSVRC2012_devkit_t12[.tar.gz]"
+        )
+    tar = TarFile(path)
+    members = sorted(tar.members(), key=lambda member: member.name)
+    ids = _ground_truth(devkit)
+    if len(ids) != len(members):
+        raise UserError(
+            f"--devkit={devkit}: {len(ids)} ground truths for {len(members)} images of {path}; restore both"
+        )
+    wnid_of = _wnid_of_id(devkit)
+    used = Counter(ids)
+    counts = set(used.values())
+    if set(used) != set(wnid_of) or len(counts) != 1:
+        raise UserError(
+            f"--devkit={devkit}: the ground truth has {len(used)} classes of {min(counts)} to {max(counts)} images, "
+            f"the table {len(wnid_of)}; every class of the table must come equally often, so one of the two is wrong"
+        )
+    wnids = sorted(wnid_of.values())
+    rank = {wnid: label for label, wnid in enumerate(wnids)}
+    labels = np.array([rank[wnid_of[ilsvrc_id]] for ilsvrc_id in ids], dtype=np.int64)
+    return IlsvrcSource("ilsvrc-val", tar, members, labels, wnids)
+
+
+def _ground_truth(devkit: Path) -> list[int]:
+    text = _devkit_file(devkit, _GROUND_TRUTH)
+    if text is None:
+        raise UserError(f"--devkit={devkit}: holds no {_GROUND_TRUTH}; name ILSVRC2012_devkit_t12 or its .tar.gz")
+    try:
+        return [int(line) for line in text.split()]
+    except ValueError as error:
+        raise UserError(f"--devkit={devkit}: {_GROUND_TRUTH} is damaged ({error}); restore it") from None
+
+
+def _wnid_of_id(devkit: Path) -> dict[int, str]:
+    """ILSVRC2012_ID to WordNet id of the classes that have images, from meta.mat or from lines `ID WNID ...`."""
+    for name in _TABLES:
+        content = _devkit_file(devkit, name)
+        if content is not None:
+            break
+    else:
+        raise UserError(f"--devkit={devkit}: holds neither {' nor '.join(_TABLES)}; name ILSVRC2012_devkit_t12")
+    try:
+        table = _read_meta(content) if name == "meta.mat" else _read_synsets(content)
+    except (ImportError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--devkit={devkit}: {name} is not a table of classes ({error}); restore it, or give {_TABLES[1]} "
+            "with lines `ILSVRC2012_ID WNID`"
+        ) from error
+    return table
+
+
+def _read_meta(content: bytes) -> dict[int, str]:
+    from scipy.io import loadmat  # comes with scikit-learn
+
+    synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
+    return {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets if int(one["num_children"]) == 0}
+
+
+def _read_synsets(content: bytes) -> dict[int, str]:
+    rows = [line.split() for line in content.decode().splitlines() if line.strip()]
+    return {int(row[0]): row[1] for row in rows}
+
+
+def _devkit_file(devkit: Path, name: str) -> bytes | None:
+    """A file of the devkit, wherever in it."""
+    if devkit.is_dir():
+        found = sorted(devkit.rglob(name))
+        return found[0].read_bytes() if found else None
+    try:
+        with tarfile.open(devkit) as tar:
+            members = [member for member in tar if member.isreg() and Path(member.name).name == name]
+            file = tar.extractfile(members[0]) if members else None
+            return file.read() if file else None
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"--devkit={devkit}: cannot be read ({error}); name the devkit's folder or .tar.gz") from error

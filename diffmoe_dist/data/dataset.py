@@ -1,0 +1,128 @@
+"""What a run reads: a folder of shards with its side folders, or a weighted mixture of several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A folder of shards and, where they are used, the latents and the encoded captions made from it."""
+
+    base: ShardIndex
+    latents: ShardIndex | None = None
+    text: ShardIndex | None = None
+
+    @classmethod
+    def open(cls, shards: str | Path, latents: str | Path | None = None, text: str | Path | None = None) -> DataSet:
+        """Open and check the folders. Raises UserError, also for a side folder of other data or of another kind."""
+        base = ShardIndex.open(shards)
+        return cls(base, _open_side(base, latents, "latents"), _open_side(base, text, "text"))
+
+    @property
+    def channels(self) -> int | None:
+        """Of what the model is given; None: the folder holds no images."""
+        return self.base.channels if self.latents is None else self._latents.channels
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of what the model is given; None: images of all sizes, cropped as they are read."""
+        return self.base.image_size if self.latents is None else self._latents.height
+
+    @property
+    def where(self) -> str:
+        """The setting and the folder that the model's inputs come from."""
+        return f"data.shards={self.base.folder}" if self.latents is None else f"data.latents={self.latents.folder}"
+
+    @property
+    def _latents(self) -> Any:
+        assert self.latents is not None
+        return self.latents.latents
+
+    @property
+    def fingerprints(self) -> list[str | None]:
+        return [index.fingerprint if index else None for index in (self.base, self.latents, self.text)]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """One data set, or several of one kind that share the stream of samples by their weights.
+
+    Sample ids run through all of them: those of the second one follow those of the first.
+    Raises UserError for data sets that do not belong into one run.
+    """
+
+    datasets: tuple[DataSet, ...]
+    image_size: int  # height and width of what the model is given
+    weights: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        assert len(self.datasets) == len(self.weights) > 0, (self.datasets, self.weights)
+        traits: dict[str, Callable[[DataSet], Any]] = {
+            "colour or latent channels": lambda dataset: dataset.channels,
+            "classes": lambda dataset: (dataset.base.num_classes, dataset.base.class_names),
+            "autoencoder": lambda dataset: dataset.latents and _latent_traits(dataset.latents),
+            "text encoder": lambda dataset: dataset.text and dataset.text.text and dataset.text.text.encoder_sha256,
+        }
+        first = self.datasets[0]
+        for dataset in self.datasets[1:]:
+            for name, trait in traits.items():
+                if trait(dataset) != trait(first):
+                    raise UserError(
+                        f"data.mixture: {dataset.where} has not the {name} of {first.where}; mix data of one kind"
+                    )
+
+    @property
+    def channels(self) -> int:
+        channels = self.datasets[0].channels
+        if channels is None:
+            raise UserError(f"{self.datasets[0].where}: holds no images; give a folder that does, or its latents")
+        return channels
+
+    @cached_property
+    def first_ids(self) -> tuple[int, ...]:
+        """The sample id of each data set's sample 0."""
+        sizes = [dataset.base.num_samples for dataset in self.datasets]
+        return tuple(sum(sizes[:number]) for number in range(len(sizes)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with every byte of the data and with the weights: what a run that is resumed must find again."""
+        if len(self.datasets) == 1 and self.datasets[0].fingerprints[1:] == [None, None]:
+            return self.datasets[0].base.fingerprint
+        parts = [[*dataset.fingerprints, weight] for dataset, weight in zip(self.datasets, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def name_of(self, sample_id: int) -> str:
+        """Where a sample lies, for people."""
+        number = max(number for number, first in enumerate(self.first_ids) if first <= sample_id)
+        base, local = self.datasets[number].base, sample_id - self.first_ids[number]
+        return f"{base.folder / base.shards[base.shard_of(local)].name}, key {base.key(local)}"
+
+
+def _latent_traits(index: ShardIndex) -> tuple[Any, ...]:
+    spec = index.latents
+    assert spec is not None
+    return spec.vae_sha256, spec.scale, spec.shift, spec.height, spec.width
+
+
+def _open_side(base: ShardIndex, folder: str | Path | None, kind: str) -> ShardIndex | None:
+    if folder is None:
+        return None
+    side = ShardIndex.open(folder)
+    side.check_base(base)
+    if getattr(side, kind) is None:
+        raise UserError(
+            f"data.{kind}={folder}: holds no {kind}; make a folder that does: "
+            f"python -m data_tools encode-{kind} {base.folder} OUT"
+        )
+    return side

@@ -1,0 +1,91 @@
+"""From a file's bytes to pixels: decoding and cropping, the same when data are packed and when they are read."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Crop = Literal["adm", "center", "keep-ratio", "none"]
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none of which runs a program or opens another file
+_MAX_PIXELS = 178_956_970  # what Pillow decodes; a resized image may not be larger either
+
+
+class ImageError(ValueError):
+    """Bytes that give no image; the message is the reason, the same on every machine and run."""
+
+
+def decode_image(payload: bytes, channels: int, upright: bool = False) -> Image.Image:
+    """Decode a file completely, into mode "RGB" (three channels) or "L" (one).
+
+    16-bit values are scaled, not clipped; transparency is put on white; of an animation the first frame is taken; an
+    embedded colour profile is ignored, as everywhere in this field. `upright` applies the EXIF orientation.
+    Raises ImageError.
+    """
+    return convert_image(open_image(payload), channels, upright)
+
+
+def open_image(payload: bytes) -> Image.Image:
+    """Decode a file completely, in its own mode; `format` says which kind it is. Raises ImageError."""
+    if not payload:
+        raise ImageError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(payload), formats=_FORMATS)
+        image.load()  # a file that ends too early opens well
+    except UnidentifiedImageError:
+        raise ImageError("not an image") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged input Pillow's decoders raise nearly anything
+        raise ImageError(f"does not decode ({type(error).__name__}: {error})") from error
+    return image
+
+
+def convert_image(image: Image.Image, channels: int, upright: bool = False) -> Image.Image:
+    """The second half of `decode_image`. Raises ImageError for pixels that have no meaning as colours."""
+    image = ImageOps.exif_transpose(image) if upright else image
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float32) * (255 / 65535)).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ImageError(f"{image.mode} pixels (32 bits) have no known range")
+    elif image.has_transparency_data:
+        transparent = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), transparent).convert("RGB")
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        return image if image.mode == mode else image.convert(mode)
+    except ValueError:
+        raise ImageError(f"mode {image.mode} does not convert to {mode}") from None
+
+
+def crop_image(image: Image.Image, size: int, crop: Crop) -> Image.Image:
+    """Scale an image and cut it: `adm` and `center` to a square of `size`, `keep-ratio` to a shorter side of `size`.
+
+    Raises ImageError for an image so elongated that it would be enormous in between.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if crop != "center" and size * size * long > short * _MAX_PIXELS:
+        raise ImageError(f"too elongated: {width}x{height} pixels cannot be scaled to a shorter side of {size}")
+    if crop == "adm":
+        return _crop_adm(image, size)
+    if crop == "center":
+        left, top = (width - short) // 2, (height - short) // 2
+        return image.crop((left, top, left + short, top + short)).resize((size, size), Image.Resampling.LANCZOS)
+    assert crop == "keep-ratio", crop
+    return image.resize((round(width * size / short), round(height * size / short)), Image.Resampling.LANCZOS)
+
+
+def _crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """The preprocessing of ADM (Dhariwal and Nichol 2021) and of every ImageNet model since.
+
+    Halve with a box filter while the shorter side is at least twice the size, scale bicubically, take the centre.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

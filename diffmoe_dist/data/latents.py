@@ -1,0 +1,183 @@
+"""Latents: reading stored moments, drawing a training latent from them, and the autoencoder they come from.
+
+Shape legend: V views of an image (plain, mirrored), C latent channels, h x w latent pixels, N images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe_dist.data.format import LATENT_FIELD, LatentSpec
+from diffmoe_dist.data.images import ImageError
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.errors import UserError
+
+FLIP_VIEW = "flip"
+VIEWS = ("plain", FLIP_VIEW)
+_LEAST_LOGVAR, _LARGEST_LOGVAR = np.float32(-30), np.float32(20)  # as diffusers' DiagonalGaussianDistribution
+_DECODED_TOGETHER = 8
+
+
+class LatentReader:
+    """Draws training latents from the moments in a side folder."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        assert index.latents is not None, index.folder
+        self.index, self.spec = index, index.latents
+        spec = self.spec
+        self._views = {view: number for number, view in enumerate(spec.views)}
+        self._moments_shape = (len(spec.views), 2 * spec.channels, spec.height, spec.width)
+        self._header = _npy_header(self._moments_shape)
+        self._num_bytes = len(self._header) + 2 * int(np.prod(self._moments_shape))
+        self._scale, self._shift = _per_channel(spec.scale), _per_channel(spec.shift)
+
+    def read(self, sample_id: int, flip: bool, noise_Chw: np.ndarray, out_Chw: np.ndarray) -> None:
+        """Draw the latent of a sample, or of its mirror image, with the given standard normal numbers; all fp32.
+
+        Raises ImageError where the sample has none because its image was bad, CorruptShardError for damage.
+        """
+        moments = self.moments(sample_id)[self._views[FLIP_VIEW if flip else VIEWS[0]]].astype(np.float32)
+        mean, logvar = moments[: len(moments) // 2], moments[len(moments) // 2 :]
+        # z = mean + exp(logvar / 2) * eps; then what the model is trained on, (z - shift) * scale.
+        np.maximum(logvar, _LEAST_LOGVAR, out=logvar)
+        np.minimum(logvar, _LARGEST_LOGVAR, out=logvar)
+        logvar *= np.float32(0.5)
+        np.multiply(np.exp(logvar, out=logvar), noise_Chw, out=out_Chw)
+        out_Chw += mean
+        out_Chw -= self._shift
+        out_Chw *= self._scale
+
+    def moments(self, sample_id: int) -> np.ndarray:
+        """(V, 2C, h, w) fp16, as stored. Raises ImageError where there is none, CorruptShardError for damage."""
+        payload = self.index.read(sample_id, (LATENT_FIELD,)).get(LATENT_FIELD)
+        if payload is None:
+            raise ImageError("has no latent: its image did not decode when it was encoded")
+        if len(payload) == self._num_bytes and payload.startswith(self._header):  # what encode-latents writes
+            return np.frombuffer(payload, np.float16, offset=len(self._header)).reshape(self._moments_shape)
+        moments = read_fp16(self.index, sample_id, LATENT_FIELD, payload)
+        if moments.shape != self._moments_shape:
+            problem = f"{LATENT_FIELD} has shape {moments.shape}, the index says {self._moments_shape}"
+            raise self.index.corrupt(sample_id, problem)
+        return moments
+
+
+def read_fp16(index: ShardIndex, sample_id: int, field: str, payload: bytes) -> np.ndarray:
+    """The array of an .npy payload, which must be fp16; unpickles nothing. Raises CorruptShardError where it is not."""
+    try:
+        array = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise index.corrupt(sample_id, f"{field} is no .npy array ({error})") from error
+    if array.dtype != np.float16:
+        raise index.corrupt(sample_id, f"{field} holds {array.dtype}, not float16")
+    return array
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as the content of an .npy file, the same bytes every time."""
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    return npy_bytes(np.broadcast_to(np.float16(0), shape))[: -2 * int(np.prod(shape))]
+
+
+def _per_channel(values: tuple[float, ...]) -> np.ndarray:
+    return np.array(values, dtype=np.float32)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """A diffusers AutoencoderKL, and how its latents are scaled for a diffusion model: (z - shift) * scale."""
+
+    module: Any
+    scale: tuple[float, ...]  # (C,)
+    shift: tuple[float, ...]  # (C,)
+
+    @classmethod
+    def open(cls, folder: str | Path, setting: str, device: torch.device | str) -> Autoencoder:
+        """Load the weights in fp32 from a local folder; `setting` is how the user named it.
+
+        Raises UserError for a folder that holds no AutoencoderKL with safetensors weights.
+        """
+        check_autoencoder(folder, setting)
+        try:
+            from diffusers import AutoencoderKL
+        except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
+            raise UserError(f"{setting}={folder}: diffusers does not import ({error}); install it again") from error
+        try:
+            module, report = AutoencoderKL.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32,
+                low_cpu_mem_usage=False, output_loading_info=True,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{setting}={folder}: does not load ({error}); fetch it again") from error
+        if report["missing_keys"]:  # would be random numbers
+            raise UserError(f"{setting}={folder}: lacks weights, as {report['missing_keys'][0]}; fetch it again")
+        module.requires_grad_(False).eval().to(device)
+        return cls(module, *_scaling(dict(module.config)))
+
+    @property
+    def image_channels(self) -> int:
+        return int(self.module.config.in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.module.config.latent_channels)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to a latent pixel, along each side."""
+        return int(2 ** (len(self.module.config.block_out_channels) - 1))
+
+    @torch.no_grad()
+    def moments(self, images_NCHW: Tensor) -> Tensor:
+        """Mean over log variance, unscaled, (N, 2C, h, w), of images in [-1, 1]."""
+        return self.module.encode(images_NCHW).latent_dist.parameters  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def decode(self, latents_NChw: Tensor) -> Tensor:
+        """Images (N, C, H, W), about [-1, 1], of scaled latents; a few at a time, for decoding needs much memory."""
+        scale, shift = (latents_NChw.new_tensor(values)[:, None, None] for values in (self.scale, self.shift))
+        return torch.cat(
+            [self.module.decode(z).sample for z in (latents_NChw / scale + shift).split(_DECODED_TOGETHER)]
+        )
+
+
+def check_autoencoder(folder: str | Path, setting: str) -> None:
+    """Look at the folder of an autoencoder without loading it. Raises UserError."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
+        found = config.get("_class_name") if isinstance(config, dict) else "no config.json that can be read"
+        raise UserError(
+            f"{setting}={folder}: {found}; give the local folder of a diffusers AutoencoderKL, such as the vae folder "
+            "of a downloaded pipeline"
+        )
+    if not list(Path(folder).glob("diffusion_pytorch_model*.safetensors")):
+        raise UserError(f"{setting}={folder}: no diffusion_pytorch_model.safetensors; fetch the weights in that format")
+
+
+def _scaling(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(scale, shift), a number for each channel, as diffusers' pipelines use these entries."""
+    channels = config["latent_channels"]
+    factor = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        return tuple(factor / std for std in config["latents_std"]), tuple(map(float, config["latents_mean"]))
+    return (float(factor),) * channels, (float(config.get("shift_factor") or 0.0),) * channels
+
+
+def same_scaling(autoencoder: Autoencoder, spec: LatentSpec) -> bool:
+    """Whether latents of this kind are what the decoder takes."""
+    return (autoencoder.scale, autoencoder.shift) == (spec.scale, spec.shift)

@@ -1,0 +1,163 @@
+"""Shards read as a stream, without an index: for data that are far away, or made by a command as they are read.
+
+webdataset's own pipeline does the reading, and little is exact. A pass is a permutation of the shards, dealt out to
+the workers of all ranks; each worker goes through its part, pass by pass, for ever. So a pass has every sample at least
+once (more often where there are fewer shards than workers), but the workers' passes drift apart, another number of
+ranks is another run, a resumed run starts a new pass in another order, and damage is found only if the tar or the image
+shows it. What holds: no rank runs out of samples before another, and the noise of a sample is a function of (seed,
+pass, key).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import webdataset
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.shardlists import expand_urls
+
+from diffmoe_dist.data.format import IMAGE_FIELDS, LABEL_FIELD
+from diffmoe_dist.data.images import ImageError
+from diffmoe_dist.data.index import CorruptShardError
+from diffmoe_dist.data.loader import Batch, BatchBuffer, BatchLoader, make_loader, parse_label, read_pixels
+from diffmoe_dist.data.randomness import Stream, permutation, sample_generator
+from diffmoe_dist.errors import UserError
+
+PIPE = "pipe:"
+_SHUFFLED_SAMPLES = 1000  # held by a worker
+_KEY = "__key__"
+_URL = "__url__"
+_MAX_BAD_IN_A_ROW = 100
+
+
+@dataclass(frozen=True)
+class StreamedData:
+    """The shards of a stream, and what its samples are turned into."""
+
+    urls: tuple[str, ...]
+    channels: int
+    image_size: int
+    num_classes: int
+
+    @classmethod
+    def open(cls, shards: str, *, allow_pipe: bool, channels: int, image_size: int, num_classes: int) -> StreamedData:
+        """`shards` is a URL or a path, `a-{000000..000099}.tar` for many, `::` between several.
+
+        Raises UserError for a command in it, unless commands are allowed.
+        """
+        urls = tuple(expand_urls(shards))
+        if not allow_pipe and (command := next((url for url in urls if url.strip().startswith(PIPE)), None)):
+            raise UserError(f"data.shards={command}: runs a command; set data.allow_pipe=true if you trust it")
+        return cls(urls, channels, image_size, num_classes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the names: the content is not known before it is read."""
+        return hashlib.sha256("\0".join(self.urls).encode()).hexdigest()
+
+
+class StreamLoader(BatchLoader):
+    """A rank's micro-batches from a stream of shards."""
+
+    def __init__(
+        self,
+        data: StreamedData,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        images_seen: int,
+        flip: bool,
+        num_workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        dataset = StreamedDataset(data, seed, micro_batch_size, rank, world_size, images_seen, flip)
+        super().__init__(make_loader(dataset, None, num_workers, pin_memory))
+
+    def describe_bad(self, sample_id: int) -> str:
+        return "a streamed sample does not decode; the next one takes its place"
+
+
+class StreamedDataset(IterableDataset[Batch]):
+    """The micro-batches of one worker."""
+
+    def __init__(
+        self,
+        data: StreamedData,
+        seed: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        images_seen: int,
+        flip: bool,
+    ) -> None:
+        self.data, self.seed, self.micro_batch_size, self.flip = data, seed, micro_batch_size, flip
+        self.rank, self.world_size, self.images_seen = rank, world_size, images_seen
+
+    def __iter__(self) -> Iterator[Batch]:
+        samples = self._samples()
+        while True:
+            buffer = BatchBuffer(self.micro_batch_size, self.data.channels, self.data.image_size)
+            for row in range(self.micro_batch_size):
+                self._fill(buffer, row, samples)
+            yield buffer.batch(None)
+
+    def _fill(self, buffer: BatchBuffer, row: int, samples: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        for bad in range(_MAX_BAD_IN_A_ROW):
+            number, sample = next(samples)
+            name = hashlib.blake2b(sample[_KEY].encode(), digest_size=7).digest()
+            buffer.sample_ids[row] = int.from_bytes(name, "big")
+            epoch = self.images_seen + number  # else a resumed run would give the noise of the passes before again
+            buffer.draw(row, sample_generator(self.seed, Stream.TRAINING, epoch, int(buffer.sample_ids[row])))
+            buffer.epochs[row], buffer.bad[row] = number, bad
+            try:
+                self._read(sample, buffer, row)
+                return
+            except ImageError:
+                continue
+        raise CorruptShardError(f"{sample[_URL]}: {_MAX_BAD_IN_A_ROW} samples in a row give no image")
+
+    def _read(self, sample: dict[str, Any], buffer: BatchBuffer, row: int) -> None:
+        payload = next((sample[field] for field in IMAGE_FIELDS if field in sample), None)
+        if payload is None:
+            raise ImageError("has no image")
+        read_pixels(payload, self.data.channels, self.flip and buffer.flips(row), buffer.images[row])
+        try:
+            buffer.labels[row] = parse_label(sample.get(LABEL_FIELD, b""), self.data.num_classes)
+        except ValueError as error:
+            raise CorruptShardError(f"{sample[_URL]}, key {sample[_KEY]}: {error}") from None
+
+    def _samples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(pass, raw sample) for ever."""
+        worker = get_worker_info()
+        workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        place, places = self.rank * workers + own, self.world_size * workers
+        number = 0
+        while True:
+            urls = self._urls(number, place, places)
+            mixer = random.Random(f"{self.seed} {self.images_seen} {number} {place}")
+            pipeline = webdataset.DataPipeline(
+                webdataset.SimpleShardList(urls),
+                webdataset.tarfile_to_samples(),
+                webdataset.shuffle(_SHUFFLED_SAMPLES, rng=mixer),
+            )
+            found = 0
+            for sample in pipeline:
+                found += 1
+                yield number, sample
+            if not found:
+                raise CorruptShardError(f"{urls[0]}: no sample in the shards of this worker")
+            number += 1
+
+    def _urls(self, number: int, place: int, places: int) -> list[str]:
+        """The shards of one worker in a pass; with fewer shards than workers some are read by several."""
+        urls = self.data.urls
+        order = permutation(len(urls), self.seed, Stream.STREAMED_SHARDS, self.images_seen, number)
+        mine = order[place::places] if len(urls) >= places else order[place % len(urls) :: places]
+        return [urls[shard] for shard in np.atleast_1d(mine).tolist()]

@@ -1,0 +1,111 @@
+"""Encoded captions: reading those of a sample, choosing one of them, padding them to a batch.
+
+Shape legend: B samples, T tokens of one caption, L tokens after padding, D hidden size, P size of the pooled vector.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe_dist.data.format import ABSENT, POOLED_TEXT_FIELD, TEXT_FIELD, File
+from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.latents import read_fp16
+from diffmoe_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """One caption."""
+
+    tokens_TD: np.ndarray  # fp16
+    pooled_P: np.ndarray | None  # fp16; None where the encoder has no pooled vector
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The captions of a micro-batch."""
+
+    tokens: Tensor  # (B, L, D) fp16, zero where there is no token
+    mask: Tensor  # (B, L) bool, true where there is one
+    pooled: Tensor | None  # (B, P) fp16
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextBatch:
+        pooled = None if self.pooled is None else function(self.pooled)
+        return TextBatch(function(self.tokens), function(self.mask), pooled)
+
+
+def text_field(caption: int) -> str:
+    """The field with the tokens of a sample's caption number 0, 1, ..."""
+    return f"{caption}.{TEXT_FIELD}"
+
+
+def pooled_field(caption: int) -> str:
+    return f"{caption}.{POOLED_TEXT_FIELD}"
+
+
+class TextReader:
+    """Reads captions from a side folder. `null` is the empty caption, also that of a sample without one."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        assert index.text is not None, index.folder
+        self.index, self.spec = index, index.text
+        pooled = self.spec.null_pooled
+        self.null = EncodedText(self._null(self.spec.null), None if pooled is None else self._null(pooled))
+
+    def num_captions(self, sample_id: int) -> int:
+        """How many captions a sample has; they are numbered from 0."""
+        entries = self.index.entries(sample_id)
+        return sum(size != ABSENT and field.endswith(f".{TEXT_FIELD}") for field, _, size, _ in entries)
+
+    def read(self, sample_id: int, uniform: float) -> EncodedText:
+        """One of the captions of a sample, each as likely as the others; `uniform` in [0, 1) decides.
+
+        Raises CorruptShardError for damage.
+        """
+        number = self.num_captions(sample_id)
+        if number == 0:
+            return self.null
+        caption = int(uniform * number)
+        names = [text_field(caption), *([pooled_field(caption)] if self.spec.pooled_size else [])]
+        payloads = self.index.read(sample_id, names)
+        missing = [name for name in names if name not in payloads]
+        if missing:
+            raise self.index.corrupt(sample_id, f"has no {missing[0]}")
+        arrays = [read_fp16(self.index, sample_id, name, payloads[name]) for name in names]
+        tokens, spec = arrays[0], self.spec
+        if tokens.ndim != 2 or tokens.shape[1] != spec.hidden_size or not 0 < len(tokens) <= spec.max_length:
+            problem = f"{names[0]} has shape {tokens.shape}, the index says (1..{spec.max_length}, {spec.hidden_size})"
+            raise self.index.corrupt(sample_id, problem)
+        if spec.pooled_size and arrays[1].shape != (spec.pooled_size,):
+            problem = f"{names[1]} has shape {arrays[1].shape}, the index says ({spec.pooled_size},)"
+            raise self.index.corrupt(sample_id, problem)
+        return EncodedText(tokens, arrays[1] if spec.pooled_size else None)
+
+    def _null(self, file: File) -> np.ndarray:
+        path = self.index.folder / file.name
+        try:
+            if file_sha256(path) == file.sha256:
+                return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)  # type: ignore[no-any-return]
+        except FileNotFoundError:
+            pass
+        raise UserError(f"data.text={self.index.folder}: {file.name} is missing or another; encode the text again")
+
+
+def pad_text(captions: Sequence[EncodedText], max_length: int) -> TextBatch:
+    """Captions as one batch, padded to `max_length`: one shape for every batch, however the samples are split."""
+    hidden_size = captions[0].tokens_TD.shape[1]
+    tokens_BLD = np.zeros((len(captions), max_length, hidden_size), dtype=np.float16)
+    mask_BL = np.zeros((len(captions), max_length), dtype=bool)
+    for row, caption in enumerate(captions):
+        length = len(caption.tokens_TD)
+        tokens_BLD[row, :length], mask_BL[row, :length] = caption.tokens_TD, True
+    pooled = [caption.pooled_P for caption in captions if caption.pooled_P is not None]
+    return TextBatch(
+        torch.from_numpy(tokens_BLD), torch.from_numpy(mask_BL), torch.from_numpy(np.stack(pooled)) if pooled else None
+    )

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Pack a data set into shards, check every byte of them and describe them, on all nodes of the job. From the root of
+# the clone:
+#
+#   SOURCE=/data/ILSVRC2012_img_train.tar OUT=shards/imagenet256 sbatch slurm/prepare_shards.sh --crop adm --size 256
+#
+# The arguments are those of `python -m data_tools pack`. Submitted again, or started again after a preemption, the job
+# goes on with the shards that are missing or damaged. Edit the settings of this file and nothing else.
+#SBATCH --job-name=diffmoe-shards
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=16   # one process for each core; the first one only hands out the work
+#SBATCH --cpus-per-task=1
+#SBATCH --time=04:00:00
+##SBATCH --partition=cpu
+##SBATCH --account=project
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+# The environment of the submission wins over these.
+PYTHON=${PYTHON:-.venv/bin/python}
+SOURCE=${SOURCE:-data/ILSVRC2012_img_train.tar} # on a disk that all nodes share, like OUT
+OUT=${OUT:-shards/imagenet}
+LAUNCHER=${LAUNCHER:-mpirun} # of the MPI library that mpi4py loads; or srun --mpi=pmix, where Slurm speaks to it
+
+unset SLURM_EXPORT_ENV # sbatch --export=NONE would reach srun too, and its tasks would start without a PATH
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+read -ra interpreter <<<"$PYTHON"
+read -ra launcher <<<"$LAUNCHER"
+
+on_all_ranks() {
+    # A rank that dies takes the others with it: what is finished stays, and the next attempt goes on from there.
+    "${launcher[@]}" "${interpreter[@]}" -m mpi4py -m data_tools "$@"
+}
+
+"${interpreter[@]}" -m data_tools plan "$SOURCE" "$@"
+on_all_ranks pack "$SOURCE" "$OUT" "$@"
+on_all_ranks verify "$OUT" --full
+"${interpreter[@]}" -m data_tools stats "$OUT" --picture "$OUT.png"

@@ -1,0 +1,92 @@
+"""The data settings: what opens, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffmoe_dist.config import Config, build_config, load_config, save_config
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.stream import StreamedData
+from diffmoe_dist.engine.build import open_data
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.generate import open_decoder
+from tests.data.folders import png, random_images, write_folder
+from tests.data.test_latents import save_autoencoder
+from tests.engine.runs import TINY
+
+MODEL = {"model": {"input_size": 8, "in_channels": 3, "num_classes": 2}}
+
+
+def _config(data: dict[str, Any], **layers: Any) -> Config:
+    return build_config(TINY, MODEL, {"run_dir": "runs/x", "data": data}, layers)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two folders of colour images: all of 8 pixels, and of many sizes."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = [{"png": png(image), "cls": b"0"} for size in (8, 12) for image in random_images(3, size)]
+    write_folder(folder / "same", samples[:3], [3], image_size=8)
+    write_folder(folder / "sizes", samples, [6])
+    return str(folder / "same"), str(folder / "sizes")
+
+
+def test_a_mixture_opens_with_its_weights(shards: tuple[str, str]) -> None:
+    entries = [{"shards": shards[0]}, {"shards": shards[1], "weight": 2.5}]
+    data = open_data(_config({"mixture": entries}))
+    assert isinstance(data, TrainingData)
+    assert data.weights == (1.0, 2.5) and data.first_ids == (0, 3)
+
+
+def test_a_mixture_survives_being_saved_and_given_on_the_command_line(shards: tuple[str, str], tmp_path: Path) -> None:
+    config = _config({"mixture": [{"shards": shards[0]}, {"shards": shards[1], "weight": 2.5}]})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    again = load_config(tmp_path / "config.yaml", [f"data.mixture=[{{shards: {shards[1]}, weight: 3}}]"])
+    assert [(entry.shards, entry.weight) for entry in again.data.mixture] == [(shards[1], 3.0)]
+
+
+def test_a_stream_opens_without_looking_at_its_shards() -> None:
+    data = open_data(_config({"shards": "https://example.org/a-{000..009}.tar", "stream": True}))
+    assert isinstance(data, StreamedData) and len(data.urls) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({}, "data.shards is not set"),
+        ({"shards": "a", "mixture": [{"shards": "b"}]}, "data.mixture names its own shards"),
+        ({"mixture": [{"shards": "b"}, {"weight": 2}]}, r"data.mixture\[1\].shards is not set"),
+        ({"mixture": [{"shards": "b", "weight": 0}]}, r"data.mixture\[0\].weight=0.0 must be above 0"),
+        ({"mixture": [{"shards": "b", "wait": 1}]}, "wait"),
+        ({"shards": "a", "text": "b"}, "data.text=b: the model is told classes and reads no captions"),
+        ({"shards": "a", "latents": "b", "stream": True}, "data.stream=true reads one stream of images"),
+        ({"shards": "a", "allow_pipe": True}, "data.allow_pipe=true has no effect without data.stream=true"),
+    ],
+)
+def test_contradicting_data_settings_are_refused(data: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        _config(data)
+
+
+def test_images_of_many_sizes_fit_every_model_and_images_of_one_size_only_theirs(shards: tuple[str, str]) -> None:
+    other = {"model": {"input_size": 16}}
+    assert isinstance(open_data(_config({"shards": shards[1]}, **other)), TrainingData)
+    with pytest.raises(UserError, match="model.input_size=16, but data.shards=.*same has 8; set it to 8"):
+        open_data(_config({"shards": shards[0]}, **other))
+
+
+def test_a_decoder_is_for_latents_and_latents_need_one(shards: tuple[str, str], tmp_path: Path) -> None:
+    pixels, latents = _config({"shards": shards[0]}), _config({"shards": shards[0]}, model={"in_channels": 4})
+    with pytest.raises(UserError, match="--decoder=vae: this model draws pixels"):
+        open_decoder(pixels, "vae", "--decoder", "cpu")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="model.in_channels=4: this model draws latents; give --decoder"):
+        open_decoder(latents, None, "--decoder", "cpu")  # type: ignore[arg-type]
+    folder = save_autoencoder(tmp_path / "vae")
+    sixteen = _config({"shards": shards[0]}, model={"in_channels": 16})
+    with pytest.raises(UserError, match="--decoder=.*vae: has 4 latent channels, the model 16"):
+        open_decoder(sixteen, str(folder), "--decoder", "cpu")  # type: ignore[arg-type]
+    assert open_decoder(latents, str(folder), "--decoder", "cpu") is not None  # type: ignore[arg-type]

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe_dist.data.index import CorruptShardError
+from diffmoe_dist.data.loader import Batch
+from diffmoe_dist.data.stream import StreamedData, StreamLoader
+from diffmoe_dist.errors import UserError
+from tests.data.folders import png, random_images, write_folder
+
+NUM_SAMPLES = 24
+SIZES = [5, 9, 1, 7, 2]
+URLS = "test-{000000..000004}.tar"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stream") / "shards"
+    samples = [{"png": png(image), "cls": b"1"} for image in random_images(NUM_SAMPLES, 8)]
+    write_folder(folder, samples, SIZES)
+    return folder
+
+
+def _data(url: str, allow_pipe: bool = False) -> StreamedData:
+    return StreamedData.open(url, allow_pipe=allow_pipe, channels=3, image_size=8, num_classes=2)
+
+
+def _batches(data: StreamedData, count: int, *, rank: int = 0, ranks: int = 1, workers: int = 0) -> list[Batch]:
+    loader = StreamLoader(
+        data, seed=1, micro_batch_size=4, rank=rank, world_size=ranks, images_seen=0, flip=True, num_workers=workers
+    )
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def _visits(batches: list[Batch], before_pass: int) -> Counter[int]:
+    """How often each sample came in the passes before this one."""
+    named = [(int(e), int(i)) for batch in batches for e, i in zip(batch.epochs, batch.sample_ids, strict=True)]
+    return Counter(sample for number, sample in named if number < before_pass)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_has_every_sample_at_least_once_on_any_number_of_ranks_and_workers(
+    shards: Path, ranks: int, workers: int
+) -> None:
+    data = _data(f"{shards}/{URLS}")
+    visits: Counter[int] = Counter()
+    for rank in range(ranks):  # every rank has as many batches as are asked for; 12 are more than a pass of all samples
+        visits += _visits(_batches(data, 12, rank=rank, ranks=ranks, workers=workers), before_pass=1)
+    assert len(visits) == NUM_SAMPLES
+    if ranks * max(workers, 1) <= len(SIZES):  # no shard is read by two
+        assert set(visits.values()) == {1}
+
+
+def test_passes_have_different_orders_and_noise(shards: Path) -> None:
+    batches = _batches(_data(f"{shards}/{URLS}"), 2 * NUM_SAMPLES // 4)
+    order = [int(sample) for batch in batches for sample in batch.sample_ids]
+    assert order[:NUM_SAMPLES] != order[NUM_SAMPLES:] and set(order[:NUM_SAMPLES]) == set(order[NUM_SAMPLES:])
+    noise = torch.cat([batch.noise for batch in batches])
+    assert len({row.numpy().tobytes() for row in noise}) == 2 * NUM_SAMPLES
+
+
+def test_shards_are_read_from_the_output_of_a_command_that_is_allowed(shards: Path) -> None:
+    command = f"pipe:cat {shards}/test-000001.tar"
+    (batch,) = _batches(_data(command, allow_pipe=True), 1)
+    assert batch.images.shape == (4, 3, 8, 8) and batch.labels.tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("url", ["pipe:touch {0}/ran", " pipe:touch {0}/ran", "a.tar::pipe:touch {0}/ran"])
+def test_a_command_is_refused_and_not_run_unless_it_is_allowed(url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="runs a command; set data.allow_pipe=true if you trust it"):
+        _data(url.format(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    pickle = b"cposix\nsystem\n(S'touch %s'\ntR." % str(tmp_path / "ran").encode()
+    samples = [{"png": png(image), "cls": b"1", "pkl": pickle, "pyd": pickle} for image in random_images(4, 8)]
+    write_folder(tmp_path / "shards", samples, [4])
+    _batches(_data(f"{tmp_path}/shards/test-000000.tar"), 2)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bad_sample_is_passed_over_and_counted(tmp_path: Path) -> None:
+    samples = [{"png": png(image), "cls": b"1"} for image in random_images(8, 8)]
+    samples[3] = {"png": b"not an image", "cls": b"0"}
+    write_folder(tmp_path / "shards", samples, [8])
+    batches = _batches(_data(f"{tmp_path}/shards/test-000000.tar"), 14)  # eight passes of seven good samples
+    assert sum(int(batch.bad.sum()) for batch in batches) in (7, 8)
+    assert all((batch.labels == 1).all() for batch in batches)
+
+
+def test_a_label_that_the_model_does_not_have_stops_the_run_with_shard_and_key(tmp_path: Path) -> None:
+    write_folder(tmp_path / "shards", [{"png": png(random_images(1, 8)[0]), "cls": b"7"}], [1])
+    url = f"{tmp_path}/shards/test-000000.tar"
+    with pytest.raises(CorruptShardError, match=f"{url}, key 000000000: label 7 is outside 0..1"):
+        _batches(_data(url), 1)
+
+
+def test_shards_without_samples_end_the_run_and_do_not_hang_it(tmp_path: Path) -> None:
+    samples = [{"png": b"x", "cls": b"0"}]
+    write_folder(tmp_path / "shards", samples, [0, 1])
+    with pytest.raises(CorruptShardError, match="no sample in the shards of this worker"):
+        _batches(_data(f"{tmp_path}/shards/test-000000.tar"), 1)
+    with pytest.raises(CorruptShardError, match="100 samples in a row give no image"):
+        _batches(_data(f"{tmp_path}/shards/test-000001.tar"), 1)

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_tools.text import TextSettings, encode_text
+from diffmoe_dist.data.dataset import DataSet, TrainingData
+from diffmoe_dist.data.index import CorruptShardError, ShardIndex, file_sha256
+from diffmoe_dist.data.loader import Batch, TrainingDataset
+from diffmoe_dist.data.text import EncodedText, TextReader, pad_text
+from diffmoe_dist.errors import UserError
+from tests.data.folders import png, random_images, write_folder
+
+CAPTIONS = [["a red square", "a square"], ["blue circle on a red square"], [], ["a circle"] * 3, ["green " * 40]]
+MAX_LENGTH = {"clip": 16, "t5": 12}
+
+
+def save_tokenizer(folder: Path, kind: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"clip": ["<pad>", "<|startoftext|>", "<|endoftext|>", "<unk>"], "t5": ["<pad>", "</s>", "<unk>"]}[kind]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    texts = [caption for captions in CAPTIONS for caption in captions]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    end = "<|endoftext|>" if kind == "clip" else "</s>"
+    template = "<|startoftext|> $A <|endoftext|>" if kind == "clip" else "$A </s>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(name, tokenizer.token_to_id(name)) for name in special]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=end, unk_token="<unk>", padding_side="right"
+    ).save_pretrained(folder)
+
+
+def save_encoder(folder: Path, kind: str) -> Path:
+    """A tiny one with random weights, and its tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    if kind == "clip":
+        config = CLIPTextConfig(
+            vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+        CLIPTextModel(config).save_pretrained(folder)
+    else:
+        T5EncoderModel(
+            T5Config(
+                vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+            )
+        ).save_pretrained(folder)
+    save_tokenizer(folder, kind)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["clip", "t5"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def encoder(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp(kind) / "encoder", kind)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    samples = []
+    for image, captions in zip(random_images(len(CAPTIONS), 8), CAPTIONS, strict=True):
+        sample = {"png": png(image)}
+        if captions:
+            sample |= {"txt": captions[0].encode(), "json": json.dumps({"captions": captions}).encode()}
+        samples.append(sample)
+    folder = tmp_path_factory.mktemp("base") / "shards"
+    return write_folder(folder, samples, [2, 0, 3], class_names=[])
+
+
+@pytest.fixture(scope="module")
+def text(kind: str, base: ShardIndex, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("text") / kind
+    encode_text(base, out, TextSettings(encoder, max_length=MAX_LENGTH[kind], batch_size=2))
+    return out
+
+
+def _encode_alone(encoder: Path, kind: str, caption: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """What the encoder makes of one caption without any padding."""
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    model = (CLIPTextModel if kind == "clip" else T5EncoderModel).from_pretrained(encoder).eval()
+    tokens = AutoTokenizer.from_pretrained(encoder)(
+        caption, return_tensors="pt", truncation=True, max_length=MAX_LENGTH[kind]
+    )
+    with torch.no_grad():
+        output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    pooled = output.pooler_output[0].numpy() if kind == "clip" else None
+    return output.last_hidden_state[0].numpy(), pooled
+
+
+def test_every_caption_is_what_the_encoder_makes_of_it_alone(
+    text: Path, base: ShardIndex, encoder: Path, kind: str
+) -> None:
+    reader = TextReader(ShardIndex.open(text))
+    found = 0
+    for sample, captions in enumerate(CAPTIONS):
+        assert reader.num_captions(sample) == len(captions)
+        for number, caption in enumerate(captions):
+            encoded = reader.read(sample, (number + 0.5) / len(captions))
+            tokens, pooled = _encode_alone(encoder, kind, caption)
+            # fp16 rounds by 2^-11; padding changes the order of sums in fp32.
+            np.testing.assert_allclose(encoded.tokens_TD, tokens, rtol=2**-10, atol=1e-5)
+            assert (encoded.pooled_P is None) == (pooled is None)
+            if pooled is not None:
+                np.testing.assert_allclose(encoded.pooled_P, pooled, rtol=2**-10, atol=1e-5)
+            found += 1
+    assert found == 7
+
+
+def test_a_sample_without_a_caption_has_the_empty_one(text: Path, encoder: Path, kind: str) -> None:
+    reader = TextReader(ShardIndex.open(text))
+    tokens, _ = _encode_alone(encoder, kind, "")
+    np.testing.assert_allclose(reader.null.tokens_TD, tokens, rtol=2**-10, atol=1e-5)
+    assert reader.read(2, 0.7) is reader.null
+
+
+def test_the_index_says_what_encoded_the_captions(text: Path, kind: str, base: ShardIndex) -> None:
+    index = ShardIndex.open(text)
+    index.check_base(base)
+    spec = index.text
+    assert spec is not None
+    assert (spec.encoder, spec.max_length, spec.hidden_size) == (kind, MAX_LENGTH[kind], 16)
+    assert spec.pooled_size == (16 if kind == "clip" else 0)
+    assert spec.null.sha256 == file_sha256(text / "null.npy")
+
+
+def test_a_long_caption_is_cut_and_keeps_its_end_token(text: Path, kind: str) -> None:
+    assert TextReader(ShardIndex.open(text)).read(4, 0.0).tokens_TD.shape == (MAX_LENGTH[kind], 16)
+
+
+def test_encoding_again_gives_the_same_bytes(
+    text: Path, base: ShardIndex, encoder: Path, kind: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(text, tmp_path / "copy"))
+    (copy / "text-000000.tar").unlink()
+    (copy / "null.npy").unlink()
+    encode_text(base, copy, TextSettings(encoder, max_length=MAX_LENGTH[kind], batch_size=2))
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        path.name: path.read_bytes() for path in text.iterdir()
+    }
+
+
+def _batches(base: ShardIndex, text: Path, splits: list[range]) -> list[Batch]:
+    data = TrainingData((DataSet.open(base.folder, None, text),), 8)
+    dataset = TrainingDataset(data, 3, True)
+    return [dataset[positions] for positions in splits]
+
+
+def test_a_batch_holds_padded_captions_chosen_by_sample_and_epoch_alone(
+    text: Path, base: ShardIndex, kind: str
+) -> None:
+    (whole,) = _batches(base, text, [range(40)])
+    assert whole.text is not None and whole.text.tokens.shape == (40, MAX_LENGTH[kind], 16)
+    assert whole.text.mask.shape == (40, MAX_LENGTH[kind])
+    assert (whole.text.pooled is None) == (kind == "t5")
+    assert (whole.text.tokens[~whole.text.mask] == 0).all()
+    for start, part in zip(
+        range(0, 40, 8), _batches(base, text, [range(i, i + 8) for i in range(0, 40, 8)]), strict=True
+    ):
+        assert part.text is not None
+        assert torch.equal(part.text.tokens, whole.text.tokens[start : start + 8])
+        assert torch.equal(part.text.mask, whole.text.mask[start : start + 8])
+    lengths = {int(mask.sum()) for mask, sample in zip(whole.text.mask, whole.sample_ids, strict=True) if sample == 0}
+    assert len(lengths) == 2  # both captions of sample 0 came in eight epochs
+    assert whole.to("cpu").text is not None and (whole.labels == 0).all()
+
+
+def test_images_are_the_same_with_and_without_text(text: Path, base: ShardIndex) -> None:
+    (with_text,) = _batches(base, text, [range(10)])
+    without = TrainingDataset(TrainingData((DataSet.open(base.folder),), 8), 3, True)[range(10)]
+    assert torch.equal(with_text.images, without.images) and torch.equal(with_text.noise, without.noise)
+    assert without.text is None
+
+
+def test_padding_by_hand() -> None:
+    one = EncodedText(np.ones((1, 2), np.float16), np.array([5, 6], np.float16))
+    two = EncodedText(np.full((2, 2), 2, np.float16), np.array([7, 8], np.float16))
+    batch = pad_text([one, two], 3)
+    assert batch.tokens.tolist() == [[[1, 1], [0, 0], [0, 0]], [[2, 2], [2, 2], [0, 0]]]
+    assert batch.mask.tolist() == [[True, False, False], [True, True, False]]
+    assert batch.pooled is not None and batch.pooled.tolist() == [[5, 6], [7, 8]]
+
+
+def test_an_exchanged_null_embedding_is_refused(text: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(text, tmp_path / "copy"))
+    np.save(copy / "null.npy", np.zeros((2, 16), np.float16))
+    with pytest.raises(UserError, match="data.text=.*copy: null.npy is missing or another"):
+        TextReader(ShardIndex.open(copy))
+
+
+def test_captions_of_another_width_than_the_index_says_are_damage(text: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(text, tmp_path / "copy"))
+    meta = json.loads((copy / "index.json").read_text())
+    meta["text"]["hidden_size"] = 8
+    (copy / "index.json").write_text(json.dumps(meta))
+    with pytest.raises(CorruptShardError, match=r"text-000000.tar, key 000000001: 0.text.npy has shape"):
+        TextReader(ShardIndex.open(copy)).read(1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (TextSettings(Path("nowhere")), "--encoder=nowhere: no config.json"),
+        (TextSettings(Path("{encoder}"), max_length=1), "--max-length=1: must be at least 2"),
+        (TextSettings(Path("{encoder}"), batch_size=0), "--batch-size=0"),
+        (TextSettings(Path("{encoder}"), tokenizer=Path("nowhere")), "--tokenizer=nowhere: no tokenizer loads"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(
+    base: ShardIndex, encoder: Path, tmp_path: Path, settings: TextSettings, problem: str
+) -> None:
+    if str(settings.encoder) == "{encoder}":
+        settings = TextSettings(encoder, settings.tokenizer, settings.max_length, settings.batch_size)
+    with pytest.raises(UserError, match=problem):
+        encode_text(base, tmp_path / "out", settings)
+
+
+def test_data_without_captions_are_refused(encoder: Path, tmp_path: Path) -> None:
+    samples = [{"png": png(image), "cls": b"0"} for image in random_images(2, 8)]
+    base = write_folder(tmp_path / "base", samples, [2])
+    with pytest.raises(UserError, match=r"holds no captions \(png, cls\)"):
+        encode_text(base, tmp_path / "out", TextSettings(encoder))
+
+
+def test_a_model_that_is_no_text_encoder_is_refused(base: ShardIndex, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="is bert; CLIP and T5 text encoders are known"):
+        encode_text(base, tmp_path / "out", TextSettings(tmp_path))

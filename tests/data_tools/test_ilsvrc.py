@@ -1,0 +1,167 @@
+"""ILSVRC2012's archives in their real nesting and naming, smaller."""
+
+from __future__ import annotations
+
+import io
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.ilsvrc import train_source, validation_source
+from data_tools.pack import pack
+from data_tools.sources import SourceOptions, guess_format, open_source
+from data_tools.tars import TarDamageError
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.errors import UserError
+from tests.data_tools.messy import encoded, picture
+
+# The devkit numbers the classes in an order of its own: ILSVRC2012_ID 1 is not the first WordNet id.
+WNID_OF_ID = {1: "n02119789", 2: "n02100735", 3: "n01440764", 4: "n03085013", 5: "n01443537"}
+LABEL_OF = {"n01440764": 0, "n01443537": 1, "n02100735": 2, "n02119789": 3, "n03085013": 4}
+IMAGES_PER_CLASS = 4
+
+
+def _image(wnid: str, number: int) -> bytes:
+    """A small picture that is unlike any other."""
+    return encoded(picture(24 + number, 20 + LABEL_OF[wnid], seed=10 * LABEL_OF[wnid] + number))
+
+
+def _tar(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tar of tars, the classes in no order."""
+    path = tmp_path_factory.mktemp("train") / "ILSVRC2012_img_train.tar"
+    classes = {
+        f"{wnid}.tar": _tar({f"{wnid}_{100 - n}.JPEG": _image(wnid, n) for n in range(IMAGES_PER_CLASS)})
+        for wnid in WNID_OF_ID.values()
+    }
+    path.write_bytes(_tar(classes))
+    return path
+
+
+def _make_devkit(folder: Path, truth: list[int], table: str = "meta.mat") -> Path:
+    data = folder / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{one}\n" for one in truth))
+    rows = [(number, wnid, "words", "gloss", 0) for number, wnid in WNID_OF_ID.items()]
+    rows += [(6, "n00001740", "entity", "has children and no images", 2), (7, "n00001930", "thing", "too", 5)]
+    if table == "meta.mat":
+        scipy_io = pytest.importorskip("scipy.io")
+        kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+        scipy_io.savemat(data / table, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+    else:
+        (data / table).write_text("".join(f"{number} {wnid} {words}\n" for number, wnid, words, _, _ in rows[:5]))
+    return data.parent
+
+
+TRUTH = [number for number in WNID_OF_ID for _ in range(IMAGES_PER_CLASS)]
+random.Random(0).shuffle(TRUTH)
+
+
+@pytest.fixture(scope="module")
+def validation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The flat tar, its members in no order."""
+    path = tmp_path_factory.mktemp("val") / "ILSVRC2012_img_val.tar"
+    names = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(TRUTH))]
+    members = {name: _image(WNID_OF_ID[TRUTH[n]], TRUTH[:n].count(TRUTH[n])) for n, name in enumerate(names)}
+    shuffled = random.Random(1).sample(names, len(names))
+    path.write_bytes(_tar({name: members[name] for name in shuffled}))
+    return path
+
+
+def _label_of_bytes() -> dict[bytes, int]:
+    return {_image(wnid, number): label for wnid, label in LABEL_OF.items() for number in range(IMAGES_PER_CLASS)}
+
+
+def test_the_train_tar_is_read_in_place_with_the_rank_of_the_wordnet_id_as_label(train: Path, tmp_path: Path) -> None:
+    assert guess_format(train) == "ilsvrc-train"
+    source = open_source(str(train), None, SourceOptions())
+    assert source.labels is not None and np.bincount(source.labels).tolist() == [IMAGES_PER_CLASS] * 5
+    packed = pack(source, tmp_path / "out", samples_per_shard=7)
+    index = ShardIndex.open(tmp_path / "out")
+    assert (packed.num_samples, packed.num_bad, index.class_names) == (20, 0, sorted(LABEL_OF))
+    samples = [index.read(sample) for sample in range(20)]
+    assert {sample["jpg"]: int(sample["cls"]) for sample in samples} == _label_of_bytes()
+    assert [path.name for path in train.parent.iterdir()] == [train.name]  # nothing was extracted
+
+
+@pytest.mark.parametrize("table", ["meta.mat", "synsets.txt"])
+def test_validation_labels_equal_the_rank_of_the_wordnet_id(validation: Path, tmp_path: Path, table: str) -> None:
+    devkit = _make_devkit(tmp_path, TRUTH, table)
+    assert guess_format(validation) == "ilsvrc-val"
+    pack(open_source(str(validation), None, SourceOptions(devkit=devkit)), tmp_path / "out", samples_per_shard=7)
+    index = ShardIndex.open(tmp_path / "out")
+    samples = [index.read(sample) for sample in range(index.num_samples)]
+    assert {sample["jpg"]: int(sample["cls"]) for sample in samples} == _label_of_bytes()
+    assert index.class_names == sorted(LABEL_OF)
+
+
+def test_train_and_validation_agree_on_every_class(train: Path, validation: Path, tmp_path: Path) -> None:
+    first, second = train_source(train), validation_source(validation, _make_devkit(tmp_path, TRUTH))
+    assert list(first.class_names) == list(second.class_names)
+    of_train = {first.read(item)["image"]: first.read(item)["cls"] for item in range(len(first))}
+    assert of_train == {second.read(item)["image"]: second.read(item)["cls"] for item in range(len(second))}
+
+
+def test_the_devkit_may_stay_in_its_archive(validation: Path, tmp_path: Path) -> None:
+    devkit = _make_devkit(tmp_path, TRUTH)
+    with tarfile.open(tmp_path / "devkit.tar.gz", "w:gz") as tar:
+        tar.add(devkit, arcname=devkit.name)
+    packed = validation_source(validation, tmp_path / "devkit.tar.gz")
+    np.testing.assert_array_equal(packed.labels, validation_source(validation, devkit).labels)
+
+
+@pytest.mark.parametrize(
+    ("truth", "said"),
+    [
+        (TRUTH[:-1], "19 ground truths for 20 images"),
+        ([1, *TRUTH[1:]] if TRUTH[0] != 1 else [2, *TRUTH[1:]], "one of the two is wrong"),
+        ([{1: 6}.get(one, one) for one in TRUTH], "one of the two is wrong"),
+        (["x", *TRUTH[1:]], "is damaged"),
+    ],
+)
+def test_a_ground_truth_that_does_not_fit_is_refused(
+    validation: Path, tmp_path: Path, truth: list[int], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"--devkit=.*{said}"):
+        validation_source(validation, _make_devkit(tmp_path, truth))
+
+
+def test_a_missing_devkit_is_refused(validation: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--devkit is not set"):
+        validation_source(validation, None)
+    with pytest.raises(UserError, match="--devkit=.*holds no ILSVRC2012_validation_ground_truth.txt"):
+        validation_source(validation, tmp_path)
+    with pytest.raises(UserError, match="--devkit=.*cannot be read"):
+        validation_source(validation, tmp_path / "nowhere.tar.gz")
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut between members", "zeroed header", "zeroed inner header"])
+def test_a_damaged_train_tar_is_named_before_anything_is_packed(train: Path, tmp_path: Path, damage: str) -> None:
+    content = bytearray(train.read_bytes())
+    second = train_source(train)._tar  # where the second class begins
+    start = sorted(member.offset for member in second.members())[1]
+    if damage == "cut":
+        content = content[:-11_000]
+    elif damage == "cut between members":
+        content = content[: start - 512]
+    elif damage == "zeroed header":
+        content[start - 512 : start] = bytes(512)
+    else:
+        content[start : start + 512] = bytes(512)
+    damaged = tmp_path / "ILSVRC2012_img_train.tar"
+    damaged.write_bytes(content)
+    with pytest.raises(TarDamageError, match=r"ILSVRC2012_img_train.tar: damaged near byte \d+"):
+        train_source(damaged)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.images import ImageRules, store_image
+from diffmoe_dist.data.images import ImageError, crop_image, decode_image
+from diffmoe_dist.errors import UserError
+from tests.data_tools.messy import encoded, gray16, picture, transparent, turned
+
+
+def _pixels(payload: bytes, channels: int = 3, upright: bool = False) -> np.ndarray:
+    return np.asarray(decode_image(payload, channels, upright))
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    pixels = _pixels(encoded(gray16(), "PNG"))
+    assert pixels.shape == (48, 64, 3) and pixels[0, 0].tolist() == [0] * 3 and pixels[-1, -1].tolist() == [255] * 3
+    expected = np.asarray(gray16()).astype(np.float64) / 65535 * 255
+    assert np.abs(pixels[:, :, 1] - expected).max() <= 0.5 + 1e-4  # rounded to the nearest; computed in fp32
+
+
+def test_transparency_is_put_on_white() -> None:
+    red, white = [255, 0, 0], [255, 255, 255]
+    palette = transparent().convert("RGBA").quantize(4)
+    for image in (transparent(), palette):
+        pixels = _pixels(encoded(image, "PNG"))
+        assert pixels[5, 5].tolist() == red and pixels[5, 50].tolist() == white, image.mode
+    gray = Image.merge("LA", [Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 51)])  # black, a fifth opaque
+    assert _pixels(encoded(gray, "PNG"))[0, 0].tolist() == [204] * 3
+    assert _pixels(encoded(gray, "PNG"), channels=1)[0, 0] == 204
+
+
+def test_cmyk_palette_and_gray_become_rgb() -> None:
+    original = np.asarray(picture(64, 64)).astype(int)
+    for mode, kind, tolerance in (("CMYK", "JPEG", 12), ("P", "PNG", 60), ("L", "PNG", 200)):
+        pixels = _pixels(encoded(picture(64, 64).convert(mode), kind))
+        assert pixels.shape == (64, 64, 3) and np.abs(pixels - original).mean() < tolerance, mode
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # full magenta and yellow: red
+    assert np.abs(_pixels(encoded(cmyk, quality=100))[4, 4].astype(int) - [255, 0, 0]).max() <= 2
+
+
+def test_the_exif_orientation_is_applied_only_when_asked_for() -> None:
+    as_stored, upright = _pixels(turned()), _pixels(turned(), upright=True)
+    assert as_stored.shape == (30, 50, 3) and upright.shape == (50, 30, 3)
+    np.testing.assert_array_equal(upright, np.rot90(as_stored, -1))  # 6: turn clockwise by a quarter
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"<html>", "not an image"),
+        (encoded(picture(90, 90))[:-600], r"does not decode \(OSError: image file is truncated"),
+        (encoded(picture(30, 30), "PNG")[:200], "does not decode"),
+        (encoded(Image.new("F", (2, 2)), "TIFF"), "F pixels"),
+        (encoded(picture(20, 20), "PPM"), "not an image"),  # of a kind that no reader asks for
+    ],
+)
+def test_what_is_no_image_has_a_reason_that_is_the_same_every_time(payload: bytes, reason: str) -> None:
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(ImageError, match=reason) as caught:
+            decode_image(payload, 3)
+        messages.add(str(caught.value))
+    assert len(messages) == 1 and "0x" not in messages.pop()
+
+
+def _adm_reference(image: Image.Image, size: int) -> np.ndarray:
+    """The steps that ADM's paper code describes, written out on arrays: box means of 2x2 pixels, bicubic, centre."""
+    pixels = np.asarray(image)
+    while min(pixels.shape[:2]) >= 2 * size:
+        height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BOX))
+    scale = size / min(pixels.shape[:2])
+    width, height = round(pixels.shape[1] * scale), round(pixels.shape[0] * scale)
+    pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(500, 375), (375, 500), (64, 64), (63, 200), (31, 33), (129, 128), (1, 1)]
+)
+def test_the_adm_crop_is_that_of_adm(width: int, height: int) -> None:
+    image = picture(width, height)
+    cropped = crop_image(image, 64, "adm")
+    assert cropped.size == (64, 64)
+    np.testing.assert_array_equal(np.asarray(cropped), _adm_reference(image, 64))
+
+
+def test_halving_is_the_mean_of_two_by_two_pixels() -> None:
+    pixels = np.asarray(picture(128, 128)).astype(np.float64)
+    means = pixels.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+    assert (
+        np.abs(np.asarray(crop_image(picture(128, 128), 64, "adm")) - means).max() <= 1
+    )  # rounded twice, by rows and by columns
+
+
+def test_a_centre_crop_is_the_square_in_the_middle_and_keep_ratio_keeps_everything() -> None:
+    image = picture(100, 60)
+    centre = crop_image(image, 60, "center")
+    np.testing.assert_array_equal(np.asarray(centre), np.asarray(image)[:, 20:80])
+    assert crop_image(image, 30, "keep-ratio").size == (50, 30)
+    assert crop_image(picture(60, 100), 30, "keep-ratio").size == (30, 50)
+    assert crop_image(image, 32, "center").size == (32, 32)
+
+
+@pytest.mark.parametrize("crop", ["adm", "keep-ratio"])
+def test_an_image_too_elongated_to_scale_is_refused_before_memory_is_taken(crop: str) -> None:
+    with pytest.raises(ImageError, match="too elongated: 12000x2 pixels"):
+        crop_image(Image.new("RGB", (12_000, 2)), 512, crop)  # type: ignore[arg-type]
+    assert crop_image(Image.new("RGB", (12_000, 50)), 64, "adm").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        (encoded(picture(40, 30)), "jpg"),
+        (encoded(picture(40, 30), "PNG"), "png"),
+        (encoded(picture(40, 30), "GIF"), "gif"),
+        (encoded(picture(40, 30).convert("CMYK")), "jpg"),
+        (turned(), "jpg"),
+    ],
+)
+def test_an_image_that_is_not_resized_keeps_its_bytes(payload: bytes, field: str) -> None:
+    stored = store_image(payload, 3, ImageRules())
+    assert (stored.field, stored.payload) == (field, payload)
+
+
+@pytest.mark.parametrize("encoding", ["webp", "png"])
+def test_a_resized_image_is_stored_without_loss(encoding: str) -> None:
+    payload = encoded(picture(90, 70))
+    stored = store_image(payload, 3, ImageRules("adm", 32, encoding))  # type: ignore[arg-type]
+    assert (stored.field, stored.size) == (encoding, (32, 32))
+    expected = crop_image(decode_image(payload, 3), 32, "adm")
+    np.testing.assert_array_equal(_pixels(stored.payload), np.asarray(expected))
+
+
+def test_an_image_turned_upright_is_stored_without_loss_and_others_keep_their_bytes() -> None:
+    rules = ImageRules(upright=True)
+    stored = store_image(turned(), 3, rules)
+    assert (stored.field, stored.size) == ("webp", (30, 50))
+    np.testing.assert_array_equal(_pixels(stored.payload), _pixels(turned(), upright=True))
+    plain = encoded(picture(40, 30))
+    assert store_image(plain, 3, rules).payload == plain
+
+
+@pytest.mark.parametrize(("crop", "size"), [("adm", None), ("none", 64), ("center", 0)])
+def test_a_crop_without_a_size_or_a_size_without_a_crop_is_refused(crop: str, size: int | None) -> None:
+    with pytest.raises(UserError, match="--size="):
+        ImageRules(crop, size)  # type: ignore[arg-type]
