@@ -156,13 +156,13 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
+    exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_settings(config, topology, model), dist_init_required=False
     )
-    for module in engine.module.modules():  # DeepSpeed's bf16 casts buffers too; no threshold is set yet
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.float())
+    for name, buffer in exact_buffers.items():  # DeepSpeed's bf16 rounds them too
+        owner, _, key = name.rpartition(".")
+        setattr(engine.module.get_submodule(owner), key, buffer)
     engine.train()
     return engine
 
@@ -193,10 +193,11 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
 def _summary(config: Config, topology: Topology, model: nn.Module, progress: Progress) -> str:
     held = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
-    if config.moe.router == "dense":
+    experts = config.experts
+    if experts is None:
         return f"dense model, {held:.2f} M parameters; {where}"
     return (
-        f"{config.moe.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
-        f"one token pool ({config.moe.pool}) = {progress.pool_samples} samples "
-        f"({progress.pool_samples * config.tokens_per_sample} tokens), {progress.micro_steps} micro-steps a step"
+        f"{experts.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
+        f"{progress.pool_samples} samples ({progress.pool_samples * config.tokens_per_sample} tokens) are routed "
+        f"together (moe.router={experts.router}), {progress.micro_steps} micro-steps a step"
     )

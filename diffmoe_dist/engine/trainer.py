@@ -38,6 +38,7 @@ class StepReport:
     grad_norm: float  # before clipping
     thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some
     load_LN: Tensor  # assignments a micro-step and rank
+    capacity_L: Tensor  # C of DiffMoE eq. 8-9
 
 
 class Trainer:
@@ -90,13 +91,13 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch; collective."""
-        sums: Tensor | None = None
+        for layer in self.model.moe_layers:
+            layer.router.start_step(self.progress.step)
+        micro_steps = []
         for _ in range(self.progress.micro_steps):
-            values = self._forward_backward(next(self.batches).to(self.topology.device))
-            sums = values if sums is None else sums + values
+            micro_steps.append(self._forward_backward(next(self.batches).to(self.topology.device)))
             self.engine.step()
-        assert sums is not None
-        report = self._report(self.topology.mean(sums / self.progress.micro_steps))
+        report = self._report(micro_steps)
         self._stop_on_non_finite(report)
         if report.thresholds_LN is not None:
             for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
@@ -127,8 +128,8 @@ class Trainer:
         self.loader.close()
         self.log.close()
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
-        """One micro-step. Returns what is to be averaged over ranks, flat fp64: losses, thresholds, loads."""
+    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        """One micro-step. Returns what is to be averaged over micro-steps and ranks, detached."""
         t = self.objective.times(batch.time_uniform)
         dropped = batch.drop_uniform < self.config.train.label_dropout
         labels = torch.where(dropped, self.model.num_classes, batch.labels)
@@ -136,26 +137,31 @@ class Trainer:
         output: DiTOutput = self.engine(z, self.objective.time_scale * t, labels)
         diffusion = self.objective.loss(output.prediction, batch.images, batch.noise).mean()
         loss = diffusion
-        for name, value in output.losses.items():
-            loss = loss + self.loss_weights[name] * value
+        for name, weight in self.loss_weights.items():
+            loss = loss + weight * output.losses[name]
         self.engine.backward(loss)
-        losses = torch.stack([loss, diffusion, *output.losses.values()])
+        losses = {"loss": loss, "loss_diffusion": diffusion}
+        losses |= {f"loss_{name}": output.losses[name] for name in self.loss_weights}
         stats = output.routing
-        thresholds = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
-        parts = [losses, *thresholds, *(s.tokens_per_expert for s in stats)]
-        return torch.cat([part.detach().double() for part in parts])
+        proposals = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
+        tables = {"threshold": proposals, "load": [s.tokens_per_expert for s in stats]}
+        tables |= {"capacity": [s.capacity for s in stats]}
+        values = {**losses, **{name: torch.stack(layers) for name, layers in tables.items() if layers}}
+        return {name: value.detach() for name, value in values.items()}
 
-    def _report(self, means: Tensor) -> StepReport:
-        """The inverse of the flat form of `_forward_backward`."""
-        names = ["loss", "loss_diffusion", *(f"loss_{name}" for name in self.loss_weights)]
-        losses, rest = means[: len(names)], means[len(names) :]
-        layers, experts = len(self.model.moe_layers), self.config.moe.num_experts or 1
-        tables = rest.view(-1, layers, experts) if layers else rest.view(1, 0, experts)  # thresholds if any, loads
+    def _report(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
+        """Average over micro-steps and ranks, in one reduction."""
+        shapes = {name: value.shape for name, value in micro_steps[0].items()}
+        flat = torch.stack([torch.cat([v.double().flatten() for v in step.values()]) for step in micro_steps])
+        parts = self.topology.mean(flat.mean(dim=0)).split([shape.numel() for shape in shapes.values()])
+        means = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        nothing = torch.empty(0, 0)
         return StepReport(
-            losses=dict(zip(names, losses.tolist(), strict=True)),
+            losses={name: float(value) for name, value in means.items() if name.startswith("loss")},
             grad_norm=float(self.engine.get_global_grad_norm()),
-            thresholds_LN=tables[0].float() if len(tables) == 2 else None,
-            load_LN=tables[-1],
+            thresholds_LN=means["threshold"].float() if "threshold" in means else None,
+            load_LN=means.get("load", nothing),
+            capacity_L=means.get("capacity", nothing),
         )
 
     def _stop_on_non_finite(self, report: StepReport) -> None:
@@ -169,11 +175,10 @@ class Trainer:
 
     def _metrics(self, report: StepReport) -> dict[str, Any]:
         seconds = self.timer.mean_since_last()
-        tokens = (self.config.train.micro_batch_size or 0) * self.config.tokens_per_sample
         load_LN = report.load_LN
         capacity = load_max = load_min = None
         if len(load_LN):
-            capacity = float(load_LN.sum(dim=1).mean() / tokens)
+            capacity = float(report.capacity_L.mean())
             relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True)
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
         return {

@@ -182,7 +182,7 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     record = {
         **asdict(settings),
         "checkpoint": str(checkpoint),
-        "inference": config.moe.inference,
+        "inference": getattr(config.moe, "inference", None),
         "labels": "balanced",
         "uint8_rule": "clamp(127.5 x + 128, 0, 255)",
         "capacity": None if capacities[0][0] is None else sum(c * n for c, n in capacities) / settings.num,

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffmoe_dist.config import MoEConfig
-from diffmoe_dist.model.blocks import Mlp
+from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher, MoELayer
-from diffmoe_dist.model.routing import GlobalPoolRouter
+from diffmoe_dist.model.routers import global_pool
+from tests.model.layers import conditional, pool_choice
 
-CONFIG = MoEConfig(
+CONFIG = global_pool.Settings(
     router="global_pool",
     num_experts=4,
     capacity=1.0,
@@ -37,9 +37,11 @@ def make_experts(experts: int, width: int, hidden: int, seed: int = 0) -> Expert
     return module
 
 
-def make_layer(config: MoEConfig = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16) -> MoELayer:
+def make_layer(
+    config: global_pool.Settings = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16
+) -> MoELayer:
     assert config.num_experts is not None
-    router = GlobalPoolRouter(width, config, tokens_per_sample)
+    router = pool_choice(width, config, tokens_per_sample)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -130,7 +132,7 @@ def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
     x, cotangent = random(4, 6, 8, seed=2), random(4, 6, 8, seed=3)
     x_moe, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
 
-    output, routing = layer(x_moe)
+    output, routing = conditional(layer, x_moe)
     output.backward(cotangent)
     expected = dense(x_dense)
     expected.backward(cotangent)
@@ -149,7 +151,7 @@ def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
 def test_a_token_that_no_expert_takes_gets_zero_and_the_others_do_not() -> None:
     layer = make_layer(replace(CONFIG, capacity=0.5))
 
-    output, routing = layer(random(4, 6, 8, seed=2))
+    output, routing = conditional(layer, random(4, 6, 8, seed=2))
 
     taken = torch.zeros(24, dtype=torch.bool)
     taken[routing.token_index] = True
@@ -161,7 +163,7 @@ def test_a_token_of_several_experts_gets_the_sum_of_gate_times_result() -> None:
     layer = make_layer(replace(CONFIG, capacity=4.0))  # every expert takes every token
     x = random(4, 6, 8, seed=2)
 
-    output = layer(x)[0].detach()
+    output = conditional(layer, x)[0].detach()
 
     gates = (x.flatten(0, 1) @ layer.router.gate_weight.T).softmax(dim=1)
     results = []
@@ -174,7 +176,7 @@ def test_a_token_of_several_experts_gets_the_sum_of_gate_times_result() -> None:
 def test_the_layer_keeps_the_type_and_shape_of_its_input() -> None:
     layer = make_layer().bfloat16()
 
-    output, routing = layer(random(4, 6, 8, seed=2).bfloat16())
+    output, routing = conditional(layer, random(4, 6, 8, seed=2).bfloat16())
 
     assert output.dtype == torch.bfloat16 and output.shape == (4, 6, 8)
     assert routing.gate.dtype == torch.float32
@@ -184,10 +186,10 @@ def test_a_local_training_step_takes_the_batched_path() -> None:
     layer = make_layer()
     x_TD = random(24, 8, seed=2)
 
-    rows, _ = LocalDispatcher().dispatch(x_TD, layer.router(x_TD))
+    rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.router, x_TD))
     assert rows.uniform == 6 and len(rows.x_RD) == 24
 
-    rows, _ = LocalDispatcher().dispatch(x_TD, layer.eval().router(x_TD))
+    rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.eval().router, x_TD))
     assert rows.uniform is None
 
 
@@ -219,7 +221,7 @@ def test_nothing_as_large_as_a_copy_of_the_tokens_for_every_expert_is_made(rule:
     layer.router.threshold.copy_(predicted.quantile(0.85, dim=0))  # a sixth of the tokens for every expert
 
     with LargestTensor() as largest:
-        output, routing = layer(x)
+        output, routing = conditional(layer, x)
         loss = output.square().sum() + sum(routing.losses.values())
         loss.backward()
 

@@ -13,6 +13,7 @@ from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.topology import Topology
 from tests.distributed import run_ranks
+from tests.model.layers import conditional
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
 
 WIDTH, EXPERTS, TOKENS_PER_IMAGE, IMAGES = 8, 4, 4, 8  # images of the whole batch
@@ -96,7 +97,7 @@ def run_layer(layer: Any, x: Tensor, cotangent: Tensor, ranks: int) -> dict[str,
     uniform = []
     hook = layer.experts.register_forward_pre_hook(lambda _, inputs: uniform.append(inputs[0].uniform))
     x = x.clone().requires_grad_()
-    output, routing = layer(x.view(-1, TOKENS_PER_IMAGE, WIDTH))
+    output, routing = conditional(layer, x.view(-1, TOKENS_PER_IMAGE, WIDTH))
     hook.remove()
     loss = (output.flatten(0, 1) * cotangent).sum()
     for value in routing.losses.values():  # means over tokens
