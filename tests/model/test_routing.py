@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import expert_slots
+from diffmoe_dist.config import Config, ModelConfig, expert_slots
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routers import global_pool
+from diffmoe_dist.model.routers import expert_choice, global_pool
 from diffmoe_dist.model.routing import LocalPool
 from tests.model.layers import conditional, pool_choice
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
@@ -116,6 +116,21 @@ def test_training_equals_the_slow_reference_forward_and_backward(pool: str, kind
         assert parameter.grad is not None and leaves[name].grad is not None, name
         assert_close(parameter.grad, leaves[name].grad, GRADIENT_TOLERANCE)
     assert_close(leaves["x.grad"], leaves["x"].grad, GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["different", "five rows repeated"])
+@pytest.mark.parametrize("pool", ["global", "sample"])
+def test_the_constant_rule_is_the_count_rule_with_one_threshold_for_all_experts(pool: str, kind: str) -> None:
+    constant = replace(CONFIG, pool=pool, inference="constant", constant_threshold=0.5)
+    by_constant = make_layer(constant).eval()
+    by_count = make_layer(replace(CONFIG, pool=pool, inference="count")).eval()
+    by_count.router.threshold.fill_(0.5)
+    x = make_tokens(kind).view(IMAGES, TOKENS, WIDTH)
+    output, routing = conditional(by_constant, x)
+    assert torch.equal(output, conditional(by_count, x)[0])
+    assert 0 < float(routing.stats.capacity) < EXPERTS
+    everything = make_layer(replace(constant, constant_threshold=0.0)).eval()
+    assert float(conditional(everything, x)[1].stats.capacity) == EXPERTS, "the papers' interval begins at C = N"
 
 
 @pytest.mark.parametrize("rule", ["threshold", "count", "static"])
@@ -385,3 +400,34 @@ def test_a_pool_too_small_for_one_slot_gives_no_expert_a_token_at_inference() ->
         torch.nn.init.normal_(parameter)
     y, routing = conditional(layer, torch.randn(2, 6, 16))
     assert not y.any() and int(routing.stats.tokens_per_expert.sum()) == 0
+
+
+def test_the_capacity_schedule_starts_with_all_experts_and_falls_linearly_to_the_capacity() -> None:
+    settings = replace(CONFIG, capacity_schedule=(2, 4))
+    # The published code's schedule for four experts and these bounds, counted from step 0.
+    assert [settings.capacity_at(step) for step in range(7)] == [4.0, 4.0, 4.0, 2.5, 1.0, 1.0, 1.0]
+    assert [replace(CONFIG, capacity_schedule=(2, 2)).capacity_at(step) for step in (1, 2)] == [4.0, 1.0]
+    assert CONFIG.capacity_at(0) == 1.0
+
+
+def test_training_follows_the_schedule_and_inference_does_not() -> None:
+    layer = make_layer(replace(CONFIG, capacity_schedule=(2, 4), inference="static"))
+    x = make_tokens().view(IMAGES, TOKENS, WIDTH)
+    capacities = []
+    for step in (0, 3, 4):
+        layer.router.start_step(step)
+        capacities.append(float(conditional(layer.train(), x)[1].stats.capacity))
+        assert float(conditional(layer.eval(), x)[1].stats.capacity) == 1.0
+    assert capacities == [4.0, 2.5, 1.0]
+
+
+def test_expert_choice_with_a_predictor_is_the_pool_of_one_image_under_every_rule() -> None:
+    for rule in ("threshold", "count", "static"):
+        own = expert_choice.Settings("expert_choice", EXPERTS, capacity_predictor=True, inference=rule)
+        own.resolve(Config(model=ModelConfig(depth=2, hidden_size=WIDTH, num_heads=2)))
+        layers = [make_layer(own), make_layer(replace(CONFIG, pool="sample", inference=rule))]  # type: ignore[arg-type]
+        x = make_tokens().view(IMAGES, TOKENS, WIDTH)
+        for mode in (True, False):
+            (y, ours), (expected, theirs) = (conditional(layer.train(mode), x) for layer in layers)
+            assert torch.equal(y, expected) and torch.equal(ours.token_index, theirs.token_index)
+            assert ours.losses == theirs.losses
