@@ -69,10 +69,18 @@ ROUTER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["flow"] = "flow"
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    direction: Literal["data_at_one", "noise_at_one"] = "data_at_one"  # which end of time 1 is
-    time_scale: float = 1.0  # the model is given time_scale * t
+    """An objective knows its name and the settings that it has a default for in `OBJECTIVE_DEFAULTS`."""
+
+    name: Literal["flow", "ddpm"] = "flow"
+    time_distribution: Literal["uniform", "logit_normal"] | None = None
+    direction: Literal["data_at_one", "noise_at_one"] | None = None  # which end of time 1 is
+    time_scale: float | None = None  # the model is given time_scale * t
+
+
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "flow": {"time_distribution": "uniform", "direction": "data_at_one", "time_scale": 1.0},
+    "ddpm": {},
+}
 
 
 @dataclass
@@ -195,6 +203,7 @@ def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
     assert isinstance(config, Config)
     _resolve_model(config.model)
     _resolve_moe(config.moe)
+    _resolve_objective(config)
     _check(config)
     return config
 
@@ -294,6 +303,29 @@ def _resolve_moe(moe: MoEConfig) -> None:
             setattr(moe, name, defaults.get(name))
     if moe.router != "dense" and moe.num_experts is None:
         raise UserError(f"moe.num_experts is not set; moe.router={moe.router} needs a number, such as 16")
+
+
+def _resolve_objective(config: Config) -> None:
+    objective = config.objective
+    defaults = OBJECTIVE_DEFAULTS[objective.name]
+    for name, value in vars(objective).items():
+        if name == "name":
+            continue
+        if name not in defaults and value is not None:
+            raise UserError(f"objective.{name}={value} has no effect with objective.name={objective.name}; remove it")
+        if value is None:
+            setattr(objective, name, defaults.get(name))
+    if objective.name != "ddpm":
+        return
+    if not config.model.learn_sigma:
+        raise UserError(
+            "model.learn_sigma=false, but objective.name=ddpm trains a learned variance; set model.learn_sigma=true"
+        )
+    if not 2 <= config.sample.steps <= 1000:
+        raise UserError(
+            f"sample.steps={config.sample.steps}: objective.name=ddpm has 1000 steps and needs the first and the last; "
+            "choose 2 to 1000"
+        )
 
 
 def _check(config: Config) -> None:

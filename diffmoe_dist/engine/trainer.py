@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.loader import Batch, TrainingLoader
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.diffusion.objectives import Objective
 from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
 from diffmoe_dist.engine.ema import WeightAverage
 from diffmoe_dist.engine.metrics import Log, logger
@@ -49,7 +49,7 @@ class Trainer:
         config: Config,
         topology: Topology,
         engine: Any,
-        objective: RectifiedFlow,
+        objective: Objective,
         state: ShardedState,
         loader: TrainingLoader,
         progress: Progress,
@@ -133,13 +133,14 @@ class Trainer:
         dropped = batch.drop_uniform < self.config.train.label_dropout
         labels = torch.where(dropped, self.model.num_classes, batch.labels)
         z = self.objective.corrupt(batch.images, batch.noise, t)
-        output: DiTOutput = self.engine(z, self.objective.time_scale * t, labels)
-        diffusion = self.objective.loss(output.prediction, batch.images, batch.noise).mean()
-        loss = diffusion
+        output: DiTOutput = self.engine(z, self.objective.model_time(t), labels)
+        of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
+        of_objective = torch.stack([of_images[name].mean() for name in self.objective.loss_names])
+        loss = of_objective.sum()
         for name, value in output.losses.items():
             loss = loss + self.loss_weights[name] * value
         self.engine.backward(loss)
-        losses = torch.stack([loss, diffusion, *output.losses.values()])
+        losses = torch.stack([loss, *of_objective, *output.losses.values()])
         stats = output.routing
         thresholds = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
         parts = [losses, *thresholds, *(s.tokens_per_expert for s in stats)]
@@ -147,7 +148,7 @@ class Trainer:
 
     def _report(self, means: Tensor) -> StepReport:
         """The inverse of the flat form of `_forward_backward`."""
-        names = ["loss", "loss_diffusion", *(f"loss_{name}" for name in self.loss_weights)]
+        names = ["loss", *(f"loss_{name}" for name in (*self.objective.loss_names, *self.loss_weights))]
         losses, rest = means[: len(names)], means[len(names) :]
         layers, experts = len(self.model.moe_layers), self.config.moe.num_experts or 1
         tables = rest.view(-1, layers, experts) if layers else rest.view(1, 0, experts)  # thresholds if any, loads
