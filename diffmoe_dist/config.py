@@ -97,10 +97,18 @@ class RouterSettings(MoEConfig):
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["flow"] = "flow"
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    direction: Literal["data_at_one", "noise_at_one"] = "data_at_one"  # which end of time 1 is
-    time_scale: float = 1.0  # the model is given time_scale * t
+    """An objective knows its name and the settings that it has a default for in `OBJECTIVE_DEFAULTS`."""
+
+    name: Literal["flow", "ddpm"] = "flow"
+    time_distribution: Literal["uniform", "logit_normal"] | None = None
+    direction: Literal["data_at_one", "noise_at_one"] | None = None  # which end of time 1 is
+    time_scale: float | None = None  # the model is given time_scale * t
+
+
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "flow": {"time_distribution": "uniform", "direction": "data_at_one", "time_scale": 1.0},
+    "ddpm": {},
+}
 
 
 @dataclass
@@ -230,6 +238,7 @@ def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
     _resolve_model(config.model)
     if config.experts is not None:
         config.experts.resolve(config)
+    _resolve_objective(config)
     _check(config)
     return config
 
@@ -335,6 +344,29 @@ def _resolve_model(model: ModelConfig) -> None:
             )
         if getattr(model, name) is None:
             raise UserError(f"model.{name} is not set; give it a value or choose model.size from {list(MODEL_SIZES)}")
+
+
+def _resolve_objective(config: Config) -> None:
+    objective = config.objective
+    defaults = OBJECTIVE_DEFAULTS[objective.name]
+    for name, value in vars(objective).items():
+        if name == "name":
+            continue
+        if name not in defaults and value is not None:
+            raise UserError(f"objective.{name}={value} has no effect with objective.name={objective.name}; remove it")
+        if value is None:
+            setattr(objective, name, defaults.get(name))
+    if objective.name != "ddpm":
+        return
+    if not config.model.learn_sigma:
+        raise UserError(
+            "model.learn_sigma=false, but objective.name=ddpm trains a learned variance; set model.learn_sigma=true"
+        )
+    if not 2 <= config.sample.steps <= 1000:
+        raise UserError(
+            f"sample.steps={config.sample.steps}: objective.name=ddpm has 1000 steps and needs the first and the last; "
+            "choose 2 to 1000"
+        )
 
 
 def _check(config: Config) -> None:

@@ -32,8 +32,12 @@ def main() -> None:
     parser.add_argument("--num", required=True, type=int, help="how many images")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (default 50)")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1: none (default)")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default 0)")
-    parser.add_argument("--sampler", choices=["euler"], default="euler")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    parser.add_argument(
+        "--sampler",
+        choices=["euler", "ddpm", "ddim"],
+        help="euler for objective.name=flow (its default); ddpm (its default) or ddim for objective.name=ddpm",
+    )
     parser.add_argument("--batch-size", type=int, default=100, help="images drawn together (default 100)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

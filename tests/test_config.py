@@ -72,6 +72,19 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"optim": {"lr": float("inf")}}, r"optim\.lr=inf must be above 0 and finite"),
         ({"optim": {"betas": [2.0, 0.9]}}, r"optim\.betas=\(2\.0, 0\.9\) must be two numbers in"),
         ({"objective": {"time_scale": 0.0}}, r"objective\.time_scale=0\.0 must be above 0"),
+        (
+            {"objective": {"name": "ddpm", "time_scale": 1000.0}, "model": {"learn_sigma": True}},
+            r"objective\.time_scale=1000\.0 has no effect with objective\.name=ddpm; remove it",
+        ),
+        (
+            {"objective": {"name": "ddpm", "direction": "data_at_one"}, "model": {"learn_sigma": True}},
+            r"objective\.direction=data_at_one has no effect with objective\.name=ddpm; remove it",
+        ),
+        ({"objective": {"name": "ddpm"}}, r"model\.learn_sigma=false.*set model\.learn_sigma=true"),
+        (
+            {"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}, "sample": {"steps": 1001}},
+            r"sample\.steps=1001: objective\.name=ddpm has 1000 steps .* choose 2 to 1000",
+        ),
         ({"run_dir": "${nope}"}, r"run_dir: .*nope"),
         ({"model": {"size": None, "depth": 1, "hidden_size": 32, "num_heads": 2}}, r"model\.depth=1: experts are in"),
         ({"model": {"size": None, "depth": 2, "hidden_size": 36, "num_heads": 3}}, r"hidden_size=36 makes experts 36"),
@@ -141,6 +154,15 @@ def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(layer: dict[s
     with pytest.raises(UserError, match=message) as caught:
         config(layer)
     assert "\n" not in str(caught.value)
+
+
+def test_an_objective_knows_its_own_settings_alone() -> None:
+    flow = config().objective
+    assert (flow.name, flow.time_distribution, flow.direction, flow.time_scale) == (
+        "flow", "uniform", "data_at_one", 1.0,
+    )  # fmt: skip
+    ddpm = config({"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}}).objective
+    assert (ddpm.time_distribution, ddpm.direction, ddpm.time_scale) == (None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 from diffmoe_dist.config import Config, pool_samples, save_config
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.loader import TrainingLoader
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import (
     Progress,
     check_same_model,
@@ -133,7 +133,7 @@ def build_trainer(
         config=config,
         topology=topology,
         engine=engine,
-        objective=RectifiedFlow(config.objective),
+        objective=build_objective(config.objective),
         state=state,
         loader=loader,
         progress=progress,

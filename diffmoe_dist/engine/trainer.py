@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.loader import Batch, TrainingLoader
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.diffusion.objectives import Objective
 from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
 from diffmoe_dist.engine.ema import WeightAverage
 from diffmoe_dist.engine.metrics import Log, logger
@@ -50,7 +50,7 @@ class Trainer:
         config: Config,
         topology: Topology,
         engine: Any,
-        objective: RectifiedFlow,
+        objective: Objective,
         state: ShardedState,
         loader: TrainingLoader,
         progress: Progress,
@@ -134,19 +134,20 @@ class Trainer:
         dropped = batch.drop_uniform < self.config.train.label_dropout
         labels = torch.where(dropped, self.model.num_classes, batch.labels)
         z = self.objective.corrupt(batch.images, batch.noise, t)
-        output: DiTOutput = self.engine(z, self.objective.time_scale * t, labels)
-        diffusion = self.objective.loss(output.prediction, batch.images, batch.noise).mean()
-        loss = diffusion
+        output: DiTOutput = self.engine(z, self.objective.model_time(t), labels)
+        of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
+        losses = {name: of_images[name].mean() for name in self.objective.loss_names}
+        loss = torch.stack(list(losses.values())).sum()
         for name, weight in self.loss_weights.items():
-            loss = loss + weight * output.losses[name]
+            losses[name] = output.losses[name]
+            loss = loss + weight * losses[name]
         self.engine.backward(loss)
-        losses = {"loss": loss, "loss_diffusion": diffusion}
-        losses |= {f"loss_{name}": output.losses[name] for name in self.loss_weights}
         stats = output.routing
         proposals = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
         tables = {"threshold": proposals, "load": [s.tokens_per_expert for s in stats]}
         tables |= {"capacity": [s.capacity for s in stats]}
-        values = {**losses, **{name: torch.stack(layers) for name, layers in tables.items() if layers}}
+        values = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}}
+        values |= {name: torch.stack(layers) for name, layers in tables.items() if layers}
         return {name: value.detach() for name, value in values.items()}
 
     def _report(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
@@ -179,7 +180,7 @@ class Trainer:
         capacity = load_max = load_min = None
         if len(load_LN):
             capacity = float(report.capacity_L.mean())
-            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True)
+            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
         return {
             "step": self.progress.step,
