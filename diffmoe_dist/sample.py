@@ -20,8 +20,13 @@ sampling.json (the settings, the measured expert capacity, images per second). L
 (The lone -- keeps these launchers from taking --num for an abbreviation of an option of their own.)
 
 An image depends on the weights, the seed, its number and its label alone if the model was configured with
-moe.inference=threshold. With count or static the images of one block of --batch-size compete for the experts, so a
-block is what is reproduced; on any number of processes.
+moe.inference=threshold. With count, constant or static the images of one block of --batch-size compete for the
+experts, so a block is what is reproduced; on any number of processes. Another rule than the run's can be given:
+
+  python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/static --num 100 moe.inference=static
+
+Thresholds follow the weights in training; --recalibrate finds those of the averaged weights, so that the measured
+capacity comes closer to the one trained for. It reads data.shards of the run, or those given.
 """
 
 
@@ -39,8 +44,18 @@ def main() -> None:
         help="euler for objective.name=flow (its default); ddpm (its default) or ddim for objective.name=ddpm",
     )
     parser.add_argument("--batch-size", type=int, default=100, help="images drawn together (default 100)")
+    parser.add_argument(
+        "--recalibrate", type=int, default=0, metavar="BATCHES",
+        help="first find the capacity thresholds of the averaged weights on this many batches of training data",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="another moe.inference, moe.constant_threshold or data.shards",
+    )
     arguments = parser.parse_args()
 
     from diffmoe_dist.evaluation.generate import SamplingSettings, sample_to_folder
@@ -54,6 +69,8 @@ def main() -> None:
         seed=arguments.seed,
         sampler=arguments.sampler,
         batch_size=arguments.batch_size,
+        overrides=tuple(arguments.overrides),
+        recalibrate=arguments.recalibrate,
     )
     settings.check()
     device = choose_device(arguments.device, detect_launch())

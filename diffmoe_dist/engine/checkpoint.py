@@ -190,9 +190,9 @@ def load_ema_model(directory: str | Path, device: str | torch.device = "cpu") ->
     return read_ema_model(find_checkpoint(directory), device)[0]
 
 
-def read_ema_model(checkpoint: Path, device: str | torch.device) -> tuple[DiT, Config]:
-    """The averaged model of a checkpoint in eval mode, and the settings it was trained with."""
-    config = load_config(checkpoint / "config.yaml")
+def read_ema_model(checkpoint: Path, device: str | torch.device, overrides: Sequence[str] = ()) -> tuple[DiT, Config]:
+    """The averaged model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied."""
+    config = load_config(checkpoint / "config.yaml", overrides)
     with torch.device("meta"):
         model = DiT(config)
     model.to_empty(device="cpu")

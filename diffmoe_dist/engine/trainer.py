@@ -130,10 +130,7 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-step. Returns what is to be averaged over micro-steps and ranks, detached."""
-        t = self.objective.times(batch.time_uniform)
-        dropped = batch.drop_uniform < self.config.train.label_dropout
-        labels = torch.where(dropped, self.model.num_classes, batch.labels)
-        z = self.objective.corrupt(batch.images, batch.noise, t)
+        z, t, labels = noisy_inputs(batch, self.objective, self.config)
         output: DiTOutput = self.engine(z, self.objective.model_time(t), labels)
         of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
         losses = {name: of_images[name].mean() for name in self.objective.loss_names}
@@ -195,6 +192,14 @@ class Trainer:
             "expert_load_min": load_min,
             "peak_memory_bytes": _peak_memory(self.topology.device),
         }
+
+
+def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step shows the model: noisy images (N, C, H, W), the objective's times and the labels, (N,)."""
+    t = objective.times(batch.time_uniform)
+    dropped = batch.drop_uniform < config.train.label_dropout
+    labels = torch.where(dropped, config.model.num_classes, batch.labels)
+    return objective.corrupt(batch.images, batch.noise, t), t, labels
 
 
 class StepTimer:

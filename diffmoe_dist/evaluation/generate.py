@@ -31,6 +31,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather, from_first_rank
 
+SAMPLING_OVERRIDES = ("moe.inference", "moe.constant_threshold", "data.shards")
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
 
@@ -43,6 +44,8 @@ class SamplingSettings:
     seed: int
     sampler: str | None  # None: the default of the model's objective
     batch_size: int
+    overrides: tuple[str, ...] = ()  # key=value: moe.inference, moe.constant_threshold, data.shards of the saved run
+    recalibrate: int = 0  # batches of training data from which the thresholds are found anew
 
     def check(self) -> None:
         for name in ("num", "steps", "batch_size"):
@@ -50,6 +53,13 @@ class SamplingSettings:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose at least 1")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
+        if self.recalibrate < 0:
+            raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
+        for override in self.overrides:
+            if override.partition("=")[0] not in SAMPLING_OVERRIDES:
+                raise UserError(
+                    f"{override}: sampling can change {', '.join(SAMPLING_OVERRIDES)} of a run, nothing else; remove it"
+                )
 
 
 @dataclass(frozen=True)
@@ -190,8 +200,12 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     checkpoint = from_first_rank(find_checkpoint(settings.checkpoint))
-    model, config = read_ema_model(checkpoint, device)
+    model, config = read_ema_model(checkpoint, device, settings.overrides)
     check_pixels(config)
+    if settings.recalibrate:
+        from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine
+
+        recalibrate_on_training_data(model, config, settings.recalibrate, settings.batch_size)
     sampler = choose_sampler(settings.sampler, settings.steps, config.objective.name)
     objective = build_objective(config.objective)
     labels = balanced_labels(settings.num, config.model.num_classes)
@@ -212,6 +226,7 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     capacities = [(blocks[start][1], len(blocks[start][0])) for start in starts]
     record = {
         **asdict(settings),
+        "overrides": list(settings.overrides),
         "sampler": sampler,
         "checkpoint": str(checkpoint),
         "inference": getattr(config.moe, "inference", None),

@@ -131,6 +131,9 @@ class PoolChoice(Router):
     def start_step(self, step: int) -> None:
         self.training_capacity = self.settings.capacity_at(step)
 
+    def end_schedule(self) -> None:
+        self.training_capacity = self.settings.capacity
+
     def forward(self, x_TD: Tensor, null_T: Tensor) -> Routing:
         # Alg. 3: the affinity of eq. 5 with a softmax over the experts.
         scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)

@@ -187,6 +187,9 @@ class Router(nn.Module):
     def start_step(self, step: int) -> None:
         """Told by the engine before optimizer step `step`, counted from 0; for schedules."""
 
+    def end_schedule(self) -> None:
+        """From here on as in the last step of a schedule."""
+
     def update_threshold(self, proposal: Tensor) -> None:
         """Take in the proposed thresholds of an optimizer step; for routers that propose some."""
         raise NotImplementedError
