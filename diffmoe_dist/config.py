@@ -161,11 +161,28 @@ class LogConfig:
 
 
 @dataclass
+class ValidationConfig:
+    shards: str | None = None  # images held out from data.shards
+    every: int = 0  # steps between validation losses; 0: none
+    images: int = 1024  # the same ones every time
+
+
+@dataclass
 class SampleConfig:
     every: int = 0  # steps between sample grids; 0: none
     num: int = 40
     steps: int = 50
     cfg_scale: float = 1.0
+
+
+@dataclass
+class ScoreConfig:
+    """A score of few samples, drawn by `sample.steps` and `sample.cfg_scale`."""
+
+    every: int = 0  # steps between scores; 0: none
+    num: int = 1000
+    features: str | None = None  # weights.pth of FID's Inception network, another program.pt2, or module:callable
+    reference: str | None = None  # an npz of `python -m diffmoe_dist.evaluate --make-reference`, or ADM's
 
 
 @dataclass
@@ -185,6 +202,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -378,6 +397,8 @@ def _check(config: Config) -> None:
         "checkpoint": ("every", "keep"),
         "log": ("every",),
         "sample": ("num", "steps"),
+        "validation": ("images",),
+        "score": ("num",),
     }
     for section, names in at_least_one.items():
         for name in names:
@@ -390,6 +411,18 @@ def _check(config: Config) -> None:
     require(config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
     require(config.data, "data", "workers", lambda value: value >= 0, "0 or more")
     require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.validation, "validation", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.score, "score", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.score, "score", "num", lambda value: value >= 2, "at least 2")
+    for section, name in (("validation", "shards"), ("score", "features"), ("score", "reference")):
+        every, value = getattr(config, section).every, getattr(getattr(config, section), name)
+        if every and not value:
+            raise UserError(f"{section}.every={every} needs {section}.{name}; give it, or set {section}.every=0")
+        if value and not every:
+            raise UserError(
+                f"{section}.{name}={value} has no effect with {section}.every=0; set it to a number of steps, such as "
+                "5000"
+            )
     require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
     require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:

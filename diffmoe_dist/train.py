@@ -35,20 +35,23 @@ def main() -> None:
 
     device = choose_device(config.device, launch)
 
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data, prepare_run_dir
+    from diffmoe_dist.engine.build import build_trainer, find_start, open_data, open_held_out, prepare_run_dir
     from diffmoe_dist.evaluation.generate import check_pixels, training_grid
+    from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     index = open_data(config)
+    held_out = open_held_out(config, index)
     if config.sample.every:
         check_pixels(config)
+    score_samples = open_training_scores(config, device)
     prepare_run_dir(config)
     start = find_start(config, index, launch.world_size)
     launch = start_process_group(device)
     start = from_first_rank(start)
     topology = create_topology(launch, device, config.parallel.expert)
     draw_samples = partial(training_grid, config=config, rank=launch.rank, world_size=launch.world_size)
-    trainer = build_trainer(config, topology, index, start, draw_samples)
+    trainer = build_trainer(config, topology, index, start, draw_samples, held_out, score_samples)
     trainer.train()
     trainer.close()
     stop_process_group()

@@ -90,6 +90,10 @@ class TrainingDataset(Dataset[Batch]):
             epochs=torch.from_numpy(epochs),
         )
 
+    def image(self, sample_id: int) -> np.ndarray:
+        """One image as it is stored, (C, H, W) uint8."""
+        return self._image(self.index.read(sample_id)[self._image_field], sample_id)
+
     def _label(self, payload: bytes, sample_id: int) -> int:
         try:
             label = int(payload)

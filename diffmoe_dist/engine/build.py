@@ -23,7 +23,8 @@ from diffmoe_dist.engine.checkpoint import (
 )
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawSamples, Trainer
+from diffmoe_dist.engine.trainer import DrawSamples, ScoreSamples, Trainer
+from diffmoe_dist.engine.validation import Validation
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
@@ -49,6 +50,24 @@ def open_data(config: Config) -> ShardIndex:
                 f"model.{name}={setting}, but data.shards={config.data.shards} has {found}; set it to {found}"
             )
     return index
+
+
+def open_held_out(config: Config, index: ShardIndex) -> ShardIndex | None:
+    """Open the images of the validation loss; None where the run has none.
+
+    Raises:
+        UserError: as `open_data`, or they are those of the training.
+    """
+    if not config.validation.every:
+        return None
+    shards = config.validation.shards
+    try:
+        held_out = open_data(replace(config, data=replace(config.data, shards=shards)))
+    except UserError as error:
+        raise UserError(str(error).replace("data.shards=", "validation.shards=")) from None
+    if held_out.fingerprint == index.fingerprint:
+        raise UserError(f"validation.shards={shards} holds the images that are trained on; pack others")
+    return held_out
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -97,7 +116,13 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
 
 
 def build_trainer(
-    config: Config, topology: Topology, index: ShardIndex, start: Start, draw_samples: DrawSamples
+    config: Config,
+    topology: Topology,
+    index: ShardIndex,
+    start: Start,
+    draw_samples: DrawSamples,
+    held_out: ShardIndex | None = None,
+    score_samples: ScoreSamples | None = None,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
@@ -129,16 +154,20 @@ def build_trainer(
         num_workers=config.data.workers,
         pin_memory=topology.device.type == "cuda",
     )
+    objective = build_objective(config.objective)
+    validation = None if held_out is None else Validation(config, topology, held_out, objective)
     return Trainer(
         config=config,
         topology=topology,
         engine=engine,
-        objective=build_objective(config.objective),
+        objective=objective,
         state=state,
         loader=loader,
         progress=progress,
         log=log,
         draw_samples=draw_samples,
+        validate=None if validation is None else validation.losses,
+        score_samples=score_samples,
     )
 
 

@@ -28,6 +28,8 @@ from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.parallel.topology import Topology
 
 DrawSamples = Callable[[DiT], np.ndarray]
+Validate = Callable[[DiT], dict[str, float | None]]
+ScoreSamples = Callable[[DiT], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Trainer:
         progress: Progress,
         log: Log,
         draw_samples: DrawSamples,
+        validate: Validate | None = None,
+        score_samples: ScoreSamples | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -69,6 +73,8 @@ class Trainer:
         self.progress = progress
         self.log = log
         self.draw_samples = draw_samples
+        self.validate = validate
+        self.score_samples = score_samples
         self.run_dir = Path(str(config.run_dir))
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
@@ -82,8 +88,10 @@ class Trainer:
                 report = self.train_step()
             step = self.progress.step
             self.log.step(step)
-            if _due(step, config.log.every) or step == config.train.steps:
-                self.log.metrics(self._metrics(report))
+            validated = self.validation_losses() if _due(step, config.validation.every) else {}
+            scores = self.scores() if _due(step, config.score.every) else {}
+            if validated or scores or _due(step, config.log.every) or step == config.train.steps:
+                self.log.metrics(self._metrics(report) | validated | scores)
             if _due(step, config.sample.every):
                 self.sample()
             if _due(step, config.checkpoint.every) or step == config.train.steps:
@@ -123,6 +131,26 @@ class Trainer:
             grid = self.draw_samples(self.model)
         self.model.train()
         self.log.image(grid, self.progress.step)
+
+    def validation_losses(self) -> dict[str, float | None]:
+        """Losses of the averaged weights on held-out images, named for metrics.jsonl; collective."""
+        if self.validate is None:
+            return {}
+        with self.average.applied():
+            losses = self.validate(self.model)
+        logger.info("validation loss %.5f", losses["loss_val"])
+        return losses
+
+    def scores(self) -> dict[str, float]:
+        """Scores of samples of the averaged weights, named for metrics.jsonl; collective."""
+        if self.score_samples is None:
+            return {}
+        self.model.eval()
+        with self.average.applied():
+            scores = self.score_samples(self.model)
+        self.model.train()
+        logger.info("scores: %s", "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        return scores
 
     def close(self) -> None:
         self.loader.close()
