@@ -24,6 +24,7 @@ from diffmoe_dist.engine.checkpoint import (
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import DrawSamples, Trainer
+from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
@@ -75,7 +76,8 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
     """Look for a checkpoint in `run_dir` and check that this run continues it.
 
     Raises:
-        UserError: the checkpoint is of another model, seed, data set or pool size.
+        UserError: the checkpoint is of another model, seed, data set or pool size; or there is none, and
+            `train.initial_weights` are of another model.
     """
     micro_batch_size = config.train.micro_batch_size
     assert micro_batch_size is not None, "check_world fills it in"
@@ -89,6 +91,8 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
     )
     found = complete_checkpoints(Path(str(config.run_dir)) / "checkpoints")
     if not found:
+        if config.train.initial_weights is not None:
+            check_initial_weights(config)
         return Start(None, fresh)
     saved = read_progress(found[-1])
     check_same_model(found[-1], config)
@@ -101,7 +105,7 @@ def build_trainer(
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
-    checkpoint, progress = start.checkpoint, start.progress
+    checkpoint, progress, initial_weights = start.checkpoint, start.progress, config.train.initial_weights
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
@@ -109,6 +113,12 @@ def build_trainer(
         load_fragments(checkpoint, [*state.fragments(), *buffers(engine.module)])
         state.after_load(progress.step)
         logger.info("resumed from %s", checkpoint)
+        if initial_weights is not None:
+            logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)
+    elif initial_weights is not None:
+        fill_fragments(Path(initial_weights), [*state.fragments(), *buffers(engine.module)])
+        state.after_load(progress.step)
+        logger.info("started from the weights in %s", initial_weights)
     if topology.rank == 0:
         save_config(config, run_dir / "config.yaml")
         log: Any = RunLog(run_dir, progress.step, config.train.steps)
