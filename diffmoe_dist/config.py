@@ -174,6 +174,7 @@ class Config:
     run_dir: str | None = None
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)

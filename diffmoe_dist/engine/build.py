@@ -22,10 +22,12 @@ from diffmoe_dist.engine.checkpoint import (
     read_progress,
 )
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
+from diffmoe_dist.engine.planning import reduce_bucket
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import DrawSamples, Trainer
 from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
@@ -193,7 +195,7 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": topology.device.type == "cuda",
-            "reduce_bucket_size": min(parameters, 200_000_000),
+            "reduce_bucket_size": reduce_bucket(parameters),
             "allgather_bucket_size": 200_000_000,
         },
         "steps_per_print": 2**62,
@@ -202,11 +204,15 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
 
 def _summary(config: Config, topology: Topology, model: nn.Module, progress: Progress) -> str:
     held = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    counts = account(config)
+    work = f"{sum(counts.macs().values()) / 1e9:.4g} GMAC an image forward"
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
     experts = config.experts
     if experts is None:
-        return f"dense model, {held:.2f} M parameters; {where}"
+        return f"dense model, {held:.2f} M parameters, {work}; {where}"
     return (
+        f"{counts.total / 1e6:.2f} M parameters, {counts.activated() / 1e6:.2f} M activated and {work} at "
+        f"C={counts.nominal_capacity:g}; "
         f"{experts.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
         f"{progress.pool_samples} samples ({progress.pool_samples * config.tokens_per_sample} tokens) are routed "
         f"together (moe.router={experts.router}), {progress.micro_steps} micro-steps a step"
