@@ -117,6 +117,7 @@ class TrainConfig:
     global_batch_size: int = 256
     micro_batch_size: int | None = None  # images a rank computes at once; default: no accumulation
     label_dropout: float = 0.1
+    initial_weights: str | None = None  # a folder of weights (diffmoe_dist.convert) that a fresh run starts from
 
 
 @dataclass
@@ -190,6 +191,7 @@ class Config:
     run_dir: str | None = None
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -221,8 +223,11 @@ class Config:
         return [] if self.experts is None else list(range(1, self.model.depth, 2))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bool = True) -> Config:
     """Read a YAML file, apply `key=value` overrides, and return the checked, resolved configuration.
+
+    Args:
+        training: whether it is for a run, which needs `run_dir` and `data.shards`.
 
     Raises:
         UserError: the file or a key is unknown, a value has the wrong type, or settings contradict each other.
@@ -240,10 +245,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config {path} {' '.join(overrides)}: not readable as YAML: {error}") from None
     if not isinstance(from_file, DictConfig):
         raise UserError(f"--config {path}: expected a mapping of settings at the top level")
-    return build_config(from_file, from_command)
+    return build_config(from_file, from_command, training=training)
 
 
-def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
+def build_config(*layers: DictConfig | dict[str, Any], training: bool = True) -> Config:
     """Merge layers of settings over the defaults, later ones winning; check and resolve the result."""
     given = OmegaConf.to_container(OmegaConf.merge(*layers))
     schema = Config(moe=_moe_schema(given))
@@ -259,6 +264,8 @@ def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
         config.experts.resolve(config)
     _resolve_objective(config)
     _check(config)
+    if training:
+        _check_places(config)
     return config
 
 
@@ -427,10 +434,6 @@ def _check(config: Config) -> None:
     require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is out of range; choose one from 0 to 2**63 - 1")
-    if not config.run_dir:
-        raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
-    if not config.data.shards:
-        raise UserError("data.shards is not set; give a folder made by `python -m data_tools pack`")
     if model.hidden_size % model.num_heads:  # type: ignore[operator]
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads={model.num_heads}; "
@@ -456,6 +459,13 @@ def _check(config: Config) -> None:
             "remove it"
         )
     _check_experts(config)
+
+
+def _check_places(config: Config) -> None:
+    if not config.run_dir:
+        raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
+    if not config.data.shards:
+        raise UserError("data.shards is not set; give a folder made by `python -m data_tools pack`")
 
 
 def _check_experts(config: Config) -> None:

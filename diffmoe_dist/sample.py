@@ -10,8 +10,9 @@ from diffmoe_dist.errors import CommandParser, run_command
 from diffmoe_dist.launch import detect_launch
 
 DESCRIPTION = """\
-Draw images with the averaged weights of a run. Writes grid.png, samples.npz (arr_0: uint8 NHWC, arr_1: labels) and
-sampling.json (the settings, the measured expert capacity, images per second). Labels go through the classes in turn.
+Draw images with the averaged weights of a run, or those of a folder that diffmoe_dist.convert has written. Writes
+grid.png, samples.npz (arr_0: uint8 NHWC, arr_1: labels) and sampling.json (the settings, the measured expert capacity,
+images per second). Labels go through the classes in turn.
 
   python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 100 --cfg-scale 2
   torchrun --nproc-per-node 8 -m -- diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 50000
@@ -32,7 +33,7 @@ capacity comes closer to the one trained for. It reads data.shards of the run, o
 
 def main() -> None:
     parser = CommandParser(prog="diffmoe_dist.sample", description=DESCRIPTION)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run folder (its newest) or a step folder")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, step or weights folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--num", required=True, type=int, help="how many images")
     parser.add_argument("--steps", type=int, default=50, help="sampler steps (default 50)")

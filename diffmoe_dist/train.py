@@ -33,7 +33,7 @@ def main() -> None:
     # torch and deepspeed take seconds to import; a mistake in the settings is told before.
     from diffmoe_dist.parallel.topology import choose_device, from_first_rank, start_process_group, stop_process_group
 
-    device = choose_device(config.device, launch)
+    device = choose_device(config.device, launch, config.tf32)
 
     from diffmoe_dist.engine.build import build_trainer, find_start, open_data, open_held_out, prepare_run_dir
     from diffmoe_dist.evaluation.generate import check_pixels, training_grid

@@ -22,10 +22,13 @@ from diffmoe_dist.engine.checkpoint import (
     read_progress,
 )
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
+from diffmoe_dist.engine.planning import reduce_bucket
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import DrawSamples, ScoreSamples, Trainer
 from diffmoe_dist.engine.validation import Validation
+from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
@@ -94,7 +97,8 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
     """Look for a checkpoint in `run_dir` and check that this run continues it.
 
     Raises:
-        UserError: the checkpoint is of another model, seed, data set or pool size.
+        UserError: the checkpoint is of another model, seed, data set or pool size; or there is none, and
+            `train.initial_weights` are of another model.
     """
     micro_batch_size = config.train.micro_batch_size
     assert micro_batch_size is not None, "check_world fills it in"
@@ -108,6 +112,8 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
     )
     found = complete_checkpoints(Path(str(config.run_dir)) / "checkpoints")
     if not found:
+        if config.train.initial_weights is not None:
+            check_initial_weights(config)
         return Start(None, fresh)
     saved = read_progress(found[-1])
     check_same_model(found[-1], config)
@@ -126,7 +132,7 @@ def build_trainer(
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
-    checkpoint, progress = start.checkpoint, start.progress
+    checkpoint, progress, initial_weights = start.checkpoint, start.progress, config.train.initial_weights
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
@@ -134,6 +140,12 @@ def build_trainer(
         load_fragments(checkpoint, [*state.fragments(), *buffers(engine.module)])
         state.after_load(progress.step)
         logger.info("resumed from %s", checkpoint)
+        if initial_weights is not None:
+            logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)
+    elif initial_weights is not None:
+        fill_fragments(Path(initial_weights), [*state.fragments(), *buffers(engine.module)])
+        state.after_load(progress.step)
+        logger.info("started from the weights in %s", initial_weights)
     if topology.rank == 0:
         save_config(config, run_dir / "config.yaml")
         log: Any = RunLog(run_dir, progress.step, config.train.steps)
@@ -212,7 +224,7 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": topology.device.type == "cuda",
-            "reduce_bucket_size": min(parameters, 200_000_000),
+            "reduce_bucket_size": reduce_bucket(parameters),
             "allgather_bucket_size": 200_000_000,
         },
         "steps_per_print": 2**62,
@@ -221,11 +233,15 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
 
 def _summary(config: Config, topology: Topology, model: nn.Module, progress: Progress) -> str:
     held = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    counts = account(config)
+    work = f"{sum(counts.macs().values()) / 1e9:.4g} GMAC an image forward"
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
     experts = config.experts
     if experts is None:
-        return f"dense model, {held:.2f} M parameters; {where}"
+        return f"dense model, {held:.2f} M parameters, {work}; {where}"
     return (
+        f"{counts.total / 1e6:.2f} M parameters, {counts.activated() / 1e6:.2f} M activated and {work} at "
+        f"C={counts.nominal_capacity:g}; "
         f"{experts.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
         f"{progress.pool_samples} samples ({progress.pool_samples * config.tokens_per_sample} tokens) are routed "
         f"together (moe.router={experts.router}), {progress.micro_steps} micro-steps a step"

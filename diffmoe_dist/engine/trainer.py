@@ -20,10 +20,13 @@ from torch import Tensor
 from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.loader import Batch, TrainingLoader
 from diffmoe_dist.diffusion.objectives import Objective
+from diffmoe_dist.engine.accelerators import device_peak
 from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
 from diffmoe_dist.engine.ema import WeightAverage
 from diffmoe_dist.engine.metrics import Log, logger
+from diffmoe_dist.engine.planning import achieved_share
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.parallel.topology import Topology
 
@@ -78,6 +81,8 @@ class Trainer:
         self.run_dir = Path(str(config.run_dir))
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
+        self.accounting = account(config)
+        self.device_peak = device_peak(topology.device, config)
 
     def train(self) -> None:
         config = self.config
@@ -207,14 +212,20 @@ class Trainer:
             capacity = float(report.capacity_L.mean())
             relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
+        images_per_second = self.config.train.global_batch_size / seconds
+        mfu = {}
+        if self.device_peak is not None:
+            flops = self.accounting.training_flops(capacity or 0.0)
+            mfu["mfu"] = achieved_share(flops, images_per_second, self.topology.world_size, self.device_peak)
         return {
             "step": self.progress.step,
             "images_seen": self.progress.images_seen,
             **report.losses,
             "grad_norm": report.grad_norm,
             "lr": self.config.optim.lr,
-            "images_per_second": self.config.train.global_batch_size / seconds,
+            "images_per_second": images_per_second,
             "step_seconds": seconds,
+            **mfu,
             "capacity": capacity,
             "expert_load_max": load_max,
             "expert_load_min": load_min,

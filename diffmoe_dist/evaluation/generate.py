@@ -25,8 +25,8 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import SAMPLERS, Prediction, sample, with_guidance
-from diffmoe_dist.engine.checkpoint import find_checkpoint, read_ema_model
 from diffmoe_dist.engine.metrics import make_writable
+from diffmoe_dist.engine.weights import find_model, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather, from_first_rank
@@ -199,8 +199,8 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
         make_writable(Path(out))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
-    checkpoint = from_first_rank(find_checkpoint(settings.checkpoint))
-    model, config = read_ema_model(checkpoint, device, settings.overrides)
+    checkpoint = from_first_rank(find_model(settings.checkpoint))
+    model, config = read_model(checkpoint, device, settings.overrides)
     check_pixels(config)
     if settings.recalibrate:
         from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine

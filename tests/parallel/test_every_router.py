@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.launch import Launch
-from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.dit import DiT
 from tests.distributed import run_ranks
+from tests.parallel.weights import fill_by_name
 
 IMAGES, EXPERTS = 8, 4
 LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
@@ -49,16 +49,7 @@ def make_config(name: str, expert: int) -> Config:
 
 @torch.no_grad()
 def fill(model: DiT) -> DiT:
-    """Initialise, then give every parameter noise that is a function of its name and its experts alone."""
-    initialize(model, seed=3)
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))
-        if ".experts." in name:
-            first = model.get_submodule(name.rpartition(".")[0]).first
-            noise = torch.randn(EXPERTS, *parameter.shape[1:], generator=generator)[first : first + len(parameter)]
-        else:
-            noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(noise * 0.3)
+    fill_by_name(model, EXPERTS)
     for layer in model.moe_layers:
         if hasattr(layer.router, "threshold"):
             layer.router.threshold.copy_(torch.tensor([0.5, 0.6, 1.0, 0.0]))
