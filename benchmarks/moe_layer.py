@@ -45,10 +45,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe_dist.config import MoEConfig
 from diffmoe_dist.model.blocks import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routing import GlobalPoolRouter
+from diffmoe_dist.model.pool_choice import PoolChoice
+from diffmoe_dist.model.routers.global_pool import Settings
+from diffmoe_dist.model.routing import LocalPool
 
 MLP_RATIO = 4
 TOKENS_PER_IMAGE = 256
@@ -58,7 +59,7 @@ Forward = Callable[[Tensor], list[Tensor]]  # the input to what backward starts 
 
 
 def moe_layer(width: int, num_experts: int) -> MoELayer:
-    config = MoEConfig(
+    settings = Settings(
         router="global_pool",
         num_experts=num_experts,
         capacity=1.0,
@@ -67,7 +68,7 @@ def moe_layer(width: int, num_experts: int) -> MoELayer:
         capacity_loss_weight=1.0,
         threshold_decay=0.95,
     )
-    router = GlobalPoolRouter(width, config, TOKENS_PER_IMAGE)
+    router = PoolChoice(width, settings, LocalPool(), layers=1)
     return MoELayer(router, Experts(num_experts, width, MLP_RATIO * width))
 
 
@@ -119,7 +120,7 @@ def _dense(mlp: Mlp) -> tuple[nn.Module, Forward]:
 
 
 def _moe_outputs(layer: MoELayer, x: Tensor) -> list[Tensor]:
-    y, routing = layer(x)
+    y, routing = layer(x, torch.zeros(len(x), dtype=torch.bool, device=x.device))
     return [y, *routing.losses.values()]
 
 

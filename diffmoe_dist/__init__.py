@@ -15,13 +15,15 @@ __version__ = "0.1.0"
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT:
-    """The averaged (EMA) model of a run, in eval mode on one device.
+    """The averaged (EMA) model of a run, or the model of a folder of weights, in eval mode on one device.
 
-    `model(x, t, y).prediction` has x's shape (N, C, H, W); t is the objective's time times its `time_scale`.
+    `model(x, t, y).prediction` has x's shape (N, C, H, W); t is the objective's time as the model is given it:
+    `time_scale` * t for a flow, the step 0..999 for DDPM.
 
     Args:
-        directory: a run folder, for its newest checkpoint, or a `step-N` folder.
+        directory: a run folder, for its newest checkpoint, a `step-N` folder, or a folder that `diffmoe_dist.convert`
+            has written.
     """
-    from diffmoe_dist.engine.checkpoint import load_ema_model
+    from diffmoe_dist.engine.weights import find_model, read_model
 
-    return load_ema_model(directory, device)
+    return read_model(find_model(directory), device)[0]

@@ -8,6 +8,7 @@ such settings default to None and `resolve` gives them their value where they me
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -40,39 +41,74 @@ class ModelConfig:
 
 @dataclass
 class MoEConfig:
-    """A router knows `num_experts` and the settings that it has a default for in `ROUTER_DEFAULTS`."""
+    """A model without experts has no other setting here than the router's name."""
 
-    router: Literal["dense", "token_choice", "expert_choice", "global_pool"] = "dense"
-    num_experts: int | None = None
-    capacity: float | None = None  # expert slots per token, C in the papers
-    top_k: int | None = None  # experts a token chooses
-    pool: Literal["global", "expert_parallel", "rank", "sample"] | None = None  # who competes for an expert's slots
-    inference: Literal["threshold", "count", "static"] | None = None
-    capacity_loss_weight: float | None = None
-    threshold_decay: float | None = None
-    balance_loss_weight: float | None = None
+    router: str = "dense"  # or a file of model/routers/, whose `Settings` then take the place of this class
 
 
-ROUTER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "token_choice": {"top_k": 1, "balance_loss_weight": 0.0},
-    "expert_choice": {"capacity": 1.0},
-    "global_pool": {
-        "capacity": 1.0,
-        "pool": "global",
-        "inference": "threshold",
-        "capacity_loss_weight": 1.0,
-        "threshold_decay": 0.95,
-    },
-}
+@dataclass
+class RouterSettings(MoEConfig):
+    """What every router knows; the file of a router extends it by its own settings.
+
+    A default that follows from other settings is None until `resolve`.
+    """
+
+    num_experts: int | None = None  # that tokens are routed to; shared and unconditional ones are not counted
+    expert_mlp_ratio: float | None = None  # hidden width of an expert over the model's; default: model.mlp_ratio
+    activation: Literal["gelu", "swiglu"] = "gelu"  # of the experts; SwiGLU experts have three matrices and no biases
+    shared_experts: int = 0  # experts that every token visits, with weight 1
+
+    has_unconditional_expert = False  # a class attribute, no setting: one more expert for images without a condition
+
+    def build_router(self, config: Config) -> Any:
+        """The `model.routing.Router` of one layer."""
+        raise NotImplementedError
+
+    def structure(self) -> dict[str, Any]:
+        """The settings that decide which tensors the layer has and what they mean."""
+        names = ("router", "num_experts", "expert_mlp_ratio", "activation", "shared_experts")
+        return {name: getattr(self, name) for name in names}
+
+    def pool_kind(self) -> str:
+        """Who competes for an expert's slots: global, expert_parallel, rank or sample (nobody beyond the image)."""
+        return "sample"
+
+    def shares_batch(self) -> bool:
+        """Whether a loss depends on the batch as a whole, across images."""
+        return False
+
+    def resolve(self, config: Config) -> None:
+        """Fill in defaults, and refuse what contradicts itself.
+
+        Raises:
+            UserError: a setting is missing, out of range, or without effect.
+        """
+        if self.num_experts is None:
+            raise UserError(f"moe.num_experts is not set; moe.router={self.router} needs a number, such as 16")
+        if self.expert_mlp_ratio is None:
+            self.expert_mlp_ratio = config.model.mlp_ratio
+        require(self, "moe", "num_experts", lambda value: value >= 1, "at least 1")
+        require(self, "moe", "expert_mlp_ratio", lambda value: 0 < value < math.inf, "above 0 and finite")
+        require(self, "moe", "shared_experts", lambda value: value >= 0, "0 (none) or more")
+
+    def check_pool(self, pool_tokens: int) -> None:
+        """Refuse a pool that is too small for the experts; for routers whose experts choose tokens."""
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["flow"] = "flow"
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
-    direction: Literal["data_at_one", "noise_at_one"] = "data_at_one"  # which end of time 1 is
-    time_scale: float = 1.0  # the model is given time_scale * t
+    """An objective knows its name and the settings that it has a default for in `OBJECTIVE_DEFAULTS`."""
+
+    name: Literal["flow", "ddpm"] = "flow"
+    time_distribution: Literal["uniform", "logit_normal"] | None = None
+    direction: Literal["data_at_one", "noise_at_one"] | None = None  # which end of time 1 is
+    time_scale: float | None = None  # the model is given time_scale * t
+
+
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "flow": {"time_distribution": "uniform", "direction": "data_at_one", "time_scale": 1.0},
+    "ddpm": {},
+}
 
 
 @dataclass
@@ -81,6 +117,7 @@ class TrainConfig:
     global_batch_size: int = 256
     micro_batch_size: int | None = None  # images a rank computes at once; default: no accumulation
     label_dropout: float = 0.1
+    initial_weights: str | None = None  # a folder of weights (diffmoe_dist.convert) that a fresh run starts from
 
 
 @dataclass
@@ -140,6 +177,14 @@ class LogConfig:
 
 
 @dataclass
+class ValidationConfig:
+    shards: str | None = None  # images held out from data.shards
+    latents: str | None = None  # and their latents, where the model is trained on latents
+    every: int = 0  # steps between validation losses; 0: none
+    images: int = 1024  # the same ones every time
+
+
+@dataclass
 class SampleConfig:
     every: int = 0  # steps between sample grids; 0: none
     num: int = 40
@@ -149,10 +194,21 @@ class SampleConfig:
 
 
 @dataclass
+class ScoreConfig:
+    """A score of few samples, drawn by `sample.steps` and `sample.cfg_scale`."""
+
+    every: int = 0  # steps between scores; 0: none
+    num: int = 1000
+    features: str | None = None  # weights.pth of FID's Inception network, another program.pt2, or module:callable
+    reference: str | None = None  # an npz of `python -m diffmoe_dist.evaluate --make-reference`, or ADM's
+
+
+@dataclass
 class Config:
     run_dir: str | None = None
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -165,14 +221,30 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
     @property
     def tokens_per_sample(self) -> int:
         return (self.model.input_size // self.model.patch_size) ** 2
 
+    @property
+    def experts(self) -> RouterSettings | None:
+        """The settings of the experts and their router; None for a dense model."""
+        return self.moe if isinstance(self.moe, RouterSettings) else None
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    @property
+    def moe_blocks(self) -> list[int]:
+        """The blocks that are mixtures of experts. Both papers: those with an odd 0-based index."""
+        assert self.model.depth is not None
+        return [] if self.experts is None else list(range(1, self.model.depth, 2))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bool = True) -> Config:
     """Read a YAML file, apply `key=value` overrides, and return the checked, resolved configuration.
+
+    Args:
+        training: whether it is for a run, which needs `run_dir` and `data.shards`.
 
     Raises:
         UserError: the file or a key is unknown, a value has the wrong type, or settings contradict each other.
@@ -190,29 +262,51 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config {path} {' '.join(overrides)}: not readable as YAML: {error}") from None
     if not isinstance(from_file, DictConfig):
         raise UserError(f"--config {path}: expected a mapping of settings at the top level")
-    return build_config(from_file, from_command)
+    return build_config(from_file, from_command, training=training)
 
 
-def build_config(*layers: DictConfig | dict[str, Any]) -> Config:
+def build_config(*layers: DictConfig | dict[str, Any], training: bool = True) -> Config:
     """Merge layers of settings over the defaults, later ones winning; check and resolve the result."""
-    merged = OmegaConf.structured(Config)
-    for layer in layers:
-        _refuse_unknown_keys(OmegaConf.to_container(OmegaConf.create(layer)), Config, prefix="")
-        try:
-            merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            where = error.full_key or "config"
-            raise UserError(f"{where}: {str(error).splitlines()[0]}; give a value of the right type") from None
+    given = OmegaConf.to_container(OmegaConf.merge(*layers))
+    schema = Config(moe=_moe_schema(given))
+    _refuse_unknown_keys(given, schema, prefix="")
     try:
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))
     except OmegaConfBaseException as error:
         where = error.full_key or "config"
-        raise UserError(f"{where}: {str(error).splitlines()[0]}; give the value itself") from None
+        raise UserError(f"{where}: {str(error).splitlines()[0]}; give a value of the right type") from None
     assert isinstance(config, Config)
     _resolve_model(config.model)
-    _resolve_moe(config.moe)
+    if config.experts is not None:
+        config.experts.resolve(config)
+    _resolve_objective(config)
     _check(config)
+    if training:
+        _check_places(config)
     return config
+
+
+def router_names() -> list[str]:
+    """The routers there are: dense, and the files of model/routers/."""
+    files = (Path(__file__).parent / "model" / "routers").glob("[!_]*.py")
+    return ["dense", *sorted(path.stem for path in files)]
+
+
+def _moe_schema(given: Any) -> MoEConfig:
+    """The settings that the chosen router knows, with their defaults.
+
+    They are written down in the router's own file: the one place where this module looks above itself.
+    """
+    moe = given.get("moe") if isinstance(given, dict) else None
+    router = moe.get("router", MoEConfig.router) if isinstance(moe, dict) else MoEConfig.router
+    names = router_names()
+    if router not in names:
+        close = difflib.get_close_matches(str(router), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"moe.router={router} is not a router; {hint}choose from {', '.join(names)}")
+    if router == "dense":
+        return MoEConfig()
+    return importlib.import_module(f"diffmoe_dist.model.routers.{router}").Settings(router=router)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -224,16 +318,17 @@ def model_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which tensors a model has and what they mean, as flat `section.key` -> value."""
     sections = {
         "model": {name: value for name, value in vars(config.model).items() if name != "size"},
-        "moe": {name: getattr(config.moe, name) for name in ("router", "num_experts")},
+        "moe": {"router": "dense"} if config.experts is None else config.experts.structure(),
         "objective": vars(config.objective),
     }
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def loss_weights(config: Config) -> dict[str, float]:
-    """What each loss of the router counts beside the diffusion loss, by the name the router gives it."""
-    weights = {"capacity": config.moe.capacity_loss_weight, "balance": config.moe.balance_loss_weight}
-    return {name: weight for name, weight in weights.items() if weight is not None}
+    """What each loss of the router counts beside the diffusion loss, by name: its settings `NAME_loss_weight`."""
+    ending = "_loss_weight"
+    settings = vars(config.moe).items()
+    return {key.removesuffix(ending): value for key, value in settings if key.endswith(ending) and value is not None}
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -260,22 +355,20 @@ def check_world(config: Config, world_size: int) -> None:
             f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {world_size} ranks;"
             f" choose a multiple of {micro * world_size}"
         )
-    if config.moe.capacity is not None:
-        _check_capacity(config, world_size)
+    if config.experts is not None:
+        samples = pool_samples(config, world_size) if config.experts.pool_kind() != "sample" else 1
+        config.experts.check_pool(samples * config.tokens_per_sample)
 
 
 def pool_samples(config: Config, world_size: int) -> int:
     """How many samples of a training micro-step compete in one token pool, or share a loss over the batch."""
     micro = config.train.micro_batch_size
     assert micro is not None, "check_world fills in the micro batch size"
+    kind = "sample" if config.experts is None else config.experts.pool_kind()
+    if config.experts is not None and config.experts.shares_batch():
+        kind = "global"
     ranks = {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}
-    kind = pool_kind(config.moe)
     return 1 if kind == "sample" else micro * ranks[kind]
-
-
-def pool_kind(moe: MoEConfig) -> str:
-    """Whose tokens compete for an expert's slots or, where none do, share a loss over the batch."""
-    return moe.pool or ("global" if moe.router == "token_choice" else "sample")
 
 
 def expert_slots(pool_tokens: int, num_experts: int, capacity: float) -> int:
@@ -296,56 +389,68 @@ def _resolve_model(model: ModelConfig) -> None:
             raise UserError(f"model.{name} is not set; give it a value or choose model.size from {list(MODEL_SIZES)}")
 
 
-def _resolve_moe(moe: MoEConfig) -> None:
-    defaults = ROUTER_DEFAULTS[moe.router]
-    for name, value in vars(moe).items():
-        if name == "router" or (name == "num_experts" and moe.router != "dense"):
+def _resolve_objective(config: Config) -> None:
+    objective = config.objective
+    defaults = OBJECTIVE_DEFAULTS[objective.name]
+    for name, value in vars(objective).items():
+        if name == "name":
             continue
         if name not in defaults and value is not None:
-            known = ", ".join(["num_experts", *defaults]) if defaults else "nothing else"
-            raise UserError(
-                f"moe.{name}={value} has no effect with moe.router={moe.router}, which knows {known}; remove it"
-            )
+            raise UserError(f"objective.{name}={value} has no effect with objective.name={objective.name}; remove it")
         if value is None:
-            setattr(moe, name, defaults.get(name))
-    if moe.router != "dense" and moe.num_experts is None:
-        raise UserError(f"moe.num_experts is not set; moe.router={moe.router} needs a number, such as 16")
+            setattr(objective, name, defaults.get(name))
+    if objective.name != "ddpm":
+        return
+    if not config.model.learn_sigma:
+        raise UserError(
+            "model.learn_sigma=false, but objective.name=ddpm trains a learned variance; set model.learn_sigma=true"
+        )
+    if not 2 <= config.sample.steps <= 1000:
+        raise UserError(
+            f"sample.steps={config.sample.steps}: objective.name=ddpm has 1000 steps and needs the first and the last; "
+            "choose 2 to 1000"
+        )
 
 
 def _check(config: Config) -> None:
-    model, moe, parallel = config.model, config.moe, config.parallel
+    model, parallel = config.model, config.parallel
     at_least_one = {
         "model": ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"),
-        "moe": ("num_experts", "top_k"),
         "train": ("steps", "global_batch_size", "micro_batch_size"),
         "parallel": ("expert", "tensor"),
         "checkpoint": ("every", "keep"),
         "log": ("every",),
         "sample": ("num", "steps"),
+        "validation": ("images",),
+        "score": ("num",),
     }
     for section, names in at_least_one.items():
         for name in names:
-            _require(getattr(config, section), section, name, lambda value: value >= 1, "at least 1")
+            require(getattr(config, section), section, name, lambda value: value >= 1, "at least 1")
     for name in ("clip_grad_norm", "weight_decay"):
-        _require(config.optim, "optim", name, lambda value: value >= 0, "0 (off) or more")
+        require(config.optim, "optim", name, lambda value: value >= 0, "0 (off) or more")
     for section, names in {"optim": ("lr", "eps"), "model": ("mlp_ratio",), "objective": ("time_scale",)}.items():
         for name in names:
-            _require(getattr(config, section), section, name, lambda value: 0 < value < math.inf, "above 0 and finite")
-    _require(
-        config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"
-    )
+            require(getattr(config, section), section, name, lambda value: 0 < value < math.inf, "above 0 and finite")
+    require(config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
     _check_data(config.data)
-    _require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
-    _require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
-    _require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
-    _require(moe, "moe", "threshold_decay", lambda value: 0 <= value < 1, "in [0, 1)")
-    _require(moe, "moe", "capacity", lambda value: value > 0, "above 0")
-    for name in ("capacity_loss_weight", "balance_loss_weight"):
-        _require(moe, "moe", name, lambda value: value >= 0, "0 or more")
+    require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.validation, "validation", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.score, "score", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.score, "score", "num", lambda value: value >= 2, "at least 2")
+    for section, name in (("validation", "shards"), ("score", "features"), ("score", "reference")):
+        every, value = getattr(config, section).every, getattr(getattr(config, section), name)
+        if every and not value:
+            raise UserError(f"{section}.every={every} needs {section}.{name}; give it, or set {section}.every=0")
+        if value and not every:
+            raise UserError(
+                f"{section}.{name}={value} has no effect with {section}.every=0; set it to a number of steps, such as "
+                "5000"
+            )
+    require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
+    require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is out of range; choose one from 0 to 2**63 - 1")
-    if not config.run_dir:
-        raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
     if model.hidden_size % model.num_heads:  # type: ignore[operator]
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by model.num_heads={model.num_heads}; "
@@ -363,47 +468,54 @@ def _check(config: Config) -> None:
         )
     if parallel.tensor != 1:
         raise UserError(f"parallel.tensor={parallel.tensor}: tensor parallelism is not available yet; use 1")
-    if moe.pool not in ("global", "expert_parallel") and parallel.score_exchange != "all_to_all":
-        what = f"moe.router={moe.router}" if moe.pool is None else f"moe.pool={moe.pool}"
+    kind = "sample" if config.experts is None else config.experts.pool_kind()
+    if kind not in ("global", "expert_parallel") and parallel.score_exchange != "all_to_all":
+        what = f"moe.pool={kind}" if hasattr(config.moe, "pool") else f"moe.router={config.moe.router}"
         raise UserError(
             f"parallel.score_exchange={parallel.score_exchange} has no effect with {what}, which exchanges no scores; "
             "remove it"
         )
-    if moe.router == "dense":
+    _check_experts(config)
+
+
+def _check_places(config: Config) -> None:
+    if not config.run_dir:
+        raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
+    for number, entry in enumerate(data_sets(config.data)):
+        if not entry.shards:
+            section = f"data.mixture[{number}]" if config.data.mixture else "data"
+            raise UserError(f"{section}.shards is not set; give a folder made by `python -m data_tools pack`")
+
+
+def _check_experts(config: Config) -> None:
+    model, experts, parallel = config.model, config.experts, config.parallel
+    if experts is None:
         if parallel.expert != 1:
             raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
         return
-    if model.depth < 2:  # type: ignore[operator]
+    assert model.hidden_size is not None and experts.num_experts is not None and experts.expert_mlp_ratio is not None
+    if not config.moe_blocks:
         raise UserError(f"model.depth={model.depth}: experts are in every second block, there is none; use 2 or more")
-    for name, width in (("hidden_size", model.hidden_size), ("mlp_ratio", int(model.hidden_size * model.mlp_ratio))):  # type: ignore[operator]
-        if width % 8:  # type: ignore[operator]
-            raise UserError(
-                f"model.{name}={getattr(model, name)} makes experts {width} wide; grouped matrix products need a "
-                "multiple of 8"
-            )
-    assert moe.num_experts is not None
-    if moe.num_experts % parallel.expert:
+    widths = {
+        f"model.hidden_size={model.hidden_size}": model.hidden_size,
+        f"moe.expert_mlp_ratio={experts.expert_mlp_ratio}": int(model.hidden_size * experts.expert_mlp_ratio),
+    }
+    for setting, width in widths.items():
+        if width % 8:
+            raise UserError(f"{setting} makes experts {width} wide; grouped matrix products need a multiple of 8")
+    if experts.num_experts % parallel.expert:
         raise UserError(
-            f"parallel.expert={parallel.expert} does not divide moe.num_experts={moe.num_experts}; choose a divisor"
-        )
-    if moe.top_k is not None and moe.top_k > moe.num_experts:
-        raise UserError(f"moe.top_k={moe.top_k} is more than moe.num_experts={moe.num_experts}; lower it")
-    if moe.capacity is not None and moe.capacity > moe.num_experts:
-        raise UserError(
-            f"moe.capacity={moe.capacity} is more than moe.num_experts={moe.num_experts}: "
-            "a token cannot visit an expert twice; lower it"
+            f"parallel.expert={parallel.expert} does not divide moe.num_experts={experts.num_experts}; choose a divisor"
         )
 
 
 def _check_data(data: DataConfig) -> None:
-    _require(data, "data", "workers", lambda value: value >= 0, "0 or more")
+    require(data, "data", "workers", lambda value: value >= 0, "0 or more")
     if data.mixture and (data.shards or data.latents or data.text):
         raise UserError("data.mixture names its own shards, latents and text; remove data.shards, .latents and .text")
     for number, entry in enumerate(data_sets(data)):
         section = f"data.mixture[{number}]" if data.mixture else "data"
-        if not entry.shards:
-            raise UserError(f"{section}.shards is not set; give a folder made by `python -m data_tools pack`")
-        _require(entry, section, "weight", lambda value: 0 < value < math.inf, "above 0 and finite")
+        require(entry, section, "weight", lambda value: 0 < value < math.inf, "above 0 and finite")
         if entry.text:
             raise UserError(f"{section}.text={entry.text}: the model is told classes and reads no captions; remove it")
         if data.stream and (entry.latents or data.mixture):
@@ -417,35 +529,40 @@ def data_sets(data: DataConfig) -> list[MixtureConfig]:
     return data.mixture or [MixtureConfig(data.shards, data.latents, data.text)]
 
 
-def _check_capacity(config: Config, world_size: int) -> None:
-    moe = config.moe
-    assert moe.num_experts is not None and moe.capacity is not None
-    tokens = pool_samples(config, world_size) * config.tokens_per_sample
-    if expert_slots(tokens, moe.num_experts, moe.capacity) < 1:
-        raise UserError(
-            f"moe.capacity={moe.capacity} gives each of moe.num_experts={moe.num_experts} experts no slot in a pool of "
-            f"{tokens} tokens (moe.pool={moe.pool or 'sample'}); raise the capacity or the batch"
-        )
-
-
-def _require(section: Any, section_name: str, name: str, accepts: Any, rule: str) -> None:
+def require(section: Any, section_name: str, name: str, accepts: Any, rule: str) -> None:
+    """Refuse a setting that is given and not acceptable, naming the rule."""
     value = getattr(section, name)
     if value is not None and not accepts(value):
         raise UserError(f"{section_name}.{name}={value} must be {rule}")
 
 
-def _refuse_unknown_keys(given: Any, schema: type, prefix: str) -> None:
-    """OmegaConf also refuses them; this names the nearest known key."""
-    known = {f.name: f for f in fields(schema)}
+def _refuse_unknown_keys(given: Any, schema: Any, prefix: str) -> None:
+    """OmegaConf also refuses them; this names the nearest known key. A null unsets what an earlier layer gave."""
+    known = {f.name: getattr(schema, f.name) for f in fields(schema)}
     if not isinstance(given, dict):
         raise UserError(
             f"{prefix.rstrip('.') or 'config'}={given}: expected settings below it, such as {prefix}{next(iter(known))}"
         )
-    for key, value in given.items():
-        if key not in known:
+    for key, value in list(given.items()):
+        if key in known and is_dataclass(known[key]):
+            _refuse_unknown_keys(value, known[key], f"{prefix}{key}.")
+        elif key not in known and isinstance(schema, MoEConfig):
+            _refuse_unknown_router_setting(given, key, schema)
+        elif key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             remedy = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
             raise UserError(f"unknown setting {prefix}{key}={value}; {remedy}")
-        default = known[key].default_factory
-        if is_dataclass(default):
-            _refuse_unknown_keys(value, default, f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def _refuse_unknown_router_setting(moe: dict[Any, Any], key: str, schema: MoEConfig) -> None:
+    if moe[key] is None:
+        del moe[key]
+        return
+    known = [f.name for f in fields(schema) if f.name != "router"]
+    close = difflib.get_close_matches(str(key), known, n=1)
+    if close:
+        raise UserError(f"unknown setting moe.{key}={moe[key]}; did you mean moe.{close[0]}?")
+    raise UserError(
+        f"moe.{key}={moe[key]} has no effect with moe.router={schema.router}, which knows "
+        f"{', '.join(known) or 'nothing else'}; remove it"
+    )

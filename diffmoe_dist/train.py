@@ -33,21 +33,24 @@ def main() -> None:
     # torch and deepspeed take seconds to import; a mistake in the settings is told before.
     from diffmoe_dist.parallel.topology import choose_device, from_first_rank, start_process_group, stop_process_group
 
-    device = choose_device(config.device, launch)
+    device = choose_device(config.device, launch, config.tf32)
 
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data, prepare_run_dir
+    from diffmoe_dist.engine.build import build_trainer, find_start, open_data, open_held_out, prepare_run_dir
     from diffmoe_dist.evaluation.generate import open_decoder, training_grid
+    from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     data = open_data(config)
+    held_out = open_held_out(config, data)
     decode = open_decoder(config, config.sample.decoder, "sample.decoder", device) if config.sample.every else None
+    score_samples = open_training_scores(config, device)
     prepare_run_dir(config)
     start = find_start(config, data, launch.world_size)
     launch = start_process_group(device)
     start = from_first_rank(start)
     topology = create_topology(launch, device, config.parallel.expert)
     draw_samples = partial(training_grid, config=config, decode=decode, rank=launch.rank, world_size=launch.world_size)
-    trainer = build_trainer(config, topology, data, start, draw_samples)
+    trainer = build_trainer(config, topology, data, start, draw_samples, held_out, score_samples)
     trainer.train()
     trainer.close()
     stop_process_group()

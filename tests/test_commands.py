@@ -171,6 +171,10 @@ BAD = {
         ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "0"),
         "--num 0: choose at least 1",
     ),
+    "other objective": (
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "1", "--sampler", "ddim"),
+        "--sampler ddim is not for a model with objective.name=flow; choose euler",
+    ),
     "no run": (("diffmoe_dist.report", "--run", "/nowhere"), "--run /nowhere"),
 }
 

@@ -57,7 +57,12 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"optmi": {"lr": 1}}, r"unknown setting optmi=.*did you mean optim\?"),
         ({"moe": {"num_expert": 8}}, r"unknown setting moe\.num_expert=8; did you mean moe\.num_experts\?"),
         ({"optim": {"lr": "fast"}}, r"optim\.lr: .*'fast'.*right type"),
-        ({"moe": {"router": "globl"}}, r"moe\.router: Invalid value 'globl', expected one of"),
+        (
+            {"moe": {"router": "globl"}},
+            r"moe\.router=globl is not a router; did you mean global_pool\? choose from dense,",
+        ),
+        ({"moe": {"router": None}}, r"moe\.router=None is not a router; choose from dense, "),
+        ({"moe": {"router": ["dense"]}}, r"moe\.router=\['dense'\] is not a router"),
         ({"moe": 3}, r"moe=3: expected settings below it"),
         ({"run_dir": None}, r"run_dir is not set"),
         ({"data": {"shards": None}}, r"data\.shards is not set"),
@@ -67,6 +72,19 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"optim": {"lr": float("inf")}}, r"optim\.lr=inf must be above 0 and finite"),
         ({"optim": {"betas": [2.0, 0.9]}}, r"optim\.betas=\(2\.0, 0\.9\) must be two numbers in"),
         ({"objective": {"time_scale": 0.0}}, r"objective\.time_scale=0\.0 must be above 0"),
+        (
+            {"objective": {"name": "ddpm", "time_scale": 1000.0}, "model": {"learn_sigma": True}},
+            r"objective\.time_scale=1000\.0 has no effect with objective\.name=ddpm; remove it",
+        ),
+        (
+            {"objective": {"name": "ddpm", "direction": "data_at_one"}, "model": {"learn_sigma": True}},
+            r"objective\.direction=data_at_one has no effect with objective\.name=ddpm; remove it",
+        ),
+        ({"objective": {"name": "ddpm"}}, r"model\.learn_sigma=false.*set model\.learn_sigma=true"),
+        (
+            {"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}, "sample": {"steps": 1001}},
+            r"sample\.steps=1001: objective\.name=ddpm has 1000 steps .* choose 2 to 1000",
+        ),
         ({"run_dir": "${nope}"}, r"run_dir: .*nope"),
         ({"model": {"size": None, "depth": 1, "hidden_size": 32, "num_heads": 2}}, r"model\.depth=1: experts are in"),
         ({"model": {"size": None, "depth": 2, "hidden_size": 36, "num_heads": 3}}, r"hidden_size=36 makes experts 36"),
@@ -75,7 +93,38 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
             {"moe": {"top_k": 2}},
             r"moe\.top_k=2 has no effect with moe\.router=global_pool, which knows",
         ),
-        ({"moe": {"router": "token_choice", "top_k": 9}}, r"moe\.top_k=9 is more than moe\.num_experts=8"),
+        ({"moe": {"router": "token_choice", "top_k": 9}}, r"moe\.top_k=9 must be from 1 to moe\.num_experts=8"),
+        ({"moe": {"router": "token_choice", "top_k": 0}}, r"moe\.top_k=0 must be from 1 to moe\.num_experts=8"),
+        ({"moe": {"router": "prototype", "top_k": 9}}, r"moe\.top_k=9 must be from 1 to moe\.num_experts=8"),
+        (
+            {"moe": {"router": "prototype", "variant": "expert_choice", "num_experts": 300}},
+            r"moe\.top_k=1 gives each of moe\.num_experts=300 experts no slot among the 256 tokens of an image",
+        ),
+        (
+            {"moe": {"router": "prototype", "capacity": 1.0}},
+            r"moe\.capacity=1\.0 has no effect with moe\.router=prototype",
+        ),
+        (
+            {"moe": {"router": "token_choice", "variant": "x"}},
+            r"moe\.variant=x has no effect with moe\.router=token_choice",
+        ),
+        (
+            {"moe": {"router": "expert_choice", "threshold_decay": 0.9}},
+            r"moe\.threshold_decay=0\.9 has no effect without a capacity predictor",
+        ),
+        (
+            {"moe": {"router": "expert_choice", "inference": "count"}},
+            r"moe\.inference=count needs the capacity predictor; set moe\.capacity_predictor=true",
+        ),
+        ({"moe": {"inference": "constant"}}, r"moe\.constant_threshold is not set, but moe\.inference=constant"),
+        (
+            {"moe": {"constant_threshold": 0.4}},
+            r"moe\.constant_threshold=0\.4 has no effect with moe\.inference=threshold",
+        ),
+        ({"moe": {"capacity_schedule": [5, 2]}}, r"moe\.capacity_schedule=\[5, 2\] must be two steps"),
+        ({"moe": {"shared_experts": -1}}, r"moe\.shared_experts=-1 must be 0 \(none\) or more"),
+        ({"moe": {"expert_mlp_ratio": 0.01}}, r"moe\.expert_mlp_ratio=0\.01 makes experts 3 wide"),
+        ({"moe": {"activation": "relu"}}, r"moe\.activation: Invalid value 'relu'"),
         (
             {"moe": {"router": "expert_choice", "pool": "global"}},
             r"moe\.pool=global has no effect with moe\.router",
@@ -105,6 +154,15 @@ def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(layer: dict[s
     with pytest.raises(UserError, match=message) as caught:
         config(layer)
     assert "\n" not in str(caught.value)
+
+
+def test_an_objective_knows_its_own_settings_alone() -> None:
+    flow = config().objective
+    assert (flow.name, flow.time_distribution, flow.direction, flow.time_scale) == (
+        "flow", "uniform", "data_at_one", 1.0,
+    )  # fmt: skip
+    ddpm = config({"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}}).objective
+    assert (ddpm.time_distribution, ddpm.direction, ddpm.time_scale) == (None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_an_import_that_goes_the_wrong_way_is_seen_in_every_form(module: str, te
     ("module", "text"),
     [
         ("train", "from diffmoe_dist.engine.build import build_trainer"),
-        ("", "from diffmoe_dist.engine.checkpoint import load_ema_model"),
+        ("", "from diffmoe_dist.engine.weights import read_model"),
         ("engine.build", "import deepspeed"),
         ("parallel.expert_parallel", "import deepspeed"),
         ("parallel.pool", "import torch.distributed as dist\nfrom .dispatch import plan_dispatch"),

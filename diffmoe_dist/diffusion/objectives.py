@@ -1,14 +1,27 @@
 """What the model is asked to predict, and how far off it is.
 
+An objective maps uniform numbers to times, images and noise to what the model sees, and the model's answer to named
+losses of each image; their sum is what is trained on.
+
 Shape legend: N images, C channels, H = W input size.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from diffmoe_dist.config import ObjectiveConfig
+
+DDPM_STEPS = 1000
+# The linear schedule (DDPM, Ho et al. 2020, section 4), in the words of diffusers' schedulers
+DDPM_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": DDPM_STEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+}  # fmt: skip
+HALF_BIN = 1 / 255  # of 256 grey values over [-1, 1]
 
 
 class RectifiedFlow:
@@ -18,7 +31,10 @@ class RectifiedFlow:
     z_t = (1 - t) x + t e and the target is e - x. The model is given `time_scale` * t.
     """
 
+    loss_names = ("diffusion",)
+
     def __init__(self, config: ObjectiveConfig) -> None:
+        assert config.time_scale is not None, "build_config resolves the settings"
         self.time_distribution = config.time_distribution
         self.data_time = 1.0 if config.direction == "data_at_one" else 0.0
         self.time_scale = config.time_scale
@@ -29,6 +45,10 @@ class RectifiedFlow:
             uniform = torch.special.ndtri(uniform).sigmoid()
         return uniform.float()
 
+    def model_time(self, t: Tensor) -> Tensor:
+        """The times as the model is given them, (N,) fp32."""
+        return self.time_scale * t
+
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The noisy images at times t, (N, C, H, W)."""
         data_weight = (t if self.data_time == 1.0 else 1 - t)[:, None, None, None]
@@ -38,6 +58,127 @@ class RectifiedFlow:
         """The velocity dz/dt, (N, C, H, W)."""
         return x - noise if self.data_time == 1.0 else noise - x
 
-    def loss(self, prediction: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of each image, (N,)."""
-        return (prediction - self.target(x, noise)).square().flatten(1).mean(dim=1)
+    def losses(
+        self, prediction: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean squared error of each image, (N,); variance channels, which the published models have, train nothing."""
+        return {"diffusion": _image_mean((prediction - self.target(x, noise)).square())}
+
+
+class DDPM:
+    """A chain of 1000 noising steps; the target is the noise, and the variance of a step back is learned.
+
+    z_t = sqrt(abar_t) x + sqrt(1 - abar_t) e with abar_t the product of 1 - beta_0 ... 1 - beta_t, so that t = 0 is the
+    least noise (DDPM, Ho et al. 2020, counts it as 1). The model is given t as it is.
+
+    Two losses (IDDPM, Nichol and Dhariwal 2021, eq. 16, as in DiT): the squared error of the noise, and one step's term
+    of the variational bound, which trains the variance alone. With 1000 steps the term of a random step is 0.001 times
+    an estimate of the whole bound, which is the paper's weight.
+    """
+
+    loss_names = ("diffusion", "variational")
+
+    def __init__(self) -> None:
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # takes seconds to import
+
+        beta = DDPMScheduler(**DDPM_SCHEDULE).betas.double()
+        alpha_bar = (1 - beta).cumprod(dim=0)
+        alpha_bar_before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        # DDPM eq. 7
+        posterior_variance = (1 - alpha_bar_before) / (1 - alpha_bar) * beta
+        posterior_variance[0] = posterior_variance[1]  # zero, which has no logarithm; as published
+        # DDPM eq. 11: what an error of the noise is worth in the mean of the step back
+        mean_per_noise = beta / ((1 - beta) * (1 - alpha_bar)).sqrt()
+        self.table = torch.stack(
+            [alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), mean_per_noise, posterior_variance.log(), beta.log()]
+        )
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """(N,) uniform numbers in (0, 1), fp64, to (N,) training times 0..999, int64."""
+        return (uniform * DDPM_STEPS).long()
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """The times as the model is given them, (N,) fp32."""
+        return t.float()
+
+    def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy images at times t, (N, C, H, W)."""
+        step = self._at(t, x.dtype)
+        return step.data_weight * x + step.noise_weight * noise
+
+    def losses(
+        self, prediction: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor, t: Tensor
+    ) -> dict[str, Tensor]:
+        """Of each image, (N,): mean squared error of the noise, and the step's part of the bound in bits a dimension.
+
+        The bound is the divergence of the model's step back from the true one or, at t = 0, the negative log likelihood
+        of the image under its last step. It trains `variance` alone: the prediction's gradient stops.
+        """
+        assert variance is not None, "build_config requires model.learn_sigma"
+        step = self._at(t, x.dtype)
+        # IDDPM eq. 15
+        fraction = (variance + 1) / 2
+        log_variance = fraction * step.log_beta + (1 - fraction) * step.log_posterior_variance
+        # The true mean minus the model's; at t = 0 the true one is the image itself.
+        distance = step.mean_per_noise * (prediction.detach() - noise)
+        divergence = _gaussian_divergence(distance, step.log_posterior_variance, log_variance)
+        surprise = _decoder_surprise(x, distance, log_variance)
+        nats = torch.where((t == 0)[:, None, None, None], surprise, divergence)
+        return {
+            "diffusion": _image_mean((prediction - noise).square()),
+            "variational": _image_mean(nats) / math.log(2),
+        }
+
+    def _at(self, t: Tensor, dtype: torch.dtype) -> _StepValues:
+        self.table = self.table.to(t.device)
+        return _StepValues(*self.table[:, t].to(dtype)[..., None, None, None])
+
+
+class _StepValues(NamedTuple):
+    """What the schedule has for the times of a batch, each (N, 1, 1, 1)."""
+
+    data_weight: Tensor
+    noise_weight: Tensor
+    mean_per_noise: Tensor
+    log_posterior_variance: Tensor
+    log_beta: Tensor
+
+
+Objective = RectifiedFlow | DDPM
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    return DDPM() if config.name == "ddpm" else RectifiedFlow(config)
+
+
+def _gaussian_divergence(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
+    """KL(q || p) in nats of Gaussians whose means are `distance` apart."""
+    ratio = (log_variance_q - log_variance_p).exp()
+    return 0.5 * (log_variance_p - log_variance_q - 1 + ratio + distance.square() * (-log_variance_p).exp())
+
+
+def _decoder_surprise(x: Tensor, distance: Tensor, log_variance: Tensor) -> Tensor:
+    """-log of the mass in nats that a Gaussian, its mean `distance` below x, puts on the bin of x.
+
+    The bins are those of 8-bit images, the outermost open (DDPM eq. 13). The published code takes the same ones for
+    latents, which are no 8-bit numbers, and so does this: there it is a resolution, not a likelihood. The published
+    code approximates the normal distribution function, this has the function itself.
+    """
+    precision = (-0.5 * log_variance).exp()
+    up_to_top = _mass_below((HALF_BIN + distance) * precision)
+    from_bottom = _mass_below((HALF_BIN - distance) * precision)
+    # Either side of the mean alike; below it the difference is of small numbers, above of two close to 1.
+    far = distance.abs()
+    inside = _mass_below((HALF_BIN - far) * precision) - _mass_below((-HALF_BIN - far) * precision)
+    mass = torch.where(x < -0.999, up_to_top, torch.where(x > 0.999, from_bottom, inside))
+    return -mass.clamp(min=1e-12).log()
+
+
+def _mass_below(x: Tensor) -> Tensor:
+    """The standard normal distribution function; torch.special.ndtr loses the small values, as 1 plus nearly -1."""
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5))
+
+
+def _image_mean(values: Tensor) -> Tensor:
+    """(N, C, H, W) to (N,)."""
+    return values.flatten(1).mean(dim=1)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffmoe_dist.config import Config, data_sets, pool_samples, save_config
+from diffmoe_dist.config import Config, DataConfig, data_sets, pool_samples, save_config
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import (
     Progress,
     check_same_model,
@@ -23,9 +23,13 @@ from diffmoe_dist.engine.checkpoint import (
     read_progress,
 )
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
+from diffmoe_dist.engine.planning import reduce_bucket
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawSamples, Trainer
+from diffmoe_dist.engine.trainer import DrawSamples, ScoreSamples, Trainer
+from diffmoe_dist.engine.validation import Validation
+from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
@@ -65,6 +69,26 @@ def _check_fit(config: Config, dataset: DataSet) -> None:
         raise UserError(f"{dataset.where}: latents of {spec.height}x{spec.width}; the model takes squares")
 
 
+def open_held_out(config: Config, data: TrainingData | StreamedData) -> TrainingData | None:
+    """Open the images of the validation loss; None where the run has none.
+
+    Raises:
+        UserError: as `open_data`, or they are those of the training.
+    """
+    if not config.validation.every:
+        return None
+    shards = config.validation.shards
+    try:
+        held_out = open_data(replace(config, data=DataConfig(shards=shards, latents=config.validation.latents)))
+    except UserError as error:
+        told = str(error).replace("data.shards=", "validation.shards=")
+        raise UserError(told.replace("data.latents=", "validation.latents=")) from None
+    assert isinstance(held_out, TrainingData), "only data.stream=true streams"
+    if held_out.fingerprint == data.fingerprint:
+        raise UserError(f"validation.shards={shards} holds the images that are trained on; pack others")
+    return held_out
+
+
 def prepare_run_dir(config: Config) -> None:
     """Make the run folder, before anything is computed for it.
 
@@ -89,7 +113,8 @@ def find_start(config: Config, data: TrainingData | StreamedData, world_size: in
     """Look for a checkpoint in `run_dir` and check that this run continues it.
 
     Raises:
-        UserError: the checkpoint is of another model, seed, data set or pool size.
+        UserError: the checkpoint is of another model, seed, data set or pool size; or there is none, and
+            `train.initial_weights` are of another model.
     """
     micro_batch_size = config.train.micro_batch_size
     assert micro_batch_size is not None, "check_world fills it in"
@@ -103,6 +128,8 @@ def find_start(config: Config, data: TrainingData | StreamedData, world_size: in
     )
     found = complete_checkpoints(Path(str(config.run_dir)) / "checkpoints")
     if not found:
+        if config.train.initial_weights is not None:
+            check_initial_weights(config)
         return Start(None, fresh)
     saved = read_progress(found[-1])
     check_same_model(found[-1], config)
@@ -111,11 +138,17 @@ def find_start(config: Config, data: TrainingData | StreamedData, world_size: in
 
 
 def build_trainer(
-    config: Config, topology: Topology, data: TrainingData | StreamedData, start: Start, draw_samples: DrawSamples
+    config: Config,
+    topology: Topology,
+    data: TrainingData | StreamedData,
+    start: Start,
+    draw_samples: DrawSamples,
+    held_out: TrainingData | None = None,
+    score_samples: ScoreSamples | None = None,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
-    checkpoint, progress = start.checkpoint, start.progress
+    checkpoint, progress, initial_weights = start.checkpoint, start.progress, config.train.initial_weights
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
@@ -123,22 +156,32 @@ def build_trainer(
         load_fragments(checkpoint, [*state.fragments(), *buffers(engine.module)])
         state.after_load(progress.step)
         logger.info("resumed from %s", checkpoint)
+        if initial_weights is not None:
+            logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)
+    elif initial_weights is not None:
+        fill_fragments(Path(initial_weights), [*state.fragments(), *buffers(engine.module)])
+        state.after_load(progress.step)
+        logger.info("started from the weights in %s", initial_weights)
     if topology.rank == 0:
         save_config(config, run_dir / "config.yaml")
         log: Any = RunLog(run_dir, progress.step, config.train.steps)
     else:
         log = NullRunLog()
     logger.info(_summary(config, topology, engine.module, progress))
+    objective = build_objective(config.objective)
+    validation = None if held_out is None else Validation(config, topology, held_out, objective)
     return Trainer(
         config=config,
         topology=topology,
         engine=engine,
-        objective=RectifiedFlow(config.objective),
+        objective=objective,
         state=state,
         loader=_open_loader(config, topology, data, progress),
         progress=progress,
         log=log,
         draw_samples=draw_samples,
+        validate=None if validation is None else validation.losses,
+        score_samples=score_samples,
     )
 
 
@@ -175,13 +218,13 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
+    exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_settings(config, topology, model), dist_init_required=False
     )
-    for module in engine.module.modules():  # DeepSpeed's bf16 casts buffers too; no threshold is set yet
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.float())
+    for name, buffer in exact_buffers.items():  # DeepSpeed's bf16 rounds them too
+        owner, _, key = name.rpartition(".")
+        setattr(engine.module.get_submodule(owner), key, buffer)
     engine.train()
     return engine
 
@@ -202,7 +245,7 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": topology.device.type == "cuda",
-            "reduce_bucket_size": min(parameters, 200_000_000),
+            "reduce_bucket_size": reduce_bucket(parameters),
             "allgather_bucket_size": 200_000_000,
         },
         "steps_per_print": 2**62,
@@ -211,11 +254,16 @@ def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> 
 
 def _summary(config: Config, topology: Topology, model: nn.Module, progress: Progress) -> str:
     held = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    counts = account(config)
+    work = f"{sum(counts.macs().values()) / 1e9:.4g} GMAC an image forward"
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
-    if config.moe.router == "dense":
-        return f"dense model, {held:.2f} M parameters; {where}"
+    experts = config.experts
+    if experts is None:
+        return f"dense model, {held:.2f} M parameters, {work}; {where}"
     return (
-        f"{config.moe.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
-        f"one token pool ({config.moe.pool}) = {progress.pool_samples} samples "
-        f"({progress.pool_samples * config.tokens_per_sample} tokens), {progress.micro_steps} micro-steps a step"
+        f"{counts.total / 1e6:.2f} M parameters, {counts.activated() / 1e6:.2f} M activated and {work} at "
+        f"C={counts.nominal_capacity:g}; "
+        f"{experts.num_experts} experts over {topology.expert} ranks, {held:.2f} M parameters on this one; {where}; "
+        f"{progress.pool_samples} samples ({progress.pool_samples * config.tokens_per_sample} tokens) are routed "
+        f"together (moe.router={experts.router}), {progress.micro_steps} micro-steps a step"
     )

@@ -87,11 +87,11 @@ def save_checkpoint(
     if is_first_rank:
         _check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
-        _write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
+        write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
         if final.exists():  # torn by hand or by a file system, else the run would have started from it
             _remove(final)
         unfinished.rename(final)
-        _flush_directory(folder)
+        flush_directory(folder)
         for old in complete_checkpoints(folder)[: -config.checkpoint.keep]:
             _remove(old)
     dist.barrier()
@@ -127,12 +127,18 @@ def read_progress(checkpoint: Path) -> Progress:
 
 def check_same_model(checkpoint: Path, config: Config) -> None:
     """Refuse a checkpoint of another model, naming the first setting that differs."""
-    saved = model_settings(load_config(checkpoint / "config.yaml"))
+    saved = load_config(checkpoint / "config.yaml")
+    refuse_other_model(config, saved, f"the checkpoint {checkpoint}", "another run_dir")
+
+
+def refuse_other_model(config: Config, saved: Config, whose: str, otherwise: str) -> None:
+    """Name the first setting that makes the model of `config` another one than the saved one."""
+    settings = model_settings(saved)
     for key, value in model_settings(config).items():
-        if saved[key] != value:
+        if settings[key] != value:
             raise UserError(
-                f"{key}={value}, but the checkpoint {checkpoint} is of another model with {key}={saved[key]}; "
-                "use that value or another run_dir"
+                f"{key}={value}, but {whose} is of another model with {key}={settings[key]}; "
+                f"use that value or {otherwise}"
             )
 
 
@@ -181,23 +187,20 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
         raise
 
 
-def load_ema_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT:
-    """The averaged model of a run, in eval mode on one device.
+def read_checkpoint_model(
+    checkpoint: Path, device: str | torch.device, kind: str = EMA, overrides: Sequence[str] = ()
+) -> tuple[DiT, Config]:
+    """The model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied.
 
     Args:
-        directory: a run folder (its newest checkpoint) or a step folder.
+        kind: EMA for the averaged weights, MASTER for the weights themselves, both fp32.
     """
-    return read_ema_model(find_checkpoint(directory), device)[0]
-
-
-def read_ema_model(checkpoint: Path, device: str | torch.device) -> tuple[DiT, Config]:
-    """The averaged model of a checkpoint in eval mode, and the settings it was trained with."""
-    config = load_config(checkpoint / "config.yaml")
+    config = load_config(checkpoint / "config.yaml", overrides)
     with torch.device("meta"):
         model = DiT(config)
     model.to_empty(device="cpu")
     initialize(model, config.seed)  # the position table; everything else is overwritten
-    load_fragments(checkpoint, [*whole_tensors(model, EMA), *buffers(model)])
+    load_fragments(checkpoint, [*whole_tensors(model, kind), *buffers(model)])
     return model.to(device).eval().requires_grad_(False), config
 
 
@@ -336,14 +339,14 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
     with open(path, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
+def flush_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

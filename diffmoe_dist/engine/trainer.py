@@ -19,15 +19,20 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.loader import Batch, BatchLoader
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.diffusion.objectives import Objective
+from diffmoe_dist.engine.accelerators import device_peak
 from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
 from diffmoe_dist.engine.ema import WeightAverage
 from diffmoe_dist.engine.metrics import Log, logger
+from diffmoe_dist.engine.planning import achieved_share
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.parallel.topology import Topology
 
 DrawSamples = Callable[[DiT], np.ndarray]
+Validate = Callable[[DiT], dict[str, float | None]]
+ScoreSamples = Callable[[DiT], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class StepReport:
     grad_norm: float  # before clipping
     thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some
     load_LN: Tensor  # assignments a micro-step and rank
+    capacity_L: Tensor  # C of DiffMoE eq. 8-9
     bad_samples: int  # did not decode and were passed over
 
 
@@ -50,12 +56,14 @@ class Trainer:
         config: Config,
         topology: Topology,
         engine: Any,
-        objective: RectifiedFlow,
+        objective: Objective,
         state: ShardedState,
         loader: BatchLoader,
         progress: Progress,
         log: Log,
         draw_samples: DrawSamples,
+        validate: Validate | None = None,
+        score_samples: ScoreSamples | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -69,9 +77,13 @@ class Trainer:
         self.progress = progress
         self.log = log
         self.draw_samples = draw_samples
+        self.validate = validate
+        self.score_samples = score_samples
         self.run_dir = Path(str(config.run_dir))
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
+        self.accounting = account(config)
+        self.device_peak = device_peak(topology.device, config)
         self.bad_samples = 0  # since the last line of metrics
 
     def train(self) -> None:
@@ -83,8 +95,10 @@ class Trainer:
                 report = self.train_step()
             step = self.progress.step
             self.log.step(step)
-            if _due(step, config.log.every) or step == config.train.steps:
-                self.log.metrics(self._metrics(report))
+            validated = self.validation_losses() if _due(step, config.validation.every) else {}
+            scores = self.scores() if _due(step, config.score.every) else {}
+            if validated or scores or _due(step, config.log.every) or step == config.train.steps:
+                self.log.metrics(self._metrics(report) | validated | scores)
             if _due(step, config.sample.every):
                 self.sample()
             if _due(step, config.checkpoint.every) or step == config.train.steps:
@@ -92,13 +106,13 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch; collective."""
-        sums: Tensor | None = None
+        for layer in self.model.moe_layers:
+            layer.router.start_step(self.progress.step)
+        micro_steps = []
         for _ in range(self.progress.micro_steps):
-            values = self._forward_backward(next(self.batches).to(self.topology.device))
-            sums = values if sums is None else sums + values
+            micro_steps.append(self._forward_backward(next(self.batches).to(self.topology.device)))
             self.engine.step()
-        assert sums is not None
-        report = self._report(self.topology.mean(sums / self.progress.micro_steps))
+        report = self._report(micro_steps)
         self._stop_on_non_finite(report)
         self.bad_samples += report.bad_samples
         if report.thresholds_LN is not None:
@@ -126,40 +140,63 @@ class Trainer:
         self.model.train()
         self.log.image(grid, self.progress.step)
 
+    def validation_losses(self) -> dict[str, float | None]:
+        """Losses of the averaged weights on held-out images, named for metrics.jsonl; collective."""
+        if self.validate is None:
+            return {}
+        with self.average.applied():
+            losses = self.validate(self.model)
+        logger.info("validation loss %.5f", losses["loss_val"])
+        return losses
+
+    def scores(self) -> dict[str, float]:
+        """Scores of samples of the averaged weights, named for metrics.jsonl; collective."""
+        if self.score_samples is None:
+            return {}
+        self.model.eval()
+        with self.average.applied():
+            scores = self.score_samples(self.model)
+        self.model.train()
+        logger.info("scores: %s", "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        return scores
+
     def close(self) -> None:
         self.loader.close()
         self.log.close()
 
-    def _forward_backward(self, batch: Batch) -> Tensor:
-        """One micro-step. Returns what is to be averaged over ranks, flat fp64: losses, thresholds, loads, bad."""
-        t = self.objective.times(batch.time_uniform)
-        dropped = batch.drop_uniform < self.config.train.label_dropout
-        labels = torch.where(dropped, self.model.num_classes, batch.labels)
-        z = self.objective.corrupt(batch.images, batch.noise, t)
-        output: DiTOutput = self.engine(z, self.objective.time_scale * t, labels)
-        diffusion = self.objective.loss(output.prediction, batch.images, batch.noise).mean()
-        loss = diffusion
-        for name, value in output.losses.items():
-            loss = loss + self.loss_weights[name] * value
+    def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        """One micro-step. Returns what is to be averaged over micro-steps and ranks, detached."""
+        z, t, labels = noisy_inputs(batch, self.objective, self.config)
+        output: DiTOutput = self.engine(z, self.objective.model_time(t), labels)
+        of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
+        losses = {name: of_images[name].mean() for name in self.objective.loss_names}
+        loss = torch.stack(list(losses.values())).sum()
+        for name, weight in self.loss_weights.items():
+            losses[name] = output.losses[name]
+            loss = loss + weight * losses[name]
         self.engine.backward(loss)
-        losses = torch.stack([loss, diffusion, *output.losses.values()])
         stats = output.routing
-        thresholds = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
-        parts = [losses, *thresholds, *(s.tokens_per_expert for s in stats), batch.bad.sum(dim=0, keepdim=True)]
-        return torch.cat([part.detach().double() for part in parts])
+        proposals = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
+        tables = {"threshold": proposals, "load": [s.tokens_per_expert for s in stats]}
+        tables |= {"capacity": [s.capacity for s in stats]}
+        values = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, "bad": batch.bad.sum()}
+        values |= {name: torch.stack(layers) for name, layers in tables.items() if layers}
+        return {name: value.detach() for name, value in values.items()}
 
-    def _report(self, means: Tensor) -> StepReport:
-        """The inverse of the flat form of `_forward_backward`."""
-        names = ["loss", "loss_diffusion", *(f"loss_{name}" for name in self.loss_weights)]
-        losses, rest, bad = means[: len(names)], means[len(names) : -1], means[-1]
-        layers, experts = len(self.model.moe_layers), self.config.moe.num_experts or 1
-        tables = rest.view(-1, layers, experts) if layers else rest.view(1, 0, experts)  # thresholds if any, loads
+    def _report(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
+        """Average over micro-steps and ranks, in one reduction."""
+        shapes = {name: value.shape for name, value in micro_steps[0].items()}
+        flat = torch.stack([torch.cat([v.double().flatten() for v in step.values()]) for step in micro_steps])
+        parts = self.topology.mean(flat.mean(dim=0)).split([shape.numel() for shape in shapes.values()])
+        means = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        nothing = torch.empty(0, 0)
         return StepReport(
-            losses=dict(zip(names, losses.tolist(), strict=True)),
+            losses={name: float(value) for name, value in means.items() if name.startswith("loss")},
             grad_norm=float(self.engine.get_global_grad_norm()),
-            thresholds_LN=tables[0].float() if len(tables) == 2 else None,
-            load_LN=tables[-1],
-            bad_samples=round(float(bad) * self.topology.world_size * self.progress.micro_steps),
+            thresholds_LN=means["threshold"].float() if "threshold" in means else None,
+            load_LN=means.get("load", nothing),
+            capacity_L=means.get("capacity", nothing),
+            bad_samples=round(float(means["bad"]) * self.topology.world_size * self.progress.micro_steps),
         )
 
     def _stop_on_non_finite(self, report: StepReport) -> None:
@@ -173,28 +210,41 @@ class Trainer:
 
     def _metrics(self, report: StepReport) -> dict[str, Any]:
         seconds = self.timer.mean_since_last()
-        tokens = (self.config.train.micro_batch_size or 0) * self.config.tokens_per_sample
         load_LN = report.load_LN
         capacity = load_max = load_min = None
         bad_samples, self.bad_samples = self.bad_samples, 0
         if len(load_LN):
-            capacity = float(load_LN.sum(dim=1).mean() / tokens)
-            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True)
+            capacity = float(report.capacity_L.mean())
+            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
+        images_per_second = self.config.train.global_batch_size / seconds
+        mfu = {}
+        if self.device_peak is not None:
+            flops = self.accounting.training_flops(capacity or 0.0)
+            mfu["mfu"] = achieved_share(flops, images_per_second, self.topology.world_size, self.device_peak)
         return {
             "step": self.progress.step,
             "images_seen": self.progress.images_seen,
             **report.losses,
             "grad_norm": report.grad_norm,
             "lr": self.config.optim.lr,
-            "images_per_second": self.config.train.global_batch_size / seconds,
+            "images_per_second": images_per_second,
             "step_seconds": seconds,
+            **mfu,
             "capacity": capacity,
             "expert_load_max": load_max,
             "expert_load_min": load_min,
             "bad_samples": bad_samples,
             "peak_memory_bytes": _peak_memory(self.topology.device),
         }
+
+
+def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """What a training step shows the model: noisy images (N, C, H, W), the objective's times and the labels, (N,)."""
+    t = objective.times(batch.time_uniform)
+    dropped = batch.drop_uniform < config.train.label_dropout
+    labels = torch.where(dropped, config.model.num_classes, batch.labels)
+    return objective.corrupt(batch.images, batch.noise, t), t, labels
 
 
 class StepTimer:

@@ -25,15 +25,16 @@ from tqdm import tqdm
 from diffmoe_dist.config import Config, data_sets
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import Autoencoder, same_scaling
-from diffmoe_dist.data.randomness import Stream, sample_generator
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
-from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
-from diffmoe_dist.engine.checkpoint import find_checkpoint, read_ema_model
+from diffmoe_dist.data.randomness import Stream, philox, sample_generator
+from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
+from diffmoe_dist.diffusion.samplers import SAMPLERS, Prediction, sample, with_guidance
 from diffmoe_dist.engine.metrics import make_writable
+from diffmoe_dist.engine.weights import find_model, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather, from_first_rank
 
+SAMPLING_OVERRIDES = ("moe.inference", "moe.constant_threshold", "data.shards")
 Decode = Callable[[Tensor], Tensor]  # the model's images, (N, C, H, W), to pixels in about [-1, 1]
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
@@ -45,9 +46,11 @@ class SamplingSettings:
     steps: int
     cfg_scale: float
     seed: int
-    sampler: str
+    sampler: str | None  # None: the default of the model's objective
     batch_size: int
     decoder: str | None = None  # of latents; default: the run's own
+    overrides: tuple[str, ...] = ()  # key=value: moe.inference, moe.constant_threshold, data.shards of the saved run
+    recalibrate: int = 0  # batches of training data from which the thresholds are found anew
 
     def check(self) -> None:
         for name in ("num", "steps", "batch_size"):
@@ -55,6 +58,13 @@ class SamplingSettings:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose at least 1")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
+        if self.recalibrate < 0:
+            raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
+        for override in self.overrides:
+            if override.partition("=")[0] not in SAMPLING_OVERRIDES:
+                raise UserError(
+                    f"{override}: sampling can change {', '.join(SAMPLING_OVERRIDES)} of a run, nothing else; remove it"
+                )
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,12 @@ class Generated:
 @torch.no_grad()
 def generate(
     model: DiT,
-    objective: RectifiedFlow,
+    objective: Objective,
     numbers: list[int],
     labels: list[int],
     *,
     seed: int,
+    sampler: str,
     steps: int,
     cfg_scale: float,
 ) -> Generated:
@@ -84,13 +95,13 @@ def generate(
     noise = torch.stack([initial_noise(model, seed, number) for number in numbers]).to(device)
     capacities: list[Tensor] = []
 
-    def denoise(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        output = model(z, objective.time_scale * t, y)
+    def denoise(z: Tensor, t: Tensor, y: Tensor) -> Prediction:
+        output = model(z, objective.model_time(t), y)
         capacities.extend(stats.capacity for stats in output.routing)
-        return output.prediction
+        return output.prediction, output.variance
 
     guided = with_guidance(denoise, torch.tensor(labels, device=device), model.num_classes, cfg_scale)
-    images = sample_euler(guided, noise, objective, steps)
+    images = sample(sampler, guided, noise, objective, steps, [step_generator(seed, number) for number in numbers])
     return Generated(images, float(torch.stack(capacities).mean()) if capacities else None)
 
 
@@ -99,6 +110,33 @@ def initial_noise(model: DiT, seed: int, number: int) -> Tensor:
     size = model.grid_size * model.patch_size
     generator = sample_generator(seed, Stream.SAMPLING, 0, number)
     return torch.from_numpy(generator.standard_normal((model.in_channels, size, size), dtype=np.float32))
+
+
+def step_generator(seed: int, number: int) -> torch.Generator:
+    """Of the noise that a sampler adds on the way to image `number` of a seed."""
+    return torch.Generator().manual_seed(int(philox(seed, Stream.SAMPLING, 1, number).random_raw()))
+
+
+def default_sampler(objective: str) -> str:
+    """The first sampler for the objective of this name."""
+    return next(name for name, made_for in SAMPLERS.items() if made_for == objective)
+
+
+def choose_sampler(name: str | None, steps: int, objective: str) -> str:
+    """The sampler with this name, or the objective's default.
+
+    Raises:
+        UserError: it is for another objective, or cannot take this number of steps.
+    """
+    name = name or default_sampler(objective)
+    if SAMPLERS[name] != objective:
+        fitting = " or ".join(known for known, made_for in SAMPLERS.items() if made_for == objective)
+        raise UserError(f"--sampler {name} is not for a model with objective.name={objective}; choose {fitting}")
+    if name == "ddpm" and not 2 <= steps <= DDPM_STEPS:
+        raise UserError(f"--steps {steps}: --sampler ddpm takes 2 to {DDPM_STEPS}")
+    if name == "ddim" and (steps < 2 or DDPM_STEPS % steps):
+        raise UserError(f"--steps {steps}: --sampler ddim takes a divisor of {DDPM_STEPS} above 1, such as 50 or 250")
+    return name
 
 
 def balanced_labels(num: int, num_classes: int) -> list[int]:
@@ -156,19 +194,20 @@ def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
 
 def training_grid(model: DiT, config: Config, decode: Decode | None, rank: int, world_size: int) -> np.ndarray:
     """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Each rank draws an equal share."""
-    sample = config.sample
-    share = -(-sample.num // world_size)
+    settings = config.sample
+    share = -(-settings.num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
     labels = balanced_labels(share * world_size, config.model.num_classes)[numbers[0] : numbers[-1] + 1]
     drawn = generate(
-        model, RectifiedFlow(config.objective), numbers, labels,
-        seed=config.seed, steps=sample.steps, cfg_scale=sample.cfg_scale,
+        model, build_objective(config.objective), numbers, labels,
+        seed=config.seed, sampler=default_sampler(config.objective.name), steps=settings.steps,
+        cfg_scale=settings.cfg_scale,
     )  # fmt: skip
     assert decode is not None, "sample.every opens it"
     pixels = decode(drawn.images)
     everyone = pixels.new_empty(world_size * share, *pixels.shape[1:])
     all_gather(everyone, pixels.contiguous())
-    return image_grid(to_uint8(everyone[: sample.num]), grid_columns(config, sample.num))
+    return image_grid(to_uint8(everyone[: settings.num]), grid_columns(config, settings.num))
 
 
 def grid_columns(config: Config, num: int) -> int:
@@ -183,15 +222,21 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     same on any number of ranks.
 
     Raises:
-        UserError: there is no such checkpoint, or its model draws latents.
+        UserError: there is no such checkpoint, its model draws latents, or the sampler is not for it.
     """
     try:
         make_writable(Path(out))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
-    checkpoint = from_first_rank(find_checkpoint(settings.checkpoint))
-    model, config = read_ema_model(checkpoint, device)
+    checkpoint = from_first_rank(find_model(settings.checkpoint))
+    model, config = read_model(checkpoint, device, settings.overrides)
     decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
+    if settings.recalibrate:
+        from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine
+
+        recalibrate_on_training_data(model, config, settings.recalibrate, settings.batch_size)
+    sampler = choose_sampler(settings.sampler, settings.steps, config.objective.name)
+    objective = build_objective(config.objective)
     labels = balanced_labels(settings.num, config.model.num_classes)
     starts = range(0, settings.num, settings.batch_size)
     mine: dict[int, tuple[np.ndarray, float | None]] = {}  # pixels and capacity of each block
@@ -199,8 +244,8 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     for start in tqdm(starts[rank::ranks], unit="block", disable=rank != 0 or not sys.stderr.isatty()):
         numbers = list(range(start, min(start + settings.batch_size, settings.num)))
         drawn = generate(
-            model, RectifiedFlow(config.objective), numbers, [labels[number] for number in numbers],
-            seed=settings.seed, steps=settings.steps, cfg_scale=settings.cfg_scale,
+            model, objective, numbers, [labels[number] for number in numbers],
+            seed=settings.seed, sampler=sampler, steps=settings.steps, cfg_scale=settings.cfg_scale,
         )  # fmt: skip
         mine[start] = to_uint8(decode(drawn.images)), drawn.capacity
     blocks = _gather(mine, rank, ranks)
@@ -211,8 +256,10 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     capacities = [(blocks[start][1], len(blocks[start][0])) for start in starts]
     record = {
         **asdict(settings),
+        "overrides": list(settings.overrides),
+        "sampler": sampler,
         "checkpoint": str(checkpoint),
-        "inference": config.moe.inference,
+        "inference": getattr(config.moe, "inference", None),
         "labels": "balanced",
         "uint8_rule": "clamp(127.5 x + 128, 0, 255)",
         "capacity": None if capacities[0][0] is None else sum(c * n for c, n in capacities) / settings.num,

@@ -26,10 +26,11 @@ def draw_loss_curve(run_dir: Path) -> Path:
             f"--run {run_dir}: it has no metrics.jsonl with a logged step; give the folder of a training run"
         )
     steps = [line["step"] for line in lines]
-    names = [name for name in lines[-1] if name.startswith("loss_")]
+    names = sorted({name for line in lines for name in line if name.startswith("loss_")})
     figure, (losses, norms) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in names:
-        losses.plot(steps, [line[name] for line in lines], label=name)
+        of_name = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        losses.plot(*zip(*of_name, strict=True), label=name)
     losses.set(xlabel="step", title="losses", yscale="log")
     losses.legend()
     norms.plot(steps, [line["grad_norm"] for line in lines], color="tab:gray")

@@ -1,6 +1,6 @@
 """The transformer block with adaptive layer norm (DiT, adaLN-Zero) and the output layer.
 
-Shape legend: N images, T tokens, D width, H hidden width of the MLP.
+Shape legend: N images, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.model.routing import Routing
 
@@ -32,18 +33,6 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, width))
 
 
-class Mlp(nn.Module):
-    """The dense feed-forward layer: D to H to D with a tanh-approximated GELU."""
-
-    def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_hidden_size)
-        self.fc2 = nn.Linear(mlp_hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class DiTBlock(nn.Module):
     """Attention, then a feed-forward layer that is dense or a mixture of experts; both gated by the condition."""
 
@@ -55,11 +44,11 @@ class DiTBlock(nn.Module):
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, condition: Tensor, null_N: Tensor) -> tuple[Tensor, Routing | None]:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
         h = modulate(self.norm2(x), shift_m, scale_m)
-        h, routing = self.mlp(h) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
+        h, routing = self.mlp(h, null_N) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
         return x + gate_m[:, None] * h, routing
 
 

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_dist.config import Config
-from diffmoe_dist.model.blocks import DiTBlock, FinalLayer, Mlp
+from diffmoe_dist.model.blocks import DiTBlock, FinalLayer
 from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_table
+from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routing import RoutingStats, build_router
+from diffmoe_dist.model.routing import Router, RoutingStats
 
 
 @dataclass(frozen=True)
 class DiTOutput:
     prediction: Tensor  # (N, C, H, W) fp32
     variance: Tensor | None  # (N, C, H, W) fp32, the learned variance channels, where the model has them
-    losses: dict[str, Tensor]  # named, unweighted () fp32; the mean over the layers that have the loss
+    losses: dict[str, Tensor]  # named, unweighted () fp32; the layers' losses added up
     routing: list[RoutingStats]  # one for each mixture-of-experts layer, in order
 
 
@@ -48,7 +49,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(model.num_classes, width)
-        self.register_buffer("pos_embed", torch.zeros(1, self.grid_size**2, width), persistent=False)
+        self.register_buffer("pos_embed", torch.zeros(1, self.grid_size**2, width))
         self.blocks = nn.ModuleList(
             DiTBlock(width, model.num_heads, _feed_forward(config, block)) for block in range(model.depth)
         )
@@ -68,9 +69,10 @@ class DiT(nn.Module):
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         x = x + self.pos_embed.to(x.dtype)
         condition = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        null_N = y == self.num_classes
         routings = []
         for block in self.blocks:
-            x, routing = block(x, condition)  # (N, T, D)
+            x, routing = block(x, condition, null_N)  # (N, T, D)
             if routing is not None:
                 routings.append(routing)
         channels = self._unpatchify(self.final_layer(x, condition)).float()  # (N, C or 2 C, H, W)
@@ -78,7 +80,7 @@ class DiT(nn.Module):
         if channels.shape[1] > self.in_channels:
             variance = channels[:, self.in_channels :]
         names = routings[0].losses if routings else {}
-        losses = {name: torch.stack([routing.losses[name] for routing in routings]).mean() for name in names}
+        losses = {name: torch.stack([routing.losses[name] for routing in routings]).sum() for name in names}
         return DiTOutput(prediction, variance, losses, [routing.stats for routing in routings])
 
     def _unpatchify(self, x: Tensor) -> Tensor:
@@ -89,15 +91,20 @@ class DiT(nn.Module):
 
 
 def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
-    width = config.model.hidden_size
+    width, settings = config.model.hidden_size, config.experts
     assert width is not None
-    hidden = int(width * config.model.mlp_ratio)
-    # Both papers: the block with 0-based index i is a mixture of experts when i is odd.
-    if config.moe.router == "dense" or block % 2 == 0:
-        return Mlp(width, hidden)
-    assert config.moe.num_experts is not None
-    router = build_router(width, config.moe, config.tokens_per_sample)
-    return MoELayer(router, Experts(config.moe.num_experts, width, hidden))
+    if settings is None or block not in config.moe_blocks:
+        return Mlp(width, int(width * config.model.mlp_ratio))
+    assert settings.num_experts is not None and settings.expert_mlp_ratio is not None
+    hidden = int(width * settings.expert_mlp_ratio)
+    dense = SwiGLU if settings.activation == "swiglu" else Mlp
+    return MoELayer(
+        settings.build_router(config),
+        Experts(settings.num_experts, width, hidden, settings.activation),
+        # Experts that always run together are one wider layer.
+        shared=dense(width, settings.shared_experts * hidden) if settings.shared_experts else None,
+        unconditional=dense(width, hidden) if settings.has_unconditional_expert else None,
+    )
 
 
 @torch.no_grad()
@@ -105,8 +112,8 @@ def initialize(model: DiT, seed: int) -> None:
     """Fill every parameter and buffer; each parameter is a function of (seed, its name, its expert) alone.
 
     So a device that holds some of the experts fills them as a device that holds all of them would. The rules are the
-    published ones: linear layers xavier-uniform with zero bias; label table and time MLP N(0, 0.02); the gate
-    as its router says; all adaLN output layers and the final layer zero, so that every block starts as the identity.
+    published ones: linear layers xavier-uniform with zero bias; label table and time MLP N(0, 0.02); a router's own
+    weights as it says; all adaLN output layers and the final layer zero, so that every block starts as the identity.
     """
     for name, parameter in model.named_parameters():
         _initialize_parameter(model, name, parameter, seed)
@@ -127,21 +134,24 @@ def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -
         bound = math.sqrt(6 / (fan_in + fan_out))
         return (torch.rand(shape, generator=generator(expert)) * 2 - 1) * bound
 
-    owner = name.rpartition(".")[0]
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
     if parameter.ndim == 1 or "adaLN_modulation" in name or name.startswith("final_layer."):
         parameter.zero_()
-    elif owner.endswith(".experts"):
-        experts: Any = model.get_submodule(owner)
+    elif _is_stack_of_experts(name):
         parameter.zero_()
         if name.endswith((".w1", ".w2")):
-            for local, expert in enumerate(range(experts.first, experts.first + len(parameter))):
-                _, fan_in, fan_out = parameter.shape
+            _, fan_in, columns = parameter.shape
+            fan_out = columns // 2 if owner.activation == "swiglu" and name.endswith(".w1") else columns
+            for local, expert in enumerate(range(owner.first, owner.first + len(parameter))):
                 parameter[local].copy_(xavier_uniform(fan_in, fan_out, parameter[local].shape, expert))
-    elif name.endswith(".gate_weight"):
-        router: Any = model.get_submodule(owner)
-        parameter.copy_(router.initial_gate(parameter.shape, generator()))
+    elif isinstance(owner, Router):
+        parameter.copy_(owner.initial_weights(parameter.shape, generator()))
     elif name.startswith(("t_embedder.", "y_embedder.")):
         parameter.copy_(normal(0.02))
     else:  # nn.Linear, and the patch embedding as the linear map that it is
         fan_out, fan_in = parameter.flatten(1).shape
         parameter.copy_(xavier_uniform(fan_in, fan_out, parameter.shape))
+
+
+def _is_stack_of_experts(name: str) -> bool:
+    return name.rpartition(".")[0].endswith(".experts")

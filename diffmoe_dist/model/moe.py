@@ -57,24 +57,41 @@ def weighted_sum(y_AD: Tensor, routing: Routing, x_TD: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """N two-layer MLPs with a tanh-approximated GELU, their weights stacked: all of them in one batched matmul.
+    """N two-layer MLPs, their weights stacked: all of them in one batched or one grouped matmul.
+
+    With `gelu` they are tanh-approximated GELU MLPs with biases; with `swiglu` they have no biases, and the columns of
+    `w1` are the gate's and then the up-projection's.
 
     `first` is the global id of the first expert at hand; a device that holds a share of them holds consecutive ones.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, expert_hidden_size: int) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, expert_hidden_size: int, activation: str = "gelu") -> None:
         super().__init__()
         self.first = 0
-        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size))
-        self.b1 = nn.Parameter(torch.empty(num_experts, expert_hidden_size))
+        self.activation = activation
+        columns = expert_hidden_size * (2 if activation == "swiglu" else 1)
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_size, columns))
         self.w2 = nn.Parameter(torch.empty(num_experts, expert_hidden_size, hidden_size))
-        self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.b1, self.b2 = None, None
+        if activation == "gelu":
+            self.b1 = nn.Parameter(torch.empty(num_experts, expert_hidden_size))
+            self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, rows: ExpertInput) -> Tensor:
         """The results, (R, D), in the order of the rows."""
+        if self.b1 is None or self.b2 is None:
+            gate_RH, up_RH = _matmul(rows.x_RD, self.w1, rows).chunk(2, dim=-1)
+            return _matmul(F.silu(gate_RH) * up_RH, self.w2, rows)
         if rows.uniform is not None:
             return _batched_mlp(rows.x_RD, rows.uniform, self.w1, self.b1, self.w2, self.b2)
-        return _grouped_mlp(rows.x_RD, rows.tokens_per_expert, self.w1, self.b1, self.w2, self.b2)
+        return _grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2)
+
+
+def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
+    """Each row times the matrix of its expert."""
+    if rows.uniform is not None:
+        return (x_R.view(len(w), rows.uniform, -1) @ w).flatten(0, 1)
+    return F.grouped_mm(x_R, w, offs=rows.tokens_per_expert.cumsum(0).to(torch.int32))
 
 
 def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -101,25 +118,43 @@ class _GeluLinear(torch.autograd.Function):
         return grad_h, activated.mT @ grad, grad.sum(dim=1)
 
 
-def _grouped_mlp(x_RD: Tensor, tokens_per_expert: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    ends = tokens_per_expert.cumsum(0).to(torch.int32)
-    expert_of_row = torch.repeat_interleave(tokens_per_expert, output_size=len(x_RD))
-    h = F.gelu(F.grouped_mm(x_RD, w1, offs=ends) + b1[expert_of_row], approximate="tanh")
-    return F.grouped_mm(h, w2, offs=ends) + b2[expert_of_row]
+def _grouped_mlp(rows: ExpertInput, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    expert_of_row = torch.repeat_interleave(rows.tokens_per_expert, output_size=len(rows.x_RD))
+    h = F.gelu(_matmul(rows.x_RD, w1, rows) + b1[expert_of_row], approximate="tanh")
+    return _matmul(h, w2, rows) + b2[expert_of_row]
 
 
 class MoELayer(nn.Module):
-    """A feed-forward layer whose experts each compute the tokens that the router gives them."""
+    """A feed-forward layer whose experts each compute the tokens that the router gives them.
 
-    def __init__(self, router: Router, experts: Experts) -> None:
+    Beside the routed experts there may be a shared one, which adds to every token, and an unconditional one, which
+    has the tokens of images without a condition (ProMoE eq. 5); every device holds those two whole.
+    """
+
+    def __init__(
+        self, router: Router, experts: Experts, shared: nn.Module | None = None, unconditional: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
+        self.unconditional = unconditional
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BSD: Tensor, null_B: Tensor) -> tuple[Tensor, Routing]:
+        """
+        Args:
+            x_BSD: the tokens.
+            null_B: bool, images whose condition is the null label.
+        """
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)
+        null_T = null_B.repeat_interleave(x_BSD.shape[1])
+        routing = self.router(x_TD, null_T)
         rows, plan = self.dispatcher.dispatch(x_TD, routing)
         y_TD = self.dispatcher.combine(self.experts(rows), x_TD, routing, plan)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        if self.unconditional is not None:
+            null_index = null_T.nonzero()[:, 0]
+            y_TD = y_TD.index_add(0, null_index, self.unconditional(x_TD.index_select(0, null_index)))
         return y_TD.view_as(x_BSD), routing

@@ -4,22 +4,19 @@ A router returns one value, a `Routing`; dispatchers and experts know nothing el
 a pool is the business of a token pool: `LocalPool` is the one of a single device, and `parallel.pool` has the one
 that spans ranks; both choose exactly the same tokens from the same scores.
 
+The routers themselves are in `routers/`, a file each with the settings that it knows.
+
 Shape legend: T local tokens (row-major over images), D width, N experts, A assignments of a token to an expert,
 G pools side by side on this device (1, or one per image), P tokens of one pool, E columns (experts) at hand.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from diffmoe_dist.config import MoEConfig, expert_slots
-from diffmoe_dist.model.routing_losses import balance_loss, capacity_loss
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class RoutingStats:
     """What a forward pass has to report; detached from the graph."""
 
     tokens_per_expert: Tensor  # (N,) int64, assignments of this device's tokens
-    capacity: Tensor  # () fp32, assignments per local token: C of DiffMoE eq. 8-9
+    capacity: Tensor  # () fp32, slots per local token, shared experts' apart: C of DiffMoE eq. 8-9
     proposed_threshold: Tensor | None = None  # (N,) fp32, this batch's capacity thresholds
 
 
@@ -141,184 +138,80 @@ def keep(scores: Tensor, cutoff: Tensor, ties: Tensor) -> Tensor:
     return (scores > cutoff[..., None]) | (equal & (equal.cumsum(dim=-1) <= ties[..., None]))
 
 
+class Batch(Protocol):
+    """The images of a micro-step over all ranks, for losses of the batch as a whole."""
+
+    ranks: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in place of this rank's share of it.
+
+        With gradients: every rank is to compute the same loss from the sum, and the engine averages losses over ranks.
+        """
+        ...
+
+
+class LocalBatch:
+    """The batch of a single device."""
+
+    ranks = 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+
 class Router(nn.Module):
-    """Decides about tokens (T, D). `pool` may be replaced by one that spans ranks, and the router never notices."""
+    """Decides about tokens (T, D).
 
-    pool: TokenPool
+    `pool` and `batch` may be replaced by ones that span ranks, and the router never notices.
+    """
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    pool: TokenPool  # of routers whose experts choose their tokens
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch: Batch = LocalBatch()
+
+    def forward(self, x_TD: Tensor, null_T: Tensor) -> Routing:
+        """
+        Args:
+            x_TD: the tokens.
+            null_T: bool, tokens of images whose condition is the null label.
+        """
         raise NotImplementedError
 
-    def initial_gate(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The gate's weights at the start: N(0, 0.006)."""
+    def initial_weights(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """A weight matrix of the router's own at the start of training: N(0, 0.006), the published gates'."""
         return torch.randn(shape, generator=generator) * 0.006
+
+    def start_step(self, step: int) -> None:
+        """Told by the engine before optimizer step `step`, counted from 0; for schedules."""
+
+    def end_schedule(self) -> None:
+        """From here on as in the last step of a schedule."""
 
     def update_threshold(self, proposal: Tensor) -> None:
         """Take in the proposed thresholds of an optimizer step; for routers that propose some."""
         raise NotImplementedError
 
 
-def build_router(hidden_size: int, config: MoEConfig, tokens_per_sample: int) -> Router:
-    """The router that the configuration names."""
-    if config.router == "token_choice":
-        return TokenChoiceRouter(hidden_size, config)
-    if config.router == "expert_choice":
-        return ExpertChoiceRouter(hidden_size, config, tokens_per_sample)
-    assert config.router == "global_pool", config.router
-    return GlobalPoolRouter(hidden_size, config, tokens_per_sample)
-
-
-class TokenChoiceRouter(Router):
-    """TC-DiT: every token takes its best experts (DiffMoE eq. 1-3, Alg. 2); the gate is the raw softmax value."""
-
-    def __init__(self, hidden_size: int, config: MoEConfig) -> None:
-        super().__init__()
-        assert config.num_experts is not None and config.top_k is not None
-        self.num_experts = config.num_experts
-        self.top_k = config.top_k
-        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
-        self.pool = LocalPool()  # who shares the balance loss; nobody competes
-
-    def initial_gate(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Uniform within 1 / sqrt(D), as the published baseline."""
-        return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
-        # Sorting is stable: equal scores go to the lower expert, also where topk would leave it open.
-        best_TK = scores_TN.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        chosen_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, best_TK, True)
-        by_expert = best_TK.flatten().argsort(stable=True)
-        token_index, expert_index = by_expert // self.top_k, best_TK.flatten()[by_expert]
-        losses = {}
-        if self.training:
-            picks_N = self.pool.count(chosen_TN).sum(dim=0)
-            losses["balance"] = balance_loss(scores_TN, picks_N)
-        return Routing(
-            token_index=token_index,
-            expert_index=expert_index,
-            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
-            losses=losses,
-            stats=RoutingStats(chosen_TN.sum(dim=0), chosen_TN.sum() / len(x_TD)),
-            pool=Selection(chosen=chosen_TN.T, pool_ranks=1, slots_per_expert=None),
-        )
-
-
-class ExpertChoiceRouter(Router):
-    """EC-DiT: every expert takes its int(S / N * C) best tokens of each image (DiffMoE Sec. 2.1, Alg. 1)."""
-
-    def __init__(self, hidden_size: int, config: MoEConfig, tokens_per_sample: int) -> None:
-        super().__init__()
-        assert config.num_experts is not None and config.capacity is not None
-        self.num_experts = config.num_experts
-        self.slots = expert_slots(tokens_per_sample, config.num_experts, config.capacity)
-        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
-        self.pool = LocalPool(tokens_per_sample)
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
-        selection = self.pool.select(scores_TN.detach().nan_to_num(nan=-1.0), self.slots)
-        token_index, expert_index = assignments(selection)
-        return Routing(
-            token_index=token_index,
-            expert_index=expert_index,
-            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
-            losses={},
-            stats=RoutingStats(selection.chosen.sum(dim=1), selection.chosen.sum() / len(x_TD)),
-            pool=selection,
-        )
-
-
-class GlobalPoolRouter(Router):
-    """DiffMoE: every expert takes its best tokens from one pool over the whole batch (Alg. 3).
-
-    A capacity predictor learns which tokens each expert takes; at inference it decides how many each gets:
-
-    - `threshold`: a token goes to the experts whose predicted score exceeds the expert's threshold (eq. 14 as
-      printed). No token depends on its batch mates.
-    - `count`: as many tokens of the pool as exceed the threshold, but those with the highest gate (Alg. 4, the
-      published code). A token depends on its batch mates.
-    - `static`: int(T / N * C) tokens of the pool, as in training.
-
-    Scores are computed in fp32 whatever the precision of the model.
-    """
-
-    threshold: Tensor
-    threshold_updates: Tensor
-
-    def __init__(self, hidden_size: int, config: MoEConfig, tokens_per_sample: int) -> None:
-        super().__init__()
-        assert config.num_experts is not None and config.capacity is not None
-        assert config.inference is not None and config.threshold_decay is not None
-        self.num_experts = config.num_experts
-        self.capacity = config.capacity
-        self.inference = config.inference
-        self.threshold_decay = config.threshold_decay
-        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
-        self.capacity_predictor = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, self.num_experts)
-        )
-        self.register_buffer("threshold", torch.zeros(self.num_experts))
-        self.register_buffer("threshold_updates", torch.zeros((), dtype=torch.int64))
-        self.pool = LocalPool(tokens_per_sample if config.pool == "sample" else None)
-
-    def forward(self, x_TD: Tensor) -> Routing:
-        # Alg. 3: the affinity of eq. 5 with a softmax over the experts.
-        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
-        # eq. 10-11: the predictor learns from tokens, not the tokens from it.
-        predicted_TN = self._predict(x_TD.detach())
-        selection = self._select(scores_TN.detach(), predicted_TN.detach())
-        token_index, expert_index = assignments(selection)
-        losses, proposal = {}, None
-        if self.training:
-            losses["capacity"] = capacity_loss(predicted_TN, selection.chosen.T)
-            assert selection.kth_largest is not None
-            proposal = selection.kth_largest  # eq. 17
-        return Routing(
-            token_index=token_index,
-            expert_index=expert_index,
-            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
-            losses=losses,
-            stats=RoutingStats(
-                tokens_per_expert=selection.chosen.sum(dim=1),
-                capacity=selection.chosen.sum() / len(x_TD),
-                proposed_threshold=proposal,
-            ),
-            pool=selection,
-        )
-
-    @torch.no_grad()
-    def update_threshold(self, proposal: Tensor) -> None:
-        """Take one step of the bias-corrected moving average of eq. 17; once per optimizer step, by the engine.
-
-        Args:
-            proposal: (N,) fp32, the same on every rank.
-        """
-        assert self.threshold.dtype == torch.float32, "thresholds stay in fp32"
-        self.threshold_updates += 1
-        # Written on the corrected average itself: the first proposal counts fully, later ones tend to 1 - decay.
-        weight = (1 - self.threshold_decay) / (1 - self.threshold_decay ** self.threshold_updates.double())
-        self.threshold.lerp_(proposal, weight.to(self.threshold.dtype))
-
-    def _predict(self, x_TD: Tensor) -> Tensor:
-        """(T, N) fp32 logits. The last layer is computed in fp32: at bf16's resolution scores would tie in crowds."""
-        last = self.capacity_predictor[-1]
-        assert isinstance(last, nn.Linear)
-        return F.linear(self.capacity_predictor[:-1](x_TD).float(), last.weight.float(), last.bias.float())
-
-    def _select(self, scores_TN: Tensor, predicted_TN: Tensor) -> Selection:
-        slots = expert_slots(self.pool.num_tokens(len(scores_TN)), self.num_experts, self.capacity)
-        # A NaN has no place in any order; sent to the end of it, the choice stays well defined on every rank, and the
-        # NaN still reaches the loss through the gate.
-        scores_TN = scores_TN.nan_to_num(nan=-1.0)
-        if self.training:
-            return self.pool.select(scores_TN, slots, second_TN=predicted_TN.sigmoid().nan_to_num(nan=0.0))
-        if self.inference == "static":
-            return self.pool.select(scores_TN, slots)
-        above_TN = predicted_TN.sigmoid() > self.threshold  # eq. 14
-        if self.inference == "count":
-            return self.pool.select(scores_TN, self.pool.count(above_TN))
-        return Selection(chosen=above_TN.T, pool_ranks=1, slots_per_expert=None)
+def route(
+    scores_TN: Tensor, selection: Selection, losses: dict[str, Tensor], proposed_threshold: Tensor | None = None
+) -> Routing:
+    """The routing of a selection whose gates are the scores."""
+    token_index, expert_index = assignments(selection)
+    return Routing(
+        token_index=token_index,
+        expert_index=expert_index,
+        gate=scores_TN.flatten().gather(0, token_index * scores_TN.shape[1] + expert_index),
+        losses=losses,
+        stats=RoutingStats(
+            tokens_per_expert=selection.chosen.sum(dim=1),
+            capacity=selection.chosen.sum() / len(scores_TN),
+            proposed_threshold=proposed_threshold,
+        ),
+        pool=selection,
+    )
 
 
 def assignments(selection: Selection) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,12 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config, pool_kind
+from diffmoe_dist.config import Config
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import ExpertInput, Experts
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
-from diffmoe_dist.parallel.pool import DistributedPool
+from diffmoe_dist.parallel.pool import DistributedBatch, DistributedPool
 from diffmoe_dist.parallel.topology import Topology
 
 logger.setLevel(logging.WARNING)
@@ -51,7 +51,9 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
     Experts keep their names and hold this rank's share; the weights they hold are undefined afterwards.
     """
     for layer in model.moe_layers:
-        kind = pool_kind(config.moe)
+        assert config.experts is not None
+        layer.router.batch = DistributedBatch(topology.world_group)
+        kind = config.experts.pool_kind()
         if kind in ("global", "expert_parallel"):
             group = topology.world_group if kind == "global" else topology.expert_group
             if dist.get_world_size(group) > 1:
@@ -72,9 +74,11 @@ class ExpertShard(MoE):
         nn.Module.__init__(self)
         self.ep_size = topology.expert
         self.num_experts = len(experts.w1)
+        self.activation = experts.activation
         self.num_local_experts = self.num_experts // topology.expert
         self.expert_group_name = _group_name(topology.expert)
         self.first = topology.expert_rank * self.num_local_experts
+        self.b1, self.b2 = None, None
         for name, parameter in experts.named_parameters():
             setattr(self, name, nn.Parameter(torch.empty_like(parameter[: self.num_local_experts])))
 

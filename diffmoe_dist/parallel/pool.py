@@ -11,6 +11,8 @@ K kinds of scores (1, or 2 with the second scores), P = Q * T tokens of the pool
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,32 @@ from diffmoe_dist.model.routing import Selection, cutoffs, keep, kth_largest
 from diffmoe_dist.parallel.topology import all_gather
 
 _FP32_EXACT_INTEGERS = 2**24
+
+
+class DistributedBatch:
+    """The batch of a micro-step over all ranks of a group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return _SumOverRanks.apply(values, self)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, batch: DistributedBatch) -> Tensor:
+        ctx.ranks = batch.ranks
+        total = values.clone()
+        dist.all_reduce(total, group=batch.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # Every rank has the same loss of the same sum, so the same gradient: adding them up needs no exchange. The mean
+        # of the ranks' losses, which the engine differentiates, divides by their number again.
+        return grad * ctx.ranks, None
 
 
 class DistributedPool:

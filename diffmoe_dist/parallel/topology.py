@@ -48,8 +48,12 @@ class Topology:
         return values / self.world_size
 
 
-def choose_device(setting: str, launch: Launch) -> torch.device:
-    """The device of this rank for the setting `device`: auto, cpu or cuda. To be asked before deepspeed is imported."""
+def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.device:
+    """The device of this rank for the setting `device`: auto, cpu or cuda. To be asked before deepspeed is imported.
+
+    Args:
+        tf32: let products of fp32 matrices on CUDA use TF32.
+    """
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that is there, and warns where none is
         return torch.device("cpu")
@@ -62,8 +66,9 @@ def choose_device(setting: str, launch: Launch) -> torch.device:
             "launch at most that many, or use device=cpu"
         )
     torch.cuda.set_device(launch.local_rank)
-    # The patch embedding is a convolution, the one operation that would use TF32 unasked.
-    torch.backends.cudnn.allow_tf32 = False
+    # The patch embedding is a convolution, which would use TF32 unasked.
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     return torch.device("cuda", launch.local_rank)
 
 

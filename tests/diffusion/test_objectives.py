@@ -1,14 +1,26 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
 
-from diffmoe_dist.config import ObjectiveConfig
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
+from diffmoe_dist.config import OBJECTIVE_DEFAULTS, ObjectiveConfig
+from diffmoe_dist.diffusion.objectives import DDPM, RectifiedFlow, build_objective
 
 DIRECTIONS = ["data_at_one", "noise_at_one"]
+
+
+def make_flow(**settings: Any) -> RectifiedFlow:
+    return RectifiedFlow(ObjectiveConfig("flow", **{**OBJECTIVE_DEFAULTS["flow"], **settings}))
+
+
+def flow_loss(flow: RectifiedFlow, prediction: Tensor, x: Tensor, noise: Tensor) -> Tensor:
+    losses = flow.losses(prediction, None, x, noise, torch.full((len(x),), 0.3))
+    assert tuple(losses) == flow.loss_names == ("diffusion",)
+    return losses["diffusion"]
 
 
 def make_pair(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -18,7 +30,7 @@ def make_pair(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_ends_of_the_path_are_exactly_the_data_and_the_noise(direction: str) -> None:
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    flow = make_flow(direction=direction)
     x, noise = make_pair()
 
     at_one, at_zero = flow.corrupt(x, noise, torch.ones(5)), flow.corrupt(x, noise, torch.zeros(5))
@@ -30,7 +42,7 @@ def test_the_ends_of_the_path_are_exactly_the_data_and_the_noise(direction: str)
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_each_image_is_mixed_by_its_own_time(direction: str) -> None:
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    flow = make_flow(direction=direction)
     x, noise = make_pair()
     times = [0.0, 0.25, 0.5, 0.75, 1.0]
 
@@ -43,7 +55,7 @@ def test_each_image_is_mixed_by_its_own_time(direction: str) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_target_is_the_derivative_of_the_path(direction: str) -> None:
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    flow = make_flow(direction=direction)
     x, noise = (values.double() for values in make_pair())
     t, step = torch.full((5,), 0.3, dtype=torch.float64), 1e-3
 
@@ -54,22 +66,22 @@ def test_the_target_is_the_derivative_of_the_path(direction: str) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_perfect_prediction_has_no_loss(direction: str) -> None:
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    flow = make_flow(direction=direction)
     x, noise = make_pair()
     velocity = x - noise if direction == "data_at_one" else noise - x
 
-    assert not flow.loss(velocity, x, noise).any()
-    assert flow.loss(-velocity, x, noise).all()
+    assert not flow_loss(flow, velocity, x, noise).any()
+    assert flow_loss(flow, -velocity, x, noise).all()
 
 
 def test_the_loss_of_an_image_is_the_mean_square_over_its_own_pixels() -> None:
-    flow = RectifiedFlow(ObjectiveConfig())
+    flow = make_flow()
     x, noise = make_pair()
     off = torch.zeros_like(x)
     off[1] = 2.0
     off[3, 0, 0, 0] = 6.0  # 36 over 48 pixels
 
-    loss = flow.loss(x - noise + off, x, noise)
+    loss = flow_loss(flow, x - noise + off, x, noise)
 
     assert loss.tolist() == pytest.approx([0.0, 4.0, 0.0, 0.75, 0.0], abs=1e-5)
 
@@ -80,7 +92,7 @@ def test_logit_normal_times_are_the_quantiles_of_the_distribution() -> None:
         Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)), [SigmoidTransform()]
     )
 
-    times = RectifiedFlow(ObjectiveConfig(time_distribution="logit_normal")).times(uniform)
+    times = make_flow(time_distribution="logit_normal").times(uniform)
 
     assert times.dtype == torch.float32
     assert torch.allclose(times.double(), logit_normal.icdf(uniform), rtol=1e-6, atol=0)  # computed in fp64
@@ -90,8 +102,26 @@ def test_logit_normal_times_are_the_quantiles_of_the_distribution() -> None:
 def test_uniform_times_are_the_numbers_themselves() -> None:
     uniform = torch.tensor([0.001, 0.25, 0.5, 0.9], dtype=torch.float64)
 
-    assert torch.equal(RectifiedFlow(ObjectiveConfig()).times(uniform), uniform.float())
+    assert torch.equal(make_flow().times(uniform), uniform.float())
 
 
-def test_the_time_scale_is_that_of_the_configuration() -> None:
-    assert RectifiedFlow(ObjectiveConfig(time_scale=1000.0)).time_scale == 1000.0
+def test_the_model_is_given_the_scaled_time() -> None:
+    t = torch.tensor([0.0, 0.25, 1.0])
+
+    assert make_flow(time_scale=1000.0).model_time(t).tolist() == [0.0, 250.0, 1000.0]
+
+
+def test_a_flow_leaves_the_variance_channels_of_the_published_models_alone() -> None:
+    x, noise = make_pair()
+    variance = torch.zeros_like(x, requires_grad=True)
+    prediction = torch.zeros_like(x, requires_grad=True)
+
+    losses = make_flow().losses(prediction, variance, x, noise, torch.full((5,), 0.3))
+    sum(loss.sum() for loss in losses.values()).backward()  # type: ignore[union-attr]
+
+    assert variance.grad is None and prediction.grad is not None
+
+
+def test_each_objective_is_built_by_its_name() -> None:
+    assert isinstance(build_objective(ObjectiveConfig("flow", **OBJECTIVE_DEFAULTS["flow"])), RectifiedFlow)
+    assert isinstance(build_objective(ObjectiveConfig("ddpm")), DDPM)

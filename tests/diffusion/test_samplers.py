@@ -1,22 +1,35 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import ObjectiveConfig
-from diffmoe_dist.diffusion.objectives import RectifiedFlow
-from diffmoe_dist.diffusion.samplers import sample_euler, with_guidance
+from diffmoe_dist.config import OBJECTIVE_DEFAULTS, ObjectiveConfig
+from diffmoe_dist.diffusion.objectives import DDPM, RectifiedFlow
+from diffmoe_dist.diffusion.samplers import (
+    Denoiser,
+    Prediction,
+    sample,
+    sample_ddim,
+    sample_ddpm,
+    sample_euler,
+    with_guidance,
+)
 
 DIRECTIONS = ["data_at_one", "noise_at_one"]
 
 
-def gaussian_denoiser(mean: float, std: float, direction: str) -> Callable[[Tensor, Tensor], Tensor]:
+def make_flow(**settings: Any) -> RectifiedFlow:
+    return RectifiedFlow(ObjectiveConfig("flow", **{**OBJECTIVE_DEFAULTS["flow"], **settings}))
+
+
+def gaussian_denoiser(mean: float, std: float, direction: str) -> Denoiser:
     """The expected velocity given z, where the data are N(mean, std^2)."""
 
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
         t = t[:, None, None, None]
         data = t if direction == "data_at_one" else 1 - t
         variance = data**2 * std**2 + (1 - data) ** 2
@@ -24,7 +37,7 @@ def gaussian_denoiser(mean: float, std: float, direction: str) -> Callable[[Tens
         expected_data = mean + data * std**2 * surprise
         expected_noise = (1 - data) * surprise
         velocity = expected_data - expected_noise
-        return velocity if direction == "data_at_one" else -velocity
+        return (velocity if direction == "data_at_one" else -velocity), None
 
     return denoise
 
@@ -33,7 +46,7 @@ def gaussian_denoiser(mean: float, std: float, direction: str) -> Callable[[Tens
 def test_euler_with_the_exact_denoiser_of_a_gaussian_recovers_its_mean_and_variance(direction: str) -> None:
     mean, std, steps = 1.5, 0.4, 400
     noise = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    flow = make_flow(direction=direction)
 
     images = sample_euler(gaussian_denoiser(mean, std, direction), noise, flow, steps)
 
@@ -49,9 +62,9 @@ def test_euler_with_the_exact_denoiser_of_a_gaussian_recovers_its_mean_and_varia
 def test_a_constant_velocity_is_followed_exactly_whatever_the_steps(steps: int, direction: str) -> None:
     noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     data = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction))
+    flow = make_flow(direction=direction)
 
-    images = sample_euler(lambda z, t: flow.target(data, noise), noise, flow, steps)
+    images = sample_euler(lambda z, t: (flow.target(data, noise), None), noise, flow, steps)
 
     assert torch.allclose(images, data, atol=1e-6)
 
@@ -62,12 +75,12 @@ def test_a_constant_velocity_is_followed_exactly_whatever_the_steps(steps: int, 
 def test_euler_asks_at_the_start_of_each_step_for_unscaled_times(direction: str, expected: list[float]) -> None:
     asked: list[Tensor] = []
 
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
         asked.append(t)
-        return torch.zeros_like(z)
+        return torch.zeros_like(z), None
 
     noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    flow = RectifiedFlow(ObjectiveConfig(direction=direction, time_scale=1000.0))
+    flow = make_flow(direction=direction, time_scale=1000.0)
     images = sample_euler(denoise, noise, flow, steps=4)
 
     assert torch.equal(images, noise)
@@ -75,24 +88,25 @@ def test_euler_asks_at_the_start_of_each_step_for_unscaled_times(direction: str,
 
 
 class FakeModel:
-    """Predicts a function of z, t and the label, and remembers the labels it was asked for."""
+    """Predicts a function of z, t and the label, the label as variance, and remembers the labels it was asked for."""
 
     def __init__(self) -> None:
         self.labels: list[list[int]] = []
 
-    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Prediction:
         self.labels.append(y.tolist())
-        return z * (1 + y)[:, None, None, None] + t[:, None, None, None]
+        return z * (1 + y)[:, None, None, None] + t[:, None, None, None], y[:, None, None, None].expand_as(z)
 
 
 def test_guidance_of_scale_one_is_one_pass_with_the_labels() -> None:
     model, labels = FakeModel(), torch.tensor([3, 7])
     z, t = torch.ones(2, 1, 2, 2), torch.tensor([0.1, 0.2])
 
-    prediction = with_guidance(model, labels, null_label=10, scale=1.0)(z, t)
+    prediction, variance = with_guidance(model, labels, null_label=10, scale=1.0)(z, t)
 
     assert model.labels == [[3, 7]]
-    assert torch.equal(prediction, FakeModel()(z, t, labels))
+    assert torch.equal(prediction, FakeModel()(z, t, labels)[0])
+    assert variance is not None and variance[:, 0, 0, 0].tolist() == [3, 7]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.5, 4.0])
@@ -100,19 +114,150 @@ def test_guidance_goes_from_the_null_prediction_past_the_conditional_one(scale: 
     model, labels = FakeModel(), torch.tensor([3, 7])
     z, t = torch.full((2, 1, 2, 2), 2.0), torch.tensor([0.1, 0.2])
 
-    prediction = with_guidance(model, labels, null_label=10, scale=scale)(z, t)
+    prediction, variance = with_guidance(model, labels, null_label=10, scale=scale)(z, t)
 
     # By hand: null 2 * 11 + t, conditional 2 * 4 + t and 2 * 8 + t.
     expected = [22.1 + scale * (8.1 - 22.1), 22.2 + scale * (16.2 - 22.2)]
     assert prediction[:, 0, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
     assert (prediction == prediction[:, :1, :1, :1]).all()
     assert sorted(model.labels) == [[3, 7], [10, 10]]  # two passes: null and conditional tokens share no pool
+    assert variance is not None and variance[:, 0, 0, 0].tolist() == [3, 7]  # the conditional pass's, unguided
 
 
 def test_guidance_acts_on_every_channel() -> None:
     z, t = torch.rand(2, 4, 2, 2, generator=torch.Generator().manual_seed(0)) + 1, torch.zeros(2)
     labels = torch.tensor([3, 7])
 
-    guided = with_guidance(FakeModel(), labels, null_label=10, scale=2.0)(z, t)
+    guided, _ = with_guidance(FakeModel(), labels, null_label=10, scale=2.0)(z, t)
 
     assert torch.allclose(guided, z * torch.tensor([11 - 2 * 7, 11 - 2 * 3.0])[:, None, None, None], atol=1e-5)
+
+
+def alpha_bars() -> list[float]:
+    """Of the steps 0..999, by a loop."""
+    product, bars = 1.0, []
+    for t in range(1000):
+        product *= 1 - (1e-4 + t * (0.02 - 1e-4) / 999)
+        bars.append(product)
+    return bars
+
+
+def gaussian_noise_denoiser(mean: float, std: float, chain: list[int]) -> Denoiser:
+    """The expected noise given z, where the data are N(mean, std^2), and the variance of the true step back.
+
+    Args:
+        chain: the times that are visited, from the last to the first; the steps back are from each to the next.
+    """
+    bars = alpha_bars()
+    before_of = dict(zip(chain, [*chain[1:], -1], strict=True))
+
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
+        assert t.dtype == torch.int64 and (t == t[0]).all()
+        now, before = bars[t[0]], bars[before_of[int(t[0])]] if before_of[int(t[0])] >= 0 else 1.0
+        total = now * std**2 + 1 - now
+        epsilon = math.sqrt(1 - now) * (z - math.sqrt(now) * mean) / total
+        if before == 1.0:
+            return epsilon, torch.zeros_like(z)
+        beta = 1 - now / before
+        # Var(z_before | z_now), where Var(z_now) = total and Cov = sqrt(now / before) Var(z_before)
+        total_before = before * std**2 + 1 - before
+        true = total_before - (now / before) * total_before**2 / total
+        shortest = (1 - before) / (1 - now) * beta
+        fraction = math.log(true / shortest) / math.log(beta / shortest)
+        return epsilon, torch.full_like(z, 2 * fraction - 1)
+
+    return denoise
+
+
+def ddpm_chain(steps: int) -> list[int]:
+    """As the published code spreads them: first and last, and between them the multiples of the stride, rounded."""
+    return [round(step * 999 / (steps - 1)) for step in reversed(range(steps))]
+
+
+def make_generators(count: int, first_seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first_seed + image) for image in range(count)]
+
+
+@pytest.mark.parametrize("steps", [1000, 50, 7])
+@pytest.mark.parametrize("std", [0.4, 1.2])
+def test_ddpm_with_the_exact_denoiser_and_variance_recovers_a_gaussian_on_chains_of_any_length(
+    steps: int, std: float
+) -> None:
+    mean = 1.5  # outside [-1, 1]: nothing may clip it
+    noise = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian_noise_denoiser(mean, std, ddpm_chain(steps))
+
+    images = sample_ddpm(denoise, noise, steps, make_generators(40, first_seed=1))
+
+    # The steps back of a Gaussian are Gaussian and therefore exact, whatever their length. What is left: 40,960
+    # numbers' own mean and deviation, four times std / sqrt(40960) and std / sqrt(81920); and the last step, which adds
+    # no noise and so leaves out a deviation of 0.01.
+    assert images.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(40_960))
+    assert images.std().item() == pytest.approx(std, abs=4 * std / math.sqrt(81_920) + 0.0001)
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(1000, 0.014), (250, 0.04), (50, 0.16)])
+def test_ddim_with_the_exact_denoiser_follows_the_flow_to_a_gaussian(steps: int, tolerance: float) -> None:
+    mean, std = 1.5, 0.4
+    noise = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    chain = list(range(0, 1000, 1000 // steps))[::-1]
+
+    images = sample_ddim(gaussian_noise_denoiser(mean, std, chain), noise, steps)
+
+    # Sample by sample the exact flow is noise -> mean + std * noise. The start, whose mean should be 0.01, costs
+    # 0.01 everywhere; the steps are of first order, up to 7 / steps at 4 deviations.
+    assert (images - (mean + std * noise)).abs().max() < tolerance
+    assert images.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(8000) + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "expected"),
+    [
+        ("ddpm", 4, [999, 666, 333, 0]),
+        ("ddpm", 6, [999, 799, 599, 400, 200, 0]),
+        ("ddim", 4, [750, 500, 250, 0]),
+        ("ddim", 5, [800, 600, 400, 200, 0]),
+    ],
+)
+def test_the_samplers_visit_the_published_times(name: str, steps: int, expected: list[int]) -> None:
+    asked = []
+
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
+        asked.append(t.tolist())
+        return torch.zeros_like(z), torch.zeros_like(z)
+
+    sample(name, denoise, torch.ones(2, 1, 4, 4), DDPM(), steps, make_generators(2))
+
+    assert asked == [[t] * 2 for t in expected]
+
+
+def test_a_ddpm_sample_does_not_depend_on_the_images_beside_it() -> None:
+    noise = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian_noise_denoiser(0.5, 0.4, ddpm_chain(10))
+
+    together = sample("ddpm", denoise, noise, DDPM(), 10, make_generators(5))
+
+    for image in range(5):
+        alone = sample("ddpm", denoise, noise[image : image + 1], DDPM(), 10, make_generators(1, first_seed=image))
+        assert torch.equal(alone[0], together[image])
+    others = sample("ddpm", denoise, noise, DDPM(), 10, make_generators(5, first_seed=9))
+    assert not torch.isclose(others, together).any(), "the noise on the way is the generators'"
+
+
+def test_ddim_draws_nothing_on_the_way() -> None:
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian_noise_denoiser(0.5, 0.4, list(range(900, -1, -100)))
+    generators = make_generators(2)
+
+    first = sample("ddim", denoise, noise, DDPM(), 10, generators)
+    again = sample("ddim", denoise, noise, DDPM(), 10, make_generators(2, first_seed=7))
+
+    assert torch.equal(first, again)
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(generators, make_generators(2), strict=True))
+
+
+def test_euler_is_reached_by_its_name() -> None:
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    flow, denoise = make_flow(), gaussian_denoiser(0.5, 0.4, "data_at_one")
+
+    assert torch.equal(sample("euler", denoise, noise, flow, 5, []), sample_euler(denoise, noise, flow, 5))

@@ -11,6 +11,7 @@ import torch
 from diffmoe_dist.config import Config, build_config, check_world
 from diffmoe_dist.engine.checkpoint import load_fragments
 from diffmoe_dist.engine.sharded_state import Fragment, buffers
+from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT, initialize
 
@@ -41,6 +42,12 @@ def train_all(rank: int, world_size: int, shards: Path, jobs: list[tuple[Path, d
 
 
 def train_one(rank: int, world_size: int, config: Config) -> None:
+    trainer = open_trainer(rank, world_size, config)
+    trainer.train()
+    trainer.close()
+
+
+def open_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.engine.build import build_trainer, find_start, open_data
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
@@ -49,9 +56,7 @@ def train_one(rank: int, world_size: int, config: Config) -> None:
     topology = create_topology(launch, torch.device("cpu"), config.parallel.expert)
     index = open_data(config)
     start = find_start(config, index, world_size)
-    trainer = build_trainer(config, topology, index, start, draw_samples=lambda model: None)  # type: ignore
-    trainer.train()
-    trainer.close()
+    return build_trainer(config, topology, index, start, draw_samples=lambda model: None)  # type: ignore
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import MoEConfig
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routing import ExpertChoiceRouter
+from diffmoe_dist.model.routers import expert_choice
+from tests.model.layers import conditional, pool_choice
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 3, 8, 8, 4
 
 
 def make_layer(capacity: float) -> MoELayer:
-    config = MoEConfig("expert_choice", EXPERTS, capacity=capacity)
-    layer = MoELayer(ExpertChoiceRouter(WIDTH, config, TOKENS), Experts(EXPERTS, WIDTH, 16)).double().train()
+    config = expert_choice.Settings("expert_choice", EXPERTS, capacity=capacity, inference="static")
+    layer = MoELayer(pool_choice(WIDTH, config, TOKENS), Experts(EXPERTS, WIDTH, 16)).double().train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -43,7 +43,7 @@ def test_outputs_and_gradients_equal_a_loop_over_images_and_experts(capacity: fl
     layer = make_layer(capacity)
     x = torch.randn(IMAGES, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     results = []
-    for forward in (lambda x: layer(x)[0], lambda x: slow(layer, x, slots)):
+    for forward in (lambda x: conditional(layer, x)[0], lambda x: slow(layer, x, slots)):
         layer.zero_grad()
         x = x.detach().requires_grad_()
         y = forward(x)
@@ -55,7 +55,7 @@ def test_outputs_and_gradients_equal_a_loop_over_images_and_experts(capacity: fl
 
 
 def test_every_expert_takes_the_same_number_of_tokens_of_every_image() -> None:
-    _, routing = make_layer(1.0)(torch.randn(IMAGES, TOKENS, WIDTH, dtype=torch.float64))
+    _, routing = conditional(make_layer(1.0), torch.randn(IMAGES, TOKENS, WIDTH, dtype=torch.float64))
     counts = torch.zeros(IMAGES, EXPERTS, dtype=torch.int64)
     counts.index_put_((routing.token_index // TOKENS, routing.expert_index), torch.tensor(1), accumulate=True)
     assert (counts == 2).all()
@@ -64,4 +64,4 @@ def test_every_expert_takes_the_same_number_of_tokens_of_every_image() -> None:
 def test_an_image_does_not_depend_on_its_batch_mates() -> None:
     layer = make_layer(1.0).eval()
     x = torch.randn(IMAGES, TOKENS, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(layer(x)[0][1:2], layer(x[1:2])[0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(conditional(layer, x)[0][1:2], conditional(layer, x[1:2])[0], atol=1e-12, rtol=0)

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffmoe_dist.config import MoEConfig
-from diffmoe_dist.model.blocks import Mlp
+from diffmoe_dist.config import build_config
+from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher, MoELayer
-from diffmoe_dist.model.routing import GlobalPoolRouter
+from diffmoe_dist.model.routers import global_pool
+from tests.model.layers import conditional, pool_choice
 
-CONFIG = MoEConfig(
+CONFIG = global_pool.Settings(
     router="global_pool",
     num_experts=4,
     capacity=1.0,
@@ -28,8 +30,8 @@ CONFIG = MoEConfig(
 TOLERANCE = 2e-6
 
 
-def make_experts(experts: int, width: int, hidden: int, seed: int = 0) -> Experts:
-    module = Experts(experts, width, hidden)
+def make_experts(experts: int, width: int, hidden: int, seed: int = 0, activation: str = "gelu") -> Experts:
+    module = Experts(experts, width, hidden, activation)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -37,9 +39,11 @@ def make_experts(experts: int, width: int, hidden: int, seed: int = 0) -> Expert
     return module
 
 
-def make_layer(config: MoEConfig = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16) -> MoELayer:
+def make_layer(
+    config: global_pool.Settings = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16
+) -> MoELayer:
     assert config.num_experts is not None
-    router = GlobalPoolRouter(width, config, tokens_per_sample)
+    router = pool_choice(width, config, tokens_per_sample)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -68,29 +72,38 @@ def loop_over_experts(experts: Experts, x_RD: Tensor, counts: list[int], cotange
     x = x_RD.clone().requires_grad_()
     parts = []
     for e, rows in enumerate(x.split(counts)):
-        h = F.gelu(rows @ experts.w1[e] + experts.b1[e], approximate="tanh")
-        parts.append(h @ experts.w2[e] + experts.b2[e])
+        if experts.activation == "swiglu":
+            hidden = experts.w2.shape[1]
+            gate, up = rows @ experts.w1[e, :, :hidden], rows @ experts.w1[e, :, hidden:]
+            parts.append((gate * torch.sigmoid(gate) * up) @ experts.w2[e])
+        else:
+            h = F.gelu(rows @ experts.w1[e] + experts.b1[e], approximate="tanh")
+            parts.append(h @ experts.w2[e] + experts.b2[e])
     output = torch.cat(parts)
     return [output.detach(), *torch.autograd.grad(output, [x, *experts.parameters()], cotangent)]
 
 
-def test_the_batched_path_equals_the_grouped_path_and_a_loop_over_the_experts() -> None:
-    experts, x, cotangent = make_experts(4, 8, 16), random(20, 8, seed=2), random(20, 8, seed=3)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_the_batched_path_equals_the_grouped_path_and_a_loop_over_the_experts(activation: str) -> None:
+    experts = make_experts(4, 8, 16, activation=activation)
+    x, cotangent = random(20, 8, seed=2), random(20, 8, seed=3)
     counts = torch.full((4,), 5)
 
     batched = forward_backward(experts, ExpertInput(x, counts, uniform=5), cotangent)
     grouped = forward_backward(experts, ExpertInput(x, counts, uniform=None), cotangent)
     looped = loop_over_experts(experts, x, [5] * 4, cotangent)
 
-    assert len(batched) == 6
+    assert len(batched) == (6 if activation == "gelu" else 4)
     for one, two, three in zip(batched, grouped, looped, strict=True):
         assert_close(one, three)
         assert_close(two, three)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("counts", [[3, 0, 7, 2], [0, 0, 12, 0], [0, 5, 7, 0], [1, 1, 1, 9]])
-def test_the_grouped_path_equals_a_loop_over_the_experts_for_uneven_counts(counts: list[int]) -> None:
-    experts, x, cotangent = make_experts(4, 8, 16), random(12, 8, seed=2), random(12, 8, seed=3)
+def test_the_grouped_path_equals_a_loop_over_the_experts_for_uneven_counts(counts: list[int], activation: str) -> None:
+    experts = make_experts(4, 8, 16, activation=activation)
+    x, cotangent = random(12, 8, seed=2), random(12, 8, seed=3)
 
     grouped = forward_backward(experts, ExpertInput(x, torch.tensor(counts), uniform=None), cotangent)
     looped = loop_over_experts(experts, x, counts, cotangent)
@@ -130,7 +143,7 @@ def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
     x, cotangent = random(4, 6, 8, seed=2), random(4, 6, 8, seed=3)
     x_moe, x_dense = x.clone().requires_grad_(), x.clone().requires_grad_()
 
-    output, routing = layer(x_moe)
+    output, routing = conditional(layer, x_moe)
     output.backward(cotangent)
     expected = dense(x_dense)
     expected.backward(cotangent)
@@ -149,7 +162,7 @@ def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
 def test_a_token_that_no_expert_takes_gets_zero_and_the_others_do_not() -> None:
     layer = make_layer(replace(CONFIG, capacity=0.5))
 
-    output, routing = layer(random(4, 6, 8, seed=2))
+    output, routing = conditional(layer, random(4, 6, 8, seed=2))
 
     taken = torch.zeros(24, dtype=torch.bool)
     taken[routing.token_index] = True
@@ -161,7 +174,7 @@ def test_a_token_of_several_experts_gets_the_sum_of_gate_times_result() -> None:
     layer = make_layer(replace(CONFIG, capacity=4.0))  # every expert takes every token
     x = random(4, 6, 8, seed=2)
 
-    output = layer(x)[0].detach()
+    output = conditional(layer, x)[0].detach()
 
     gates = (x.flatten(0, 1) @ layer.router.gate_weight.T).softmax(dim=1)
     results = []
@@ -174,7 +187,7 @@ def test_a_token_of_several_experts_gets_the_sum_of_gate_times_result() -> None:
 def test_the_layer_keeps_the_type_and_shape_of_its_input() -> None:
     layer = make_layer().bfloat16()
 
-    output, routing = layer(random(4, 6, 8, seed=2).bfloat16())
+    output, routing = conditional(layer, random(4, 6, 8, seed=2).bfloat16())
 
     assert output.dtype == torch.bfloat16 and output.shape == (4, 6, 8)
     assert routing.gate.dtype == torch.float32
@@ -184,10 +197,10 @@ def test_a_local_training_step_takes_the_batched_path() -> None:
     layer = make_layer()
     x_TD = random(24, 8, seed=2)
 
-    rows, _ = LocalDispatcher().dispatch(x_TD, layer.router(x_TD))
+    rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.router, x_TD))
     assert rows.uniform == 6 and len(rows.x_RD) == 24
 
-    rows, _ = LocalDispatcher().dispatch(x_TD, layer.eval().router(x_TD))
+    rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.eval().router, x_TD))
     assert rows.uniform is None
 
 
@@ -219,7 +232,7 @@ def test_nothing_as_large_as_a_copy_of_the_tokens_for_every_expert_is_made(rule:
     layer.router.threshold.copy_(predicted.quantile(0.85, dim=0))  # a sixth of the tokens for every expert
 
     with LargestTensor() as largest:
-        output, routing = layer(x)
+        output, routing = conditional(layer, x)
         loss = output.square().sum() + sum(routing.losses.values())
         loss.backward()
 
@@ -237,3 +250,32 @@ def test_the_size_recorder_sees_a_copy_of_the_tokens_for_every_expert() -> None:
         product.sum().backward()
 
     assert forward.elements == backward.elements == 16 * 128 * 8
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_shared_experts_add_their_sum_to_every_token_whatever_the_router(activation: str) -> None:
+    settings = {"num_experts": 4, "activation": activation}
+    models = {}
+    for shared in (0, 2):
+        config = build_config(
+            {"run_dir": "r", "data": {"shards": "s"}, "model": {"depth": 2, "hidden_size": 8, "num_heads": 2}},
+            {"moe": {"router": "global_pool", "shared_experts": shared, **settings}},
+        )
+        models[shared] = DiT(config)
+        initialize(models[shared], 0)
+    without, with_two = models[0].moe_layers[0], models[2].moe_layers[0]
+    x = random(2, 256, 8, seed=1)
+    extra = conditional(with_two, x)[0] - conditional(without, x)[0]
+
+    assert with_two.shared is not None
+    total = torch.zeros(2, 256, 8)
+    for half in (slice(0, 32), slice(32, 64)):  # each shared expert is one half of the hidden units
+        if activation == "gelu":
+            h = F.gelu(
+                F.linear(x, with_two.shared.fc1.weight[half], with_two.shared.fc1.bias[half]), approximate="tanh"
+            )
+            total = total + F.linear(h, with_two.shared.fc2.weight[:, half], with_two.shared.fc2.bias / 2)
+        else:
+            gate, up = (F.linear(x, w.weight[half]) for w in (with_two.shared.gate_proj, with_two.shared.up_proj))
+            total = total + F.linear(F.silu(gate) * up, with_two.shared.down_proj.weight[:, half])
+    assert_close(extra.detach(), total.detach(), 1e-5)  # a difference of two fp32 sums

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import MoEConfig, expert_slots
+from diffmoe_dist.config import Config, ModelConfig, expert_slots
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routing import GlobalPoolRouter, LocalPool
+from diffmoe_dist.model.routers import expert_choice, global_pool
+from diffmoe_dist.model.routing import LocalPool
+from tests.model.layers import conditional, pool_choice
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
 
 IMAGES, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 16, 4
 THRESHOLDS = [0.45, 0.5, 0.55, 0.6]
-CONFIG = MoEConfig(
+CONFIG = global_pool.Settings(
     router="global_pool",
     num_experts=EXPERTS,
     capacity=1.0,
@@ -29,10 +31,10 @@ CONFIG = MoEConfig(
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
 
-def make_layer(config: MoEConfig = CONFIG) -> MoELayer:
+def make_layer(config: global_pool.Settings = CONFIG) -> MoELayer:
     generator = torch.Generator().manual_seed(1)
     assert config.num_experts is not None
-    layer = MoELayer(GlobalPoolRouter(WIDTH, config, TOKENS), Experts(config.num_experts, WIDTH, HIDDEN))
+    layer = MoELayer(pool_choice(WIDTH, config, TOKENS), Experts(config.num_experts, WIDTH, HIDDEN))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             scale = 1.0 if "router" in name else 0.5
@@ -59,12 +61,12 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float((actual.double() - expected).abs().max() / scale) <= tolerance
 
 
-def run_both(config: MoEConfig, kind: str, rule: str) -> tuple[MoELayer, dict[str, Tensor], ReferenceResult]:
+def run_both(config: global_pool.Settings, kind: str, rule: str) -> tuple[MoELayer, dict[str, Tensor], ReferenceResult]:
     """The layer and the reference, forward and backward; returns the reference's leaves, and `x.grad` of the layer."""
     layer = make_layer(config).train(rule == "training")
     x = make_tokens(kind).requires_grad_()
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
-    output, routing = layer(x.view(IMAGES, TOKENS, WIDTH))
+    output, routing = conditional(layer, x.view(IMAGES, TOKENS, WIDTH))
     loss = (output.flatten(0, 1) * cotangent).sum()
     if rule == "training":
         loss = loss + routing.losses["capacity"]
@@ -114,6 +116,21 @@ def test_training_equals_the_slow_reference_forward_and_backward(pool: str, kind
         assert parameter.grad is not None and leaves[name].grad is not None, name
         assert_close(parameter.grad, leaves[name].grad, GRADIENT_TOLERANCE)
     assert_close(leaves["x.grad"], leaves["x"].grad, GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["different", "five rows repeated"])
+@pytest.mark.parametrize("pool", ["global", "sample"])
+def test_the_constant_rule_is_the_count_rule_with_one_threshold_for_all_experts(pool: str, kind: str) -> None:
+    constant = replace(CONFIG, pool=pool, inference="constant", constant_threshold=0.5)
+    by_constant = make_layer(constant).eval()
+    by_count = make_layer(replace(CONFIG, pool=pool, inference="count")).eval()
+    by_count.router.threshold.fill_(0.5)
+    x = make_tokens(kind).view(IMAGES, TOKENS, WIDTH)
+    output, routing = conditional(by_constant, x)
+    assert torch.equal(output, conditional(by_count, x)[0])
+    assert 0 < float(routing.stats.capacity) < EXPERTS
+    everything = make_layer(replace(constant, constant_threshold=0.0)).eval()
+    assert float(conditional(everything, x)[1].stats.capacity) == EXPERTS, "the papers' interval begins at C = N"
 
 
 @pytest.mark.parametrize("rule", ["threshold", "count", "static"])
@@ -178,7 +195,7 @@ def test_an_expert_that_wants_no_token_or_every_token_gets_just_that(
     layer.router.threshold[1] = 2.0 if above == "none" else -1.0
     x = make_tokens().view(IMAGES, TOKENS, WIDTH).requires_grad_()
 
-    output, routing = layer(x)
+    output, routing = conditional(layer, x)
     output.sum().backward()
 
     assert routing.stats.tokens_per_expert[1] == expected
@@ -193,7 +210,7 @@ def test_where_no_expert_wants_a_token_the_layer_returns_zeros(rule: str) -> Non
     layer.router.threshold.fill_(2.0)
     x = make_tokens().view(IMAGES, TOKENS, WIDTH).requires_grad_()
 
-    output, routing = layer(x)
+    output, routing = conditional(layer, x)
     output.sum().backward()
 
     assert not output.any() and not routing.stats.capacity
@@ -212,8 +229,8 @@ def test_an_expert_has_the_whole_part_of_tokens_over_experts_times_capacity_slot
 
 def test_a_training_forward_fills_the_slots_of_its_pool() -> None:
     config = replace(CONFIG, num_experts=5, capacity=1.5)
-    of_the_batch = make_layer(config)(make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
-    of_an_image = make_layer(replace(config, pool="sample"))(make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
+    of_the_batch = conditional(make_layer(config), make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
+    of_an_image = conditional(make_layer(replace(config, pool="sample")), make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
 
     assert of_the_batch.stats.tokens_per_expert.tolist() == [7] * 5  # int(24 / 5 * 1.5)
     assert of_an_image.stats.tokens_per_expert.tolist() == [4] * 5  # 4 images, int(6 / 5 * 1.5) each
@@ -229,7 +246,7 @@ def test_not_a_number_still_chooses_exactly_as_many_tokens(rule: str, where: str
     rows = [0, 7, 8] if where == "some tokens" else list(range(len(x)))
     x[rows] = torch.nan
 
-    routing = layer.router(x)
+    routing = conditional(layer.router, x)
 
     numbers = len(x) - len(rows)
     expected = numbers if rule == "count" else len(x) // EXPERTS
@@ -247,7 +264,7 @@ def test_not_a_number_reaches_the_output_of_a_full_pool() -> None:
     x = make_tokens()
     x[3] = torch.nan
 
-    output, _ = layer(x.view(IMAGES, TOKENS, WIDTH))
+    output, _ = conditional(layer, x.view(IMAGES, TOKENS, WIDTH))
 
     assert output.view(-1, WIDTH).isnan().any(dim=1).nonzero()[:, 0].tolist() == [3]
 
@@ -293,7 +310,7 @@ def test_a_forward_pass_proposes_a_threshold_and_leaves_the_state_alone() -> Non
     router = make_layer().router
     before = router.threshold.clone()
 
-    routing = router(make_tokens())
+    routing = conditional(router, make_tokens())
 
     assert torch.equal(router.threshold, before) and router.threshold_updates == 0
     assert routing.stats.proposed_threshold is not None and not routing.stats.proposed_threshold.requires_grad
@@ -311,7 +328,7 @@ def test_the_proposal_is_the_kth_largest_predicted_probability() -> None:
     x = torch.zeros(24, WIDTH)
     x[:, 0] = torch.arange(24)
 
-    proposal = router(x).stats.proposed_threshold
+    proposal = conditional(router, x).stats.proposed_threshold
 
     expected = [1 / (1 + math.exp(-12)), 1 / (1 + math.exp(11))]  # 12 slots: from 23 down to 12, from 0 down to -11
     assert proposal.tolist() == pytest.approx(expected, rel=1e-5)
@@ -321,8 +338,8 @@ def test_image_pools_propose_the_mean_of_their_probabilities_however_the_images_
     layer = make_layer(replace(CONFIG, pool="sample"))
     x = make_tokens()
 
-    together = layer.router(x).stats.proposed_threshold
-    apart = torch.stack([layer.router(share).stats.proposed_threshold for share in x.chunk(2)]).mean(dim=0)
+    together = conditional(layer.router, x).stats.proposed_threshold
+    apart = torch.stack([conditional(layer.router, share).stats.proposed_threshold for share in x.chunk(2)]).mean(dim=0)
 
     weights = double_weights(dict(layer.named_parameters()))
     assert_close(apart, moe_layer_over_pools(x.double(), weights, 1.0, TOKENS).kth_probability, FORWARD_TOLERANCE)
@@ -335,8 +352,8 @@ def test_a_threshold_sample_does_not_depend_on_its_batch_mates_but_a_counted_one
     for rule in ("threshold", "count"):
         layer = make_layer(replace(CONFIG, inference=rule)).eval()
         with torch.no_grad():
-            together, _ = layer(x)
-            alone = torch.cat([layer(image[None])[0] for image in x])
+            together, _ = conditional(layer, x)
+            alone = torch.cat([conditional(layer, image[None])[0] for image in x])
         difference[rule] = float((together - alone).abs().max() / together.abs().max())
 
     assert difference["threshold"] < FORWARD_TOLERANCE
@@ -347,7 +364,7 @@ def test_the_predictor_loss_sends_no_gradient_into_the_tokens_or_the_gate() -> N
     layer = make_layer()
     x = make_tokens().requires_grad_()
 
-    layer.router(x).losses["capacity"].backward()
+    conditional(layer.router, x).losses["capacity"].backward()
 
     assert x.grad is None and layer.router.gate_weight.grad is None
     assert all(p.grad is not None and p.grad.any() for p in layer.router.capacity_predictor.parameters())
@@ -355,7 +372,7 @@ def test_the_predictor_loss_sends_no_gradient_into_the_tokens_or_the_gate() -> N
 
 def test_assignments_are_by_expert_and_then_by_token() -> None:
     for mode, rule in ((True, "static"), (False, "threshold"), (False, "count"), (False, "static")):
-        routing = make_layer(replace(CONFIG, inference=rule)).train(mode).router(make_tokens())
+        routing = conditional(make_layer(replace(CONFIG, inference=rule)).train(mode).router, make_tokens())
         pairs = list(zip(routing.expert_index.tolist(), routing.token_index.tolist(), strict=True))
         assert pairs == sorted(set(pairs))
         assert len(pairs) == int(routing.stats.tokens_per_expert.sum())
@@ -366,18 +383,51 @@ def test_the_router_decides_in_fp32_for_a_bf16_token() -> None:
     x = make_tokens().bfloat16()
 
     layer.router.capacity_predictor.bfloat16()
-    routing = layer.router(x)
+    routing = conditional(layer.router, x)
 
     assert routing.gate.dtype == torch.float32 and routing.losses["capacity"].dtype == torch.float32
     # Multiples of 1/8 are exact in bf16, so the fp32 router takes the same tokens with the same gates.
-    exact = make_layer().router(x.float())
+    exact = conditional(make_layer().router, x.float())
     assert torch.equal(routing.token_index, exact.token_index) and torch.equal(routing.gate, exact.gate)
 
 
 def test_a_pool_too_small_for_one_slot_gives_no_expert_a_token_at_inference() -> None:
-    config = MoEConfig("global_pool", 8, capacity=1.0, pool="sample", inference="static", threshold_decay=0.95)
-    layer = MoELayer(GlobalPoolRouter(16, config, tokens_per_sample=6), Experts(8, 16, 32)).eval()
+    config = global_pool.Settings(
+        "global_pool", 8, capacity=1.0, pool="sample", inference="static", threshold_decay=0.95
+    )
+    layer = MoELayer(pool_choice(16, config, tokens_per_sample=6), Experts(8, 16, 32)).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    y, routing = layer(torch.randn(2, 6, 16))
+    y, routing = conditional(layer, torch.randn(2, 6, 16))
     assert not y.any() and int(routing.stats.tokens_per_expert.sum()) == 0
+
+
+def test_the_capacity_schedule_starts_with_all_experts_and_falls_linearly_to_the_capacity() -> None:
+    settings = replace(CONFIG, capacity_schedule=(2, 4))
+    # The published code's schedule for four experts and these bounds, counted from step 0.
+    assert [settings.capacity_at(step) for step in range(7)] == [4.0, 4.0, 4.0, 2.5, 1.0, 1.0, 1.0]
+    assert [replace(CONFIG, capacity_schedule=(2, 2)).capacity_at(step) for step in (1, 2)] == [4.0, 1.0]
+    assert CONFIG.capacity_at(0) == 1.0
+
+
+def test_training_follows_the_schedule_and_inference_does_not() -> None:
+    layer = make_layer(replace(CONFIG, capacity_schedule=(2, 4), inference="static"))
+    x = make_tokens().view(IMAGES, TOKENS, WIDTH)
+    capacities = []
+    for step in (0, 3, 4):
+        layer.router.start_step(step)
+        capacities.append(float(conditional(layer.train(), x)[1].stats.capacity))
+        assert float(conditional(layer.eval(), x)[1].stats.capacity) == 1.0
+    assert capacities == [4.0, 2.5, 1.0]
+
+
+def test_expert_choice_with_a_predictor_is_the_pool_of_one_image_under_every_rule() -> None:
+    for rule in ("threshold", "count", "static"):
+        own = expert_choice.Settings("expert_choice", EXPERTS, capacity_predictor=True, inference=rule)
+        own.resolve(Config(model=ModelConfig(depth=2, hidden_size=WIDTH, num_heads=2)))
+        layers = [make_layer(own), make_layer(replace(CONFIG, pool="sample", inference=rule))]  # type: ignore[arg-type]
+        x = make_tokens().view(IMAGES, TOKENS, WIDTH)
+        for mode in (True, False):
+            (y, ours), (expected, theirs) = (conditional(layer.train(mode), x) for layer in layers)
+            assert torch.equal(y, expected) and torch.equal(ours.token_index, theirs.token_index)
+            assert ours.losses == theirs.losses

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import MoEConfig
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routing import TokenChoiceRouter
+from diffmoe_dist.model.routers import token_choice
 from diffmoe_dist.model.routing_losses import balance_loss
+from tests.model.layers import conditional
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 2, 6, 8, 4
 
 
 def make_layer(top_k: int) -> MoELayer:
-    config = MoEConfig("token_choice", EXPERTS, top_k=top_k, balance_loss_weight=0.01)
-    layer = MoELayer(TokenChoiceRouter(WIDTH, config), Experts(EXPERTS, WIDTH, 16)).train()
+    config = token_choice.Settings("token_choice", EXPERTS, top_k=top_k, balance_loss_weight=0.01)
+    layer = MoELayer(token_choice.TokenChoice(WIDTH, config), Experts(EXPERTS, WIDTH, 16)).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -42,7 +42,7 @@ def slow(layer: MoELayer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def fast(layer: MoELayer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    y, routing = layer(x)
+    y, routing = conditional(layer, x)
     return y, routing.losses["balance"]
 
 
@@ -65,13 +65,13 @@ def test_every_token_has_exactly_k_experts_and_equal_scores_go_to_the_lower_expe
     layer = make_layer(top_k=2)
     with torch.no_grad():
         layer.router.gate_weight.zero_()  # all scores equal
-    _, routing = layer(torch.ones(IMAGES, TOKENS, WIDTH))
+    _, routing = conditional(layer, torch.ones(IMAGES, TOKENS, WIDTH))
     assert routing.stats.tokens_per_expert.tolist() == [IMAGES * TOKENS, IMAGES * TOKENS, 0, 0]
     assert float(routing.stats.capacity) == 2.0
 
 
 def test_assignments_are_ordered_by_expert_and_then_by_token() -> None:
-    _, routing = make_layer(top_k=2)(torch.randn(IMAGES, TOKENS, WIDTH))
+    _, routing = conditional(make_layer(top_k=2), torch.randn(IMAGES, TOKENS, WIDTH))
     pairs = list(zip(routing.expert_index.tolist(), routing.token_index.tolist(), strict=True))
     assert pairs == sorted(pairs)
 
@@ -84,5 +84,5 @@ def test_the_balance_loss_is_one_when_even_and_n_when_all_choose_one() -> None:
 
 
 def test_at_inference_there_is_no_loss() -> None:
-    _, routing = make_layer(1).eval()(torch.randn(IMAGES, TOKENS, WIDTH))
+    _, routing = conditional(make_layer(1).eval(), torch.randn(IMAGES, TOKENS, WIDTH))
     assert routing.losses == {}

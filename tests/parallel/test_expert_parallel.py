@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import pytest
@@ -10,9 +9,11 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.launch import Launch
-from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import Topology
 from tests.distributed import run_ranks
+from tests.model.layers import conditional
+from tests.parallel.weights import fill_by_name
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
 
 WIDTH, EXPERTS, TOKENS_PER_IMAGE, IMAGES = 8, 4, 4, 8  # images of the whole batch
@@ -49,17 +50,7 @@ def make_config(expert: int, pool: str, rule: str = "threshold", exchange: str =
 
 @torch.no_grad()
 def fill(model: DiT) -> None:
-    """Initialise, then give every parameter noise that is a function of its name and its experts alone."""
-    initialize(model, seed=3)
-    for name, parameter in model.named_parameters():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        generator = torch.Generator().manual_seed(seed)
-        if ".experts." in name:
-            first = model.get_submodule(name.rpartition(".")[0]).first
-            noise = torch.randn(EXPERTS, *parameter.shape[1:], generator=generator)[first : first + len(parameter)]
-        else:
-            noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_(noise * 0.3)
+    fill_by_name(model, EXPERTS)
     for layer in model.moe_layers:
         # Multiples of 1/8, like the tokens: the affinities are exact, so equal tokens tie on every rank.
         layer.router.gate_weight.mul_(16).round_().div_(8)
@@ -96,7 +87,7 @@ def run_layer(layer: Any, x: Tensor, cotangent: Tensor, ranks: int) -> dict[str,
     uniform = []
     hook = layer.experts.register_forward_pre_hook(lambda _, inputs: uniform.append(inputs[0].uniform))
     x = x.clone().requires_grad_()
-    output, routing = layer(x.view(-1, TOKENS_PER_IMAGE, WIDTH))
+    output, routing = conditional(layer, x.view(-1, TOKENS_PER_IMAGE, WIDTH))
     hook.remove()
     loss = (output.flatten(0, 1) * cotangent).sum()
     for value in routing.losses.values():  # means over tokens

@@ -1,0 +1,87 @@
+"""Read published weights, export ours: `python -m diffmoe_dist.convert --from LAYOUT FILE --config FILE --out DIR`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from diffmoe_dist.config import load_config
+from diffmoe_dist.errors import CommandParser, UserError, run_command
+
+DESCRIPTION = """\
+Make a folder of weights (model.safetensors and config.json) from a file of a published code base or from a checkpoint
+of our own. load_model, diffmoe_dist.sample --checkpoint and train.initial_weights take such a folder.
+
+  python -m diffmoe_dist.convert --from dit DiT-XL-2-256x256.pt --config FILE --out weights/dit-xl
+  python -m diffmoe_dist.convert --from diffmoe 0700000.pt --config FILE moe.inference=count --out weights/diffmoe
+  python -m diffmoe_dist.convert --from promoe ckpt_step_500000.pth --config FILE --weights ema --out weights/promoe
+  python -m diffmoe_dist.convert --to safetensors --checkpoint runs/demo --out weights/demo
+
+--from says whose names the file uses: dit (DiT, SiT), diffmoe (DiffMoE and its dense, TC-DiT and EC-DiT baselines) or
+promoe. --config FILE [key=value ...] says which model it holds. Every tensor must be used and none may be missing; the
+first that does not fit is named, and nothing is written. What tensors do not show is yours to set:
+  model.num_heads; model.learn_sigma=true (published models have learned variances)
+  objective.*: DiT's have name=ddpm, DiffMoE's direction=data_at_one and time_scale=1, ProMoE's noise_at_one and 1000
+  moe.top_k, moe.scores, moe.capacity; moe.inference=count, the rule of DiffMoE's published code
+moe.threshold_decay is taken from the file. The averaged thresholds of a young DiffMoE file are too low, for its code
+averages them twice, starting from zero; diffmoe_dist.sample --recalibrate finds them anew, and moe.inference=static
+or constant does not use them.
+
+--upcycle starts a mixture of experts from a dense model: --from dit FILE --config MOE_CONFIG. The experts of a layer
+are all copies of that block's feed-forward layer, the shared and the unconditional one too; the routers start as the
+seed says. Where a token's gates do not add up to 1, as they do with token_choice and top_k=num_experts, the start is
+not what the dense model computes, and the loss begins higher. FILE may also be the model.safetensors of a dense run of
+ours. Train on with train.initial_weights=DIR.
+
+Files are read without executing anything in them.
+"""
+
+
+def main() -> None:
+    parser = CommandParser(prog="diffmoe_dist.convert", description=DESCRIPTION)
+    parser.add_argument(
+        "--from", dest="published", nargs=2, metavar=("LAYOUT", "FILE"), help="dit, diffmoe or promoe, and the file"
+    )
+    parser.add_argument("--config", metavar="FILE", help="with --from: YAML settings of the model; configs/ has some")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    parser.add_argument("--upcycle", action="store_true", help="with --from dit: make the experts of dense layers")
+    parser.add_argument("--to", choices=["safetensors"], help="export a checkpoint of our own")
+    parser.add_argument("--checkpoint", metavar="DIR", help="with --to: a run folder (its newest) or a step folder")
+    parser.add_argument(
+        "--weights", choices=["ema", "model"], help="averaged or not, where there are both (default: ema)"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet, or an empty one")
+    arguments = parser.parse_intermixed_args()
+    published, out = arguments.published, Path(arguments.out)
+    if (published is None) == (arguments.to is None):
+        raise UserError(
+            "give one of --from {dit,diffmoe,promoe} FILE and --to safetensors; see diffmoe_dist.convert --help"
+        )
+    if published is None:
+        for name, given in {"--config": arguments.config, "--upcycle": arguments.upcycle}.items():
+            if given:
+                raise UserError(f"{name} has no effect with --to, whose checkpoint has its settings; leave it out")
+        if arguments.overrides:
+            raise UserError(f"{arguments.overrides[0]} has no effect with --to; leave it out")
+        if arguments.checkpoint is None:
+            raise UserError("--to safetensors needs --checkpoint DIR, a run folder or a step folder")
+        from diffmoe_dist.engine.conversion import export_checkpoint
+
+        source = export_checkpoint(arguments.checkpoint, out, arguments.weights)
+        sys.stdout.write(f"{source} ({arguments.weights or 'ema'}) is now in {out}\n")
+        return
+    layout, file = published
+    if arguments.checkpoint is not None:
+        raise UserError("--checkpoint has no effect with --from, which names its file; leave it out")
+    if arguments.config is None:
+        raise UserError(f"--from {layout} needs --config FILE, the settings of the model that {file} holds")
+    config = load_config(arguments.config, arguments.overrides, training=False)
+
+    from diffmoe_dist.engine.conversion import convert_published
+
+    taken = convert_published(layout, Path(file), config, out, arguments.weights, arguments.upcycle)
+    sys.stdout.write(f"{file}{'' if taken == 'only' else f' ({taken})'} is now in {out}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,160 @@
+"""From the files of published code bases, and from our own checkpoints, to a folder of weights."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.data.index import file_sha256
+from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
+from diffmoe_dist.engine.sharded_state import EMA, MASTER
+from diffmoe_dist.engine.weights import check_out, write_weights
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.published import check_tensors, correspondence, fill, threshold_decay
+
+# Where the code bases keep the two sets of weights in a training checkpoint.
+_KEYS = {"ema": ("ema", "ema_model_state_dict"), "model": ("model", "model_state_dict")}
+
+
+def convert_published(
+    layout: str, file: Path, config: Config, out: Path, weights: str | None = None, upcycle: bool = False
+) -> str:
+    """Write the weights of a published file as a folder of ours.
+
+    A decay of thresholds in the file becomes `moe.threshold_decay` of the folder's settings.
+
+    Args:
+        layout: a key of `published.LAYOUTS`.
+        config: the model that the file holds, or with `upcycle` the one that its dense model is to become.
+        weights: "ema" or "model", of a file that holds several; default: the averaged ones where it has them.
+
+    Returns:
+        Which weights were taken: "ema", "model" or "only".
+
+    Raises:
+        UserError: the file or `out` is not as it should be; nothing is written then.
+    """
+    check_out(out)
+    with torch.device("meta"):
+        model = DiT(config)
+    parts = correspondence(layout, config, {name: value.shape for name, value in model.state_dict().items()}, upcycle)
+    published, taken = read_state_dict(file, weights)
+    check_tensors(parts, published, str(file))
+    decay = threshold_decay(parts, published, str(file))
+    if decay is not None:
+        config.moe.threshold_decay = decay  # type: ignore[attr-defined]
+    model.to_empty(device="cpu")
+    if upcycle:
+        initialize(model, config.seed)  # the routers; everything else is overwritten
+    fill(model.state_dict(), parts, published)
+    source = {"layout": layout, "file": file.name, "sha256": file_sha256(file), "weights": taken, "upcycled": upcycle}
+    write_weights(out, model.state_dict(), config, source)
+    return taken
+
+
+def export_checkpoint(directory: str | Path, out: Path, weights: str | None = None) -> Path:
+    """Write the weights of one of our checkpoints as a folder.
+
+    Args:
+        directory: a run folder (its newest checkpoint) or a step folder.
+        weights: "ema" (default) or "model", the fp32 weights that the optimizer works on.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or `out` is not empty.
+    """
+    check_out(out)
+    checkpoint = find_checkpoint(directory)
+    taken = weights or "ema"
+    model, config = read_checkpoint_model(checkpoint, "cpu", {"ema": EMA, "model": MASTER}[taken])
+    progress = read_progress(checkpoint)
+    source = {
+        "checkpoint": checkpoint.name,
+        "step": progress.step,
+        "images_seen": progress.images_seen,
+        "sha256": _folder_sha256(checkpoint),
+        "weights": taken,
+    }
+    write_weights(out, model.state_dict(), config, source)
+    return checkpoint
+
+
+def read_state_dict(path: Path, weights: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file by name, and which weights they are: "ema", "model", or "only" where it holds one set.
+
+    The file is one of torch.save, of a state dict or of a training checkpoint, or one of safetensors. Nothing in it is
+    executed.
+
+    Raises:
+        UserError: it is none of these, or does not hold the weights asked for.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give one of torch.save or of safetensors")
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} holds a {type(content).__name__}, no state dict; save the model's state_dict()")
+    held = {kind: content[key] for kind, keys in _KEYS.items() for key in keys if isinstance(content.get(key), dict)}
+    if not held:
+        if weights is not None:
+            raise UserError(f"--weights {weights}: {path} holds one set of weights; leave it out")
+        return _only_tensors(path, content), "only"
+    taken = weights or ("ema" if "ema" in held else "model")
+    if taken not in held:
+        raise UserError(f"--weights {taken}: {path} holds no such weights, only --weights {next(iter(held))}")
+    return _only_tensors(path, held[taken]), taken
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no file of safetensors, or damaged ({error}); fetch it again") from None
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        # DiffMoE's trainer keeps its command line in its checkpoints: an object of plain attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can fail in any way
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(
+                f"{path} names {refused[1]}, which could be code, so it is not loaded; where the file came from, save "
+                "the state dict alone: torch.save(checkpoint['ema'], FILE)"
+            ) from None
+        reason = " ".join(str(error).split(".")[0].split())
+        raise UserError(
+            f"{path} is no file of torch.save, or damaged ({type(error).__name__}: {reason}); fetch it again"
+        ) from None
+
+
+def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(
+                f"{path}: {name} is a {type(value).__name__}, no tensor, and there is no ema or model beside it; save "
+                "the model's state_dict()"
+            )
+    return content
+
+
+def _folder_sha256(folder: Path) -> str:
+    """Of the names and the content of all files: `sha256sum` of the output of `sha256sum` on them in order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,246 @@
+"""Weights apart from any run: a folder of two files, which other programs can read too.
+
+weights/demo/
+    model.safetensors   every parameter and buffer of the model, fp32 but for counters
+    config.json         the format, the resolved settings, where the weights come from, SHA-256 sums
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffmoe_dist.config import Config, build_config
+from diffmoe_dist.data.index import file_sha256
+from diffmoe_dist.engine.checkpoint import (
+    find_checkpoint,
+    flush_directory,
+    read_checkpoint_model,
+    refuse_other_model,
+    write_durably,
+)
+from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT
+
+FORMAT = "diffmoe-weights"
+VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def find_model(directory: str | Path) -> Path:
+    """What `read_model` can read: a folder of weights, or the checkpoint meant by a run or step folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory = Path(directory)
+    return directory if _is_weights_folder(directory) else find_checkpoint(directory)
+
+
+def read_model(folder: Path, device: str | torch.device, overrides: Sequence[str] = ()) -> tuple[DiT, Config]:
+    """The model of a folder of weights, or the averaged one of a checkpoint, in eval mode, and its settings.
+
+    Args:
+        overrides: key=value, applied to the settings.
+
+    Raises:
+        UserError: the folder is damaged, or an override is not possible.
+    """
+    if _is_weights_folder(folder):
+        return _read_weights(folder, device, overrides)
+    return read_checkpoint_model(folder, device, overrides=overrides)
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder to write to that holds something already."""
+    try:
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+    if not free:
+        raise UserError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
+
+
+def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, source: Mapping[str, Any]) -> None:
+    """Write a folder of weights; it has its name only when it is complete and on the disk.
+
+    Settings that are places of this machine (`run_dir`, `data.shards`, `train.initial_weights`) stay out.
+
+    Args:
+        source: where the weights come from, for `config.json`.
+
+    Raises:
+        UserError: `out` holds something already, or cannot be written.
+    """
+    check_out(out)
+    out = out.resolve()
+    unfinished = out.with_name(f".unfinished-{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
+        unfinished.mkdir()
+        _write_files(unfinished, tensors, config, source)
+        os.rename(unfinished, out)
+        flush_directory(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out}: cannot be written ({error}); choose another") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_initial_weights(config: Config) -> None:
+    """Check that `train.initial_weights` are of the model that is about to be trained.
+
+    Raises:
+        UserError: they are not there, damaged, or of another model; names the first difference.
+    """
+    folder = Path(str(config.train.initial_weights))
+    if not _is_weights_folder(folder):
+        raise UserError(
+            f"train.initial_weights={folder}: no folder of weights there; make one with python -m diffmoe_dist.convert"
+        )
+    refuse_other_model(config, _read_settings(folder), f"train.initial_weights={folder}", "other weights")
+    with torch.device("meta"):
+        model = DiT(config)
+    with _open_tensors(folder, model.state_dict()):
+        pass
+
+
+def fill_fragments(folder: Path, fragments: Sequence[Fragment]) -> None:
+    """Start a run's weights, their average and its buffers from a folder; AdamW's moments stay as they are.
+
+    Of a stack of experts only the rows are read that hold the fragment.
+    """
+    with _open_file(folder) as file:
+        for fragment in fragments:
+            kind, _, name = fragment.name.partition(".")
+            if kind in (MASTER, EMA, "buffer"):
+                fragment.data.copy_(_interval(file, name, fragment.start, fragment.data.numel()))
+
+
+def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, source: Mapping[str, Any]) -> None:
+    weights = folder / WEIGHTS_NAME
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
+    with weights.open("rb") as file:
+        os.fsync(file.fileno())
+    settings: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    settings["run_dir"] = settings["data"]["shards"] = settings["train"]["initial_weights"] = None
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": {WEIGHTS_NAME: file_sha256(weights)},
+        "source": dict(source),
+        "settings": settings,
+    }
+    write_durably(folder / CONFIG_NAME, json.dumps(record, indent=2) + "\n")
+    shutil.copymode(folder / CONFIG_NAME, weights)  # safetensors leaves it to its owner alone
+    flush_directory(folder)
+
+
+def _is_weights_folder(folder: Path) -> bool:
+    return (folder / CONFIG_NAME).is_file() or (folder / WEIGHTS_NAME).is_file()
+
+
+def _read_weights(folder: Path, device: str | torch.device, overrides: Sequence[str]) -> tuple[DiT, Config]:
+    config = _read_settings(folder, overrides)
+    with torch.device("meta"):
+        model = DiT(config)
+    with _open_tensors(folder, model.state_dict()) as file:
+        expected, found = _read_record(folder)["sha256"][WEIGHTS_NAME], file_sha256(folder / WEIGHTS_NAME)
+        if found != expected:
+            raise UserError(
+                f"{folder / WEIGHTS_NAME} has SHA-256 {found[:12]}..., {CONFIG_NAME} records {str(expected)[:12]}...; "
+                "convert or copy the weights again"
+            )
+        model.to_empty(device="cpu")
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(file.get_tensor(name))
+    return model.to(device).eval().requires_grad_(False), config
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        record = json.loads(path.read_text())
+        found, _ = (record["format"], record["version"]), (record["settings"], record["sha256"][WEIGHTS_NAME])
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; convert or copy the weights again") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not the one of a folder of weights ({reason}); convert them again") from None
+    if found != (FORMAT, VERSION):
+        raise UserError(
+            f"{path}: format {found[0]}, version {found[1]}, but this program reads {FORMAT}, version {VERSION}; "
+            "convert the weights again"
+        )
+    return record
+
+
+def _read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    settings = _read_record(folder)["settings"]
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / CONFIG_NAME}: settings is no mapping; convert the weights again")
+    try:
+        return build_config(settings, OmegaConf.from_dotlist(list(overrides)), training=False)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_NAME}: {error}") from None
+
+
+@contextmanager
+def _open_file(folder: Path) -> Iterator[Any]:
+    path = folder / WEIGHTS_NAME
+    try:
+        opened = safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; convert or copy the weights again") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged ({error}); convert or copy the weights again") from None
+    with opened as file:
+        yield file
+
+
+@contextmanager
+def _open_tensors(folder: Path, needed: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The open file, whose tensors have the names, shapes and types of those needed."""
+    with _open_file(folder) as file:
+        names = set(file.keys())
+        for name, tensor in needed.items():
+            stored = file.get_slice(name) if name in names else None
+            found = "none" if stored is None else f"{stored.get_dtype()} {list(stored.get_shape())}"
+            expected = f"{'I64' if tensor.dtype == torch.int64 else 'F32'} {list(tensor.shape)}"
+            if found != expected:
+                raise UserError(
+                    f"{folder / WEIGHTS_NAME}: {name} is {found}, but its settings need {expected}; "
+                    "convert the weights again"
+                )
+        extra = sorted(names - set(needed))
+        if extra:
+            raise UserError(
+                f"{folder / WEIGHTS_NAME}: {extra[0]} has no place in the model of its settings; convert them again"
+            )
+        yield file
+
+
+def _interval(file: Any, name: str, start: int, length: int) -> Tensor:
+    """Elements `start` to `start + length` of a flattened tensor."""
+    stored = file.get_slice(name)
+    shape = stored.get_shape()
+    if not shape:
+        return file.get_tensor(name).view(1)[start : start + length]
+    row = math.prod(shape[1:])
+    first, end = start // row, -(-(start + length) // row)
+    return stored[first:end].flatten()[start - first * row :][:length]

@@ -1,0 +1,177 @@
+"""Score samples: `python -m diffmoe_dist.evaluate --samples FILE.npz|RUN --reference FILE.npz --inception FILE.pth`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.launch import detect_launch
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffmoe_dist.evaluation.extractors import Extractor
+    from diffmoe_dist.launch import Launch
+
+DESCRIPTION = """\
+FID, sFID, Inception score, precision and recall of samples, as ADM's evaluator computes them.
+
+  python -m diffmoe_dist.evaluate --samples samples/demo/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
+      --inception pt_inception-2015-12-05-6726825d.pth
+  torchrun --nproc-per-node 8 -m -- diffmoe_dist.evaluate --samples runs/b --num 50000 --steps 250 \\
+      --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth --out evaluation/b/scores.json
+  python -m diffmoe_dist.evaluate --make-reference digits.npz --shards shards/digits --inception FILE.pth
+
+Nothing is downloaded: --inception is pytorch-fid's or torch-fidelity's file of inception-2015-12-05. --features takes
+any other extractor, images (N, 3, H, W) uint8 to features (N, F): a torch.export program, whose operators are checked
+and which runs no code of its author's, or a function of yours as module:callable. It gives the Frechet distance of its
+features, precision and recall, against a reference made with it.
+
+With a run or a checkpoint as --samples the images are drawn first, into the folder of --out. The result says how the
+samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
+"""
+SAMPLING_OPTIONS = ("num", "steps", "cfg_scale", "seed", "sampler", "sampling_batch_size")
+
+
+def main() -> None:
+    arguments = parse()
+    check(arguments)
+
+    from diffmoe_dist.evaluation.extractors import open_extractor
+    from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
+
+    device = choose_device(arguments.device, detect_launch())
+    launch = start_process_group(device)
+    extractor = open_extractor(arguments.inception, arguments.features, device)
+    if arguments.make_reference:
+        text = make_reference_file(arguments, extractor, launch)
+    else:
+        text = score_samples(arguments, extractor, launch, device)
+    stop_process_group()
+    if launch.rank == 0:
+        sys.stdout.write(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = CommandParser(prog="diffmoe_dist.evaluate", description=DESCRIPTION)
+    parser.add_argument("--samples", metavar="FILE|DIR", help="an npz of samples (arr_0), or a run or step folder")
+    parser.add_argument("--reference", metavar="FILE", help="an npz with mu, sigma, mu_s, sigma_s, arr_0")
+    parser.add_argument("--inception", metavar="FILE", help="weights of FID's Inception network")
+    parser.add_argument("--features", metavar="FILE.pt2|module:callable", help="another extractor")
+    parser.add_argument("--batch-size", type=int, default=64, help="images through the extractor at once (default 64)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the result (default: scores.json beside the npz)")
+    parser.add_argument("--make-reference", type=Path, metavar="FILE", help="write one of --shards, score nothing")
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="the data set to make a reference of")
+    drawn = parser.add_argument_group("for a run or a checkpoint as --samples; see diffmoe_dist.sample")
+    drawn.add_argument("--num", type=int)
+    drawn.add_argument("--steps", type=int)
+    drawn.add_argument("--cfg-scale", type=float)
+    drawn.add_argument("--seed", type=int)
+    drawn.add_argument("--sampler")
+    drawn.add_argument("--sampling-batch-size", type=int)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options that are missing, or have no effect beside others, before torch is imported."""
+    given = {name for name, value in vars(arguments).items() if value is not None}
+    needed: tuple[str, ...]
+    useless: tuple[str, ...]
+    if arguments.make_reference:
+        needed, useless = ("shards",), ("samples", "reference", "out", *SAMPLING_OPTIONS)
+        purpose = "--make-reference"
+    elif arguments.samples and Path(arguments.samples).is_dir():
+        needed, useless = ("reference", "num", "out"), ("shards",)
+        purpose = f"--samples {arguments.samples} (a folder)"
+    else:
+        needed, useless = ("samples", "reference"), ("shards", *SAMPLING_OPTIONS)
+        purpose = f"--samples {arguments.samples} (a file)" if arguments.samples else "scoring"
+    for name in needed:
+        if name not in given:
+            raise UserError(f"{_option(name)} is missing: {purpose} needs it; see diffmoe_dist.evaluate --help")
+    for name in useless:
+        if name in given:
+            raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect with {purpose}; leave it out")
+    if len({"inception", "features"} & given) != 1:
+        raise UserError("give --inception FILE.pth or --features FILE.pt2|module:callable, one of them")
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size}: choose at least 1")
+
+
+def make_reference_file(arguments: argparse.Namespace, extractor: Extractor, launch: Launch) -> str:
+    from diffmoe_dist.evaluation.images import ShardImages
+    from diffmoe_dist.evaluation.scores import make_reference
+
+    path = arguments.make_reference
+    _check_writable(path, "--make-reference")
+    make_reference(
+        path, ShardImages(arguments.shards), extractor,
+        batch_size=arguments.batch_size, rank=launch.rank, ranks=launch.world_size,
+    )  # fmt: skip
+    return f"reference:      {path}\n"
+
+
+def score_samples(arguments: argparse.Namespace, extractor: Extractor, launch: Launch, device: torch.device) -> str:
+    from diffmoe_dist.evaluation.images import NpzImages, write_json
+    from diffmoe_dist.evaluation.reference import read_reference
+    from diffmoe_dist.evaluation.scores import build_result, score, table
+
+    reference = read_reference(Path(arguments.reference), extractor)
+    path = Path(arguments.samples)
+    out = arguments.out or path.with_name("scores.json")
+    _check_writable(out, "--out")
+    if path.is_dir():
+        path = draw_samples(arguments, out.parent, launch, device)
+    samples = NpzImages(path, "--samples")
+    scores = score(
+        samples, reference, extractor, batch_size=arguments.batch_size, rank=launch.rank, ranks=launch.world_size
+    )
+    result = build_result(scores, samples, reference, extractor)
+    if launch.rank == 0:
+        write_json(out, result)
+    return f"{table(result)}\nresult: {out}\n"
+
+
+def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:
+    """Draw the images of a run into a folder, on all ranks; collective."""
+    import torch.distributed as dist
+
+    from diffmoe_dist.evaluation.generate import SamplingSettings, sample_to_folder
+
+    settings = SamplingSettings(
+        checkpoint=arguments.samples,
+        num=arguments.num,
+        steps=50 if arguments.steps is None else arguments.steps,
+        cfg_scale=1.0 if arguments.cfg_scale is None else arguments.cfg_scale,
+        seed=arguments.seed or 0,
+        sampler=arguments.sampler,
+        batch_size=100 if arguments.sampling_batch_size is None else arguments.sampling_batch_size,
+    )
+    settings.check()
+    sample_to_folder(settings, folder, device, launch.rank, launch.world_size)
+    dist.barrier()  # the first rank has written what all read
+    return folder / "samples.npz"
+
+
+def _check_writable(path: Path, option: str) -> None:
+    from diffmoe_dist.engine.metrics import make_writable
+
+    try:
+        make_writable(path.parent)
+    except OSError as error:
+        raise UserError(f"{option} {path}: its folder cannot be written ({error.strerror}); choose another") from None
+    if path.is_dir():
+        raise UserError(f"{option} {path}: that is a folder; give the name of a file")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+if __name__ == "__main__":
+    run_command(main)

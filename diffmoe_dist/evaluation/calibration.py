@@ -1,0 +1,73 @@
+"""Capacity thresholds for averaged weights.
+
+Training moves the thresholds with the weights it trains; the averaged weights have another capacity predictor, which
+those thresholds do not fit exactly. A few batches of training data tell the thresholds at which the averaged model has
+the capacity that it was trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.engine.build import open_data
+from diffmoe_dist.engine.trainer import noisy_inputs
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT
+
+
+def recalibrate_on_training_data(model: DiT, config: Config, num_batches: int, batch_size: int) -> None:
+    """Set the thresholds from the first `num_batches` of `batch_size` images of the run's own training order.
+
+    Raises:
+        UserError: the model has no thresholds, or its shards are not there.
+    """
+    if not any(hasattr(layer.router, "threshold") for layer in model.moe_layers):
+        raise UserError(
+            f"--recalibrate {num_batches}: a model with moe.router={config.moe.router} has no capacity thresholds; "
+            "leave it out"
+        )
+    data = open_data(config)
+    if not isinstance(data, TrainingData):
+        raise UserError(f"--recalibrate {num_batches}: data.stream=true has no order to read again; leave it out")
+    loader = TrainingLoader(
+        data,
+        seed=config.seed,
+        global_batch_size=batch_size,
+        micro_batch_size=batch_size,
+        rank=0,
+        world_size=1,
+        images_seen=0,
+        flip=config.data.flip,
+        num_workers=0,
+    )
+    recalibrate(model, config, (next(loader) for _ in range(num_batches)))
+    loader.close()
+
+
+@torch.no_grad()
+def recalibrate(model: DiT, config: Config, batches: Iterable[Batch]) -> None:
+    """Set every capacity threshold to the mean of what the batches propose (DiffMoE eq. 17 at these weights).
+
+    Each batch is one token pool, noised as in training; the proposal for an expert is the predicted score that as many
+    tokens exceed as it has slots. The model comes back in eval mode.
+    """
+    objective = build_objective(config.objective)
+    device = model.pos_embed.device
+    proposals = []
+    for layer in model.moe_layers:
+        layer.router.end_schedule()
+    model.train()
+    for batch in batches:
+        z, t, labels = noisy_inputs(batch.to(device), objective, config)
+        output = model(z, objective.model_time(t), labels)
+        proposals.append([stats.proposed_threshold for stats in output.routing])
+    model.eval()
+    for layer, of_layer in zip(model.moe_layers, zip(*proposals, strict=True), strict=True):
+        threshold = layer.router.get_buffer("threshold")
+        threshold.copy_(torch.stack(of_layer).mean(dim=0))

@@ -1,0 +1,128 @@
+"""Where images to be scored come from, in their order, a batch at a time: an npz file, or shards.
+
+Shape legend: N images, C channels, H, W image size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe_dist.data.images import ImageError, decode_image
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.errors import UserError
+
+
+class ImageSource(Protocol):
+    num_images: int
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
+        """The images `rows`, in batches (N, C, H, W) uint8."""
+        ...
+
+
+class NpzImages:
+    """The array `arr_0` of an npz file, (N, H, W, C) uint8; read from front to back, never held as a whole.
+
+    Raises:
+        UserError: the file is no npz, has no such array, or it is not of images with 1 or 3 channels.
+    """
+
+    def __init__(self, path: Path, option: str) -> None:
+        self.path = path
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                shape, fortran_order, dtype = _read_header(file)
+        except OSError as error:
+            raise UserError(f"{option} {path}: cannot be read ({error.strerror}); give an npz file") from None
+        except KeyError:
+            raise UserError(f"{option} {path}: it has no array arr_0; give an npz with images (N, H, W, C)") from None
+        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise UserError(f"{option} {path}: not an npz file ({error})") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or 0 in shape:
+            order = ", columns first" if fortran_order else ""
+            raise UserError(
+                f"{option} {path}: arr_0 is {dtype} {list(shape)}{order}; "
+                "it must be uint8 (N, H, W, C) with 1 or 3 channels"
+            )
+        self.num_images, self.height, self.width, self.channels = shape
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
+        image_bytes = self.height * self.width * self.channels
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            _read_header(file)
+            file.seek(rows.start * image_bytes, io.SEEK_CUR)
+            for start in range(rows.start, rows.stop, batch_size):
+                count = min(batch_size, rows.stop - start)
+                content = bytearray(file.read(count * image_bytes))
+                if len(content) < count * image_bytes:
+                    raise UserError(f"{self.path}: arr_0 ends before image {start + count}; write the file again")
+                images = torch.frombuffer(content, dtype=torch.uint8)
+                yield images.view(count, self.height, self.width, self.channels).permute(0, 3, 1, 2)
+
+
+class ShardImages:
+    """The images of packed shards, in their order.
+
+    Raises:
+        UserError: there are no shards, or what they hold are no images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.index = ShardIndex.open(folder)
+            if self.index.image_size is None or self.index.channels is None or not self.index.image_fields:
+                raise UserError(f"--shards {folder}: holds no images of one size; pack them with --crop and --size")
+        except UserError as error:
+            raise UserError(str(error).replace("data.shards=", "--shards ")) from None
+        self.num_images = self.index.num_samples
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
+        for start in range(rows.start, rows.stop, batch_size):
+            ids = range(start, min(start + batch_size, rows.stop))
+            yield torch.from_numpy(np.stack([self.image(sample_id) for sample_id in ids]))
+
+    def image(self, sample_id: int) -> np.ndarray:
+        """One image as it is stored, (C, H, W) uint8. Raises CorruptShardError."""
+        payloads = self.index.read(sample_id, self.index.image_fields)
+        assert self.index.channels is not None
+        try:
+            image = np.asarray(decode_image(next(iter(payloads.values()), b""), self.index.channels))
+        except ImageError as error:
+            raise self.index.corrupt(sample_id, str(error)) from None
+        return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an npz file that is complete or not there."""
+    _write_whole(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is complete or not there."""
+    _write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """What stands before an array's bytes, for which numpy has no reader that does not also read the array."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)

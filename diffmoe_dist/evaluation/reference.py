@@ -1,0 +1,93 @@
+"""What samples are compared with: the statistics of a data set, and some of its images for precision and recall.
+
+The file is ADM's `VIRTUAL_imagenet256_labeled.npz` and others of its layout: `mu`, `sigma` of the pooled features and
+`mu_s`, `sigma_s` of the spatial ones over the whole data set, and `arr_0`, 10,000 of its images. Files made here also
+say which extractor the statistics are of; ADM's are of the Inception network.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffmoe_dist.data.randomness import Stream, permutation
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.extractors import Extractor
+from diffmoe_dist.evaluation.images import NpzImages, ShardImages, write_npz
+from diffmoe_dist.evaluation.metrics import Statistics
+
+REFERENCE_IMAGES = 10_000  # for precision and recall, as ADM
+
+
+@dataclass(frozen=True)
+class Reference:
+    path: Path
+    pooled: Statistics | None  # None: to be computed from the images, as ADM's evaluator does
+    spatial: Statistics | None
+    images: NpzImages | None
+
+
+def read_reference(path: Path, extractor: Extractor) -> Reference:
+    """Read a reference file.
+
+    Raises:
+        UserError: it is no such file, or its statistics are of another extractor.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = set(file.files)
+            arrays = {name: file[name] for name in sorted(names & {"mu", "sigma", "mu_s", "sigma_s", "extractor"})}
+    except OSError as error:
+        raise UserError(f"--reference {path}: cannot be read ({error.strerror or error}); give an npz file") from None
+    except (zipfile.BadZipFile, ValueError, AttributeError, EOFError) as error:
+        raise UserError(f"--reference {path}: not an npz file of numbers ({error})") from None
+    images = NpzImages(path, "--reference") if "arr_0" in names else None
+    if "mu" not in arrays:
+        if images is None:
+            raise UserError(f"--reference {path}: it has neither statistics (mu, sigma) nor images (arr_0)")
+        return Reference(path, None, None, images)
+    _check_extractor(path, arrays, extractor)
+    spatial = _statistics(path, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None
+    return Reference(path, _statistics(path, arrays, "mu", "sigma"), spatial, images)
+
+
+def write_reference(
+    path: Path, pooled: Statistics, spatial: Statistics | None, shards: ShardImages, extractor: Extractor
+) -> None:
+    """Write a reference file: the statistics, and 10,000 images (or all) chosen by a fixed permutation."""
+    chosen = np.sort(permutation(shards.num_images, 0, Stream.PACKING, epoch=1)[:REFERENCE_IMAGES])
+    images = np.stack([shards.image(int(sample_id)).transpose(1, 2, 0) for sample_id in chosen])
+    arrays = {"mu": pooled.mean_F, "sigma": pooled.covariance_FF}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean_F, "sigma_s": spatial.covariance_FF}
+    numbers = {name: value.cpu().numpy() for name, value in arrays.items()}
+    write_npz(path, {**numbers, "extractor": np.array(extractor.identity), "arr_0": images})
+
+
+def _check_extractor(path: Path, arrays: dict[str, np.ndarray], extractor: Extractor) -> None:
+    recorded = str(arrays["extractor"]) if "extractor" in arrays else None
+    same = recorded == extractor.identity if recorded else extractor.is_inception
+    if not same:
+        raise UserError(
+            f"--reference {path}: its statistics are of {recorded or 'the Inception network'}, not of "
+            f"{extractor.identity}; make one of this extractor with --make-reference"
+        )
+
+
+def _statistics(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Statistics:
+    mu, sigma = arrays[mean], arrays.get(covariance)
+    if mu.ndim != 1 or sigma is None or sigma.shape != (len(mu), len(mu)):
+        found = "is missing" if sigma is None else f"is {list(sigma.shape)}"
+        raise UserError(f"--reference {path}: {mean} is {list(mu.shape)} and {covariance} {found}; they do not fit")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"--reference {path}: {mean} or {covariance} holds numbers that are not finite; make it again")
+    return Statistics(_double(mu), _double(sigma))
+
+
+def _double(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float64))

@@ -1,0 +1,84 @@
+"""The Frechet distance of a few samples during training: no FID-50K, but a curve that tells better from worse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
+from diffmoe_dist.evaluation.generate import Decode, balanced_labels, default_sampler, generate, open_decoder, to_uint8
+from diffmoe_dist.evaluation.metrics import Moments, Statistics
+from diffmoe_dist.evaluation.reference import read_reference
+from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
+from diffmoe_dist.model.dit import DiT
+
+
+@dataclass(frozen=True)
+class TrainingScores:
+    """Draws images 0 to `score.num` - 1 of the run's seed, on all ranks, and compares them with a reference."""
+
+    config: Config
+    extractor: Extractor
+    reference: Statistics
+    decode: Decode
+
+    def __call__(self, model: DiT) -> dict[str, float]:
+        """The score by the name it has in metrics.jsonl; collective. Every rank makes the same forward passes."""
+        config, rank, ranks = self.config, dist.get_rank(), dist.get_world_size()
+        num, batch = config.score.num, config.train.micro_batch_size
+        assert batch is not None, "check_world fills it in"
+        share = -(-num // ranks)
+        labels = balanced_labels(share * ranks, config.model.num_classes)
+        objective = build_objective(config.objective)
+        moments = Moments(len(self.reference.mean_F), self.extractor.device)
+        for start in range(rank * share, (rank + 1) * share, batch):
+            numbers = list(range(start, min(start + batch, (rank + 1) * share)))
+            drawn = generate(
+                model, objective, numbers, [labels[number] for number in numbers],
+                seed=config.seed, sampler=default_sampler(config.objective.name), steps=config.sample.steps,
+                cfg_scale=config.sample.cfg_scale,
+            )  # fmt: skip
+            images_NCHW = torch.from_numpy(to_uint8(self.decode(drawn.images))).permute(0, 3, 1, 2)
+            moments.add(self.extractor(images_NCHW).pooled_NF[: max(0, num - start)])
+        add_up([moments.sums])
+        name = "fid" if self.extractor.is_inception else "frechet_distance"
+        return {f"{name}_{count_name(num)}": distance_on_all_ranks(moments, self.reference, rank)}
+
+
+def open_training_scores(config: Config, device: torch.device) -> TrainingScores | None:
+    """The scores that a run asks for; None where it asks for none.
+
+    Raises:
+        UserError: the extractor or the reference cannot be used, or they do not fit each other.
+    """
+    settings = config.score
+    if not settings.every:
+        return None
+    decode = open_decoder(config, config.sample.decoder, "sample.decoder", device)
+    features, path = str(settings.features), Path(str(settings.reference))
+    is_inception = features.endswith(".pth")
+    try:
+        extractor = open_extractor(features if is_inception else None, None if is_inception else features, device)
+        reference = read_reference(path, extractor).pooled
+        size, channels = config.model.input_size, config.model.in_channels
+        pixels = decode(torch.zeros(2, channels, size, size, device=device))
+        probe = extractor(torch.from_numpy(to_uint8(pixels)).permute(0, 3, 1, 2)).pooled_NF
+    except UserError as error:
+        told = str(error)
+        for option, setting in (("--features ", "score.features="), ("--inception ", "score.features=")):
+            told = told.replace(option, setting)
+        raise UserError(told.replace("--reference ", "score.reference=")) from None
+    if reference is None:
+        raise UserError(f"score.reference={path}: it has no statistics (mu, sigma); make one with --make-reference")
+    if len(reference.mean_F) != probe.shape[1]:
+        raise UserError(
+            f"score.reference={path}: its statistics are of {len(reference.mean_F)} features, but "
+            f"score.features={features} gives {probe.shape[1]}; make one of it with --make-reference"
+        )
+    return TrainingScores(config, extractor, reference.to(device), decode)

@@ -1,0 +1,151 @@
+"""What a model has and what it does: parameters and multiply-accumulates, part by part, from its settings alone.
+
+The model is built on torch's meta device, which allocates nothing, so the counts are those of the very modules that
+train. Of a mixture-of-experts model a token passes through some parameters only; C, the capacity, says how many routed
+experts it visits on average (slots over tokens, DiffMoE eq. 8-9; the unconditional expert counts as one of them).
+
+Shape legend: S tokens an image, D width, N routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.model.dit import DiT
+
+# Where a name in the model belongs; the first match counts.
+_PARTS = {
+    "_embedder.": "embedders",
+    "pos_embed": "position table",
+    ".attn.": "attention",
+    "final_layer.": "final layer",
+    ".adaLN_modulation.": "adaLN",
+    ".mlp.router.capacity_predictor.": "capacity predictor",
+    ".mlp.router.": "router",
+    ".mlp.experts.": "routed experts",
+    ".mlp.shared.": "shared experts",
+    ".mlp.unconditional.": "unconditional expert",
+    ".mlp.": "dense MLP",
+}
+PARTS = ("attention", "adaLN", "dense MLP", "routed experts", "shared experts", "unconditional expert", "router",
+         "capacity predictor", "embedders", "position table", "final layer")  # fmt: skip
+_FEED_FORWARD = ("dense MLP", "routed experts", "router", "capacity predictor")
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """The counts of one model; a dense one has no experts and any C."""
+
+    parameters: dict[str, int]  # of each part in `PARTS`; the frozen position table is one
+    fixed_macs: dict[str, int]  # a forward pass of one image, linear layers, what does not depend on C
+    expert_macs: int  # the same, of one visit of every token to one routed expert
+    attention_macs: int  # the products of queries with keys and of weights with values, one image
+    num_experts: int  # N; 0: a dense model
+    nominal_capacity: float  # C as the settings mean it: `moe.capacity` or `moe.top_k`; 0: a dense model
+
+    @property
+    def total(self) -> int:
+        """All parameters, the position table included."""
+        return sum(self.parameters.values())
+
+    def activated(self, capacity: float | None = None) -> float:
+        """Parameters that a token passes through at C: C routed experts, and everything else but idle experts.
+
+        The capacity predictor sees every token and counts whole, as do router, shared experts and embedders.
+        """
+        idle = self.parameters["routed experts"] + self.parameters["unconditional expert"]
+        return self.total - idle + self._capacity(capacity) * self._one_expert
+
+    def activated_eq40(self, capacity: float | None = None) -> float | None:
+        """DiffMoE's own count, which its tables print: (1 + C) / (1 + N) * FFN + attention + adaLN + other.
+
+        FFN is dense MLPs, experts, router and capacity predictor together, so the formula hides most of the predictor,
+        though every token passes through it. None where the formula does not apply: with shared or unconditional
+        experts, of which it knows nothing.
+        """
+        if self.parameters["shared experts"] or self.parameters["unconditional expert"]:
+            return None
+        if not self.num_experts:
+            return float(self.total)
+        feed_forward = sum(self.parameters[part] for part in _FEED_FORWARD)
+        # DiffMoE eq. 40
+        share = (1 + self._capacity(capacity)) / (1 + self.num_experts)
+        return share * feed_forward + self.total - feed_forward
+
+    def macs(self, capacity: float | None = None) -> dict[str, float]:
+        """Multiply-accumulates of a forward pass of one image at C by part, linear layers only, as the papers count."""
+        return {**self.fixed_macs, "routed experts": self._capacity(capacity) * self.expert_macs}
+
+    def training_flops(self, capacity: float | None = None) -> float:
+        """Floating-point operations of a training step, for one image: two for each multiply-accumulate, of linear
+        layers and of attention's products, forward and twice as much backward."""
+        return 3 * 2 * (sum(self.macs(capacity).values()) + self.attention_macs)
+
+    @property
+    def _one_expert(self) -> float:
+        return self.parameters["routed experts"] / max(self.num_experts, 1)
+
+    def _capacity(self, capacity: float | None) -> float:
+        return self.nominal_capacity if capacity is None else capacity
+
+
+def meta_model(config: Config) -> DiT:
+    """The whole model on the meta device: shapes and no memory."""
+    with torch.device("meta"):
+        return DiT(config)
+
+
+def account(config: Config) -> Accounting:
+    """Count the model of a configuration."""
+    model = meta_model(config)
+    tokens = config.tokens_per_sample
+    parameters = dict.fromkeys(PARTS, 0)
+    macs = dict.fromkeys(PARTS, 0)
+    for name, parameter in [*model.named_parameters(), ("pos_embed", model.pos_embed)]:
+        parameters[part_of(name)] += parameter.numel()
+        macs[part_of(name)] += _macs_of(name, parameter, tokens)
+    experts = config.experts
+    num_experts = 0 if experts is None else int(experts.num_experts or 0)
+    visit_of_all = macs.pop("routed experts")
+    macs.pop("unconditional expert")  # a visit to it counts in C
+    assert config.model.hidden_size is not None and config.model.depth is not None
+    return Accounting(
+        parameters=parameters,
+        fixed_macs=macs,
+        expert_macs=visit_of_all // max(num_experts, 1),
+        attention_macs=config.model.depth * 2 * tokens**2 * config.model.hidden_size,
+        num_experts=num_experts,
+        nominal_capacity=nominal_capacity(config),
+    )
+
+
+def nominal_capacity(config: Config) -> float:
+    """C as the settings mean it: `moe.top_k` where there is one, `moe.capacity` else, 0 without experts."""
+    if config.experts is None:
+        return 0.0
+    top_k = getattr(config.experts, "top_k", None)
+    return float(getattr(config.experts, "capacity", 0.0) if top_k is None else top_k)
+
+
+def part_of(name: str) -> str:
+    """The part in `PARTS` that a parameter belongs to, by its name in the model."""
+    for pattern, part in _PARTS.items():
+        if pattern in name:
+            return part
+    raise AssertionError(f"{name} belongs to no part; add it to _PARTS")
+
+
+def _macs_of(name: str, parameter: Tensor, tokens: int) -> int:
+    """Each weight of a linear layer is used once for each of its inputs: tokens, or the one condition of an image."""
+    if parameter.ndim < 2 or _is_bias_of_experts(name) or name == "pos_embed" or name.startswith("y_embedder."):
+        return 0
+    sees_condition = ".adaLN_modulation." in name or name.startswith("t_embedder.")
+    return parameter.numel() * (1 if sees_condition else tokens)
+
+
+def _is_bias_of_experts(name: str) -> bool:
+    return name.endswith((".experts.b1", ".experts.b2"))

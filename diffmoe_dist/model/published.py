@@ -1,0 +1,272 @@
+"""The weights of published models: what their files call each tensor of ours, and how it lies there.
+
+DiT's names are ours too, but for the feed-forward layers that are mixtures of experts: there each code base has names
+of its own, and one module for each expert where we have a stack of all.
+
+Shape legend: D width, H hidden width, N experts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.errors import UserError
+
+# The routers that the published models of a code base have.
+LAYOUTS = {
+    "dit": ("dense",),
+    "diffmoe": ("dense", "token_choice", "expert_choice", "global_pool"),
+    "promoe": ("dense", "prototype"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A published tensor, and what it is of one of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None  # it is this row of our stack of experts; None: the whole tensor
+    meaning: Literal["weights", "transposed", "decay"] = "weights"  # decay: see `settled_updates`
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a layer of experts calls its tensors in a published file."""
+
+    linear: tuple[str, str]  # the two maps of an expert
+    expert: str  # the module of expert {e}
+    shared: str
+    unconditional: str
+    router: Mapping[str, str]
+
+
+_PREDICTOR = [f"capacity_predictor.{place}.{kind}" for place in (0, 2) for kind in ("weight", "bias")]
+_POOL_CHOICE = {
+    "gate_weight": "gate_weight",
+    "threshold": "expert_threshold",
+    "threshold_updates": "ema_decay",
+    **{name: name for name in _PREDICTOR},
+}
+_DIFFMOE = _Names(("fc1", "fc2"), "experts.{e}.", "shared_experts.", "", _POOL_CHOICE)
+_NAMES = {
+    "token_choice": _Names(("fc1", "fc2"), "experts.{e}.", "shared_experts.", "", {"gate_weight": "gate.weight"}),
+    "expert_choice": _DIFFMOE,
+    "global_pool": _DIFFMOE,
+    "prototype": _Names(
+        ("up_proj", "down_proj"), "experts.{e}.", "shared_expert.", "experts.{N}.", {"prototypes": "cluster_centers"}
+    ),
+}
+# A dense layer that becomes a mixture of experts: each of them is that layer, and no router comes with it.
+_DENSE_LAYER = _Names(("fc1", "fc2"), "", "", "", {})
+
+# What decides whether a published tensor is there and its shape, by a part of its name.
+_SETTINGS = (
+    ("pos_embed", "model.input_size, model.patch_size and model.hidden_size"),
+    ("x_embedder", "model.in_channels, model.patch_size and model.hidden_size"),
+    ("y_embedder", "model.num_classes and model.hidden_size"),
+    ("t_embedder", "model.hidden_size"),
+    ("final_layer.linear", "model.learn_sigma, model.in_channels and model.patch_size"),
+    ("experts.", "moe.router, moe.num_experts, moe.expert_mlp_ratio and moe.shared_experts"),
+    ("gate", "moe.router and moe.num_experts"),
+    ("cluster_centers", "moe.router and moe.num_experts"),
+    ("capacity_predictor", "moe.router, moe.num_experts and moe.capacity_predictor"),
+    (".mlp.", "moe.router and model.mlp_ratio"),
+    ("", "model.hidden_size and model.depth"),
+)
+
+
+def correspondence(
+    layout: str, config: Config, shapes: Mapping[str, torch.Size], upcycle: bool = False
+) -> dict[str, list[Part]]:
+    """For each tensor of our model the published tensors that it is made of.
+
+    Args:
+        layout: a key of `LAYOUTS`.
+        shapes: the tensors of the model that `config` describes.
+        upcycle: the file is of the dense counterpart. Its feed-forward layers become the experts, every one of a layer
+            the same; the tensors of the routers are left out.
+
+    Raises:
+        UserError: that layout has no such model, or a dense layer cannot be such an expert.
+    """
+    _check_layout(layout, config, upcycle)
+    parts = {name: [Part(name, tuple(shape))] for name, shape in shapes.items()}
+    if config.experts is None:
+        return parts
+    names = _DENSE_LAYER if upcycle else _NAMES[config.experts.router]
+    layers = {f"blocks.{block}" for block in config.moe_blocks}
+    for name, shape in shapes.items():
+        layer, _, inside = name.partition(".mlp.")
+        module, _, rest = inside.partition(".")
+        if layer not in layers or not inside:
+            continue
+        if upcycle and module == "router":
+            del parts[name]
+        else:
+            parts[name] = _layer_parts(f"{layer}.mlp.", module, rest, tuple(shape), names, config.experts.num_experts)
+    return parts
+
+
+def check_tensors(parts: Mapping[str, list[Part]], found: Mapping[str, Tensor], file: str) -> None:
+    """Every tensor of the file is used and none is missing.
+
+    Args:
+        file: what the messages begin with.
+
+    Raises:
+        UserError: the first tensor that is not as needed, with the settings that decide it.
+    """
+    needed = {part.name: part.shape for pieces in parts.values() for part in pieces}
+    problems = [
+        (name, f"has shape {list(found[name].shape)}, but these settings need {list(shape)}")
+        for name, shape in needed.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    problems += [
+        (name, f"is missing, but these settings need it, of shape {list(shape)}")
+        for name, shape in needed.items()
+        if name not in found
+    ]
+    problems += [
+        (name, f"of shape {list(tensor.shape)} has no place in a model of these settings")
+        for name, tensor in found.items()
+        if name not in needed
+    ]
+    problems += [
+        (name, f"is of type {found[name].dtype}, no floating-point numbers")
+        for name in needed
+        if name in found and not found[name].is_floating_point()
+    ]
+    if problems:
+        name, problem = problems[0]
+        more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
+        settings = next(settings for key, settings in _SETTINGS if key in name)
+        raise UserError(f"{file}: {name} {problem}{more}; set {settings} as the file's model has them, and --from")
+
+
+@torch.no_grad()
+def fill(model_tensors: Mapping[str, Tensor], parts: Mapping[str, list[Part]], published: Mapping[str, Tensor]) -> None:
+    """Write published tensors, of any floating-point type, into those of our model."""
+    for name, pieces in parts.items():
+        for part in pieces:
+            source = published[part.name]
+            target = model_tensors[name] if part.expert is None else model_tensors[name][part.expert]
+            if part.meaning == "decay":
+                target.fill_(settled_updates(as_decay(source)))
+            else:
+                target.copy_(source.mT if part.meaning == "transposed" else source)
+
+
+def threshold_decay(parts: Mapping[str, list[Part]], published: Mapping[str, Tensor], file: str) -> float | None:
+    """The one decay of the file's moving averages of thresholds; None where it has none.
+
+    Raises:
+        UserError: it is out of range, or layers disagree.
+    """
+    decays = {
+        part.name: as_decay(published[part.name])
+        for pieces in parts.values()
+        for part in pieces
+        if part.meaning == "decay"
+    }
+    for name, decay in decays.items():
+        if not 0 <= decay < 1:
+            raise UserError(f"{file}: {name} is {decay}, which is no decay in [0, 1); repair the file")
+    if len(set(decays.values())) > 1:
+        raise UserError(
+            f"{file}: the decays {sorted(set(decays.values()))} differ between layers, but moe.threshold_decay is one "
+            "setting; make them equal in the file"
+        )
+    return next(iter(decays.values()), None)
+
+
+def as_decay(ema_decay: Tensor) -> float:
+    """(1,) to the number that was meant: 0.95, not what fp32 makes of it."""
+    return float(f"{ema_decay.item():.7g}")
+
+
+def settled_updates(decay: float) -> int:
+    """After how many updates our bias-corrected moving average moves on as the published one, which is not corrected.
+
+    The correction divides by 1 - decay^n; this is the n from which on that is 1 in double precision.
+    """
+    return math.ceil(54 * math.log(2) / -math.log(decay)) if decay > 0 else 0
+
+
+def _check_layout(layout: str, config: Config, upcycle: bool) -> None:
+    router = config.moe.router
+    if layout not in LAYOUTS:
+        raise UserError(f"--from {layout}: unknown layout; choose from {', '.join(LAYOUTS)}")
+    if upcycle:
+        _check_upcycle(layout, config)
+    elif router not in LAYOUTS[layout]:
+        if layout == "dit":
+            raise UserError(
+                f"--from dit is a dense model, but moe.router={router}; use moe.router=dense, or --upcycle to make its "
+                "feed-forward layers experts"
+            )
+        raise UserError(
+            f"--from {layout} has no model with moe.router={router}; choose from {', '.join(LAYOUTS[layout])}"
+        )
+    elif config.experts is not None and config.experts.activation != "gelu":
+        raise UserError(
+            f"moe.activation={config.experts.activation}: published models with such experts have dense layers of that "
+            "kind too, which this model has not; only gelu can be converted"
+        )
+
+
+def _check_upcycle(layout: str, config: Config) -> None:
+    model, experts = config.model, config.experts
+    if layout != "dit":
+        raise UserError(f"--upcycle starts from a dense model; use it with --from dit, not --from {layout}")
+    if experts is None:
+        raise UserError("--upcycle makes experts, but moe.router=dense has none; choose a router or drop --upcycle")
+    if experts.activation != "gelu":
+        raise UserError(
+            f"--upcycle: moe.activation={experts.activation}, but the dense layers of DiT are gelu; set "
+            "moe.activation=gelu"
+        )
+    assert model.hidden_size is not None and experts.expert_mlp_ratio is not None
+    if int(model.hidden_size * experts.expert_mlp_ratio) != int(model.hidden_size * model.mlp_ratio):
+        raise UserError(
+            f"--upcycle: moe.expert_mlp_ratio={experts.expert_mlp_ratio}, but the dense layers have "
+            f"model.mlp_ratio={model.mlp_ratio}; an expert that is a copy of one is as wide: make them equal"
+        )
+    if experts.shared_experts > 1:
+        raise UserError(
+            f"--upcycle: moe.shared_experts={experts.shared_experts} are one layer of that many times the width, which "
+            "no dense layer is a copy of; use 0 or 1"
+        )
+
+
+def _layer_parts(
+    layer: str, module: str, rest: str, shape: tuple[int, ...], names: _Names, num_experts: int | None
+) -> list[Part]:
+    """Of one tensor `rest` of a module of a layer of experts."""
+    if module == "router":
+        # `ema_decay` is one number; what takes its place here counts updates.
+        return [
+            Part(layer + names.router[rest], (1,), meaning="decay")
+            if rest == "threshold_updates"
+            else Part(layer + names.router[rest], shape)
+        ]
+    if module == "experts":
+        linear = names.linear[int(rest[1]) - 1]
+        # w1 (N, D, H) is a stack of transposed (H, D) weights, b1 (N, H) one of biases.
+        kind, meaning = ("weight", "transposed") if rest[0] == "w" else ("bias", "weights")
+        return [
+            Part(f"{layer}{names.expert.format(e=e)}{linear}.{kind}", shape[:0:-1], e, meaning)  # type: ignore[arg-type]
+            for e in range(shape[0])
+        ]
+    owner = names.shared if module == "shared" else names.unconditional.format(N=num_experts)
+    linear = names.linear[0 if rest.startswith("fc1") else 1]
+    return [Part(f"{layer}{owner}{linear}.{re.sub(r'^fc[12][.]', '', rest)}", shape)]

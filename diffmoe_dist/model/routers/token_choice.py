@@ -1,0 +1,87 @@
+"""TC-DiT: every token takes its best experts (DiffMoE eq. 1-3, Alg. 2).
+
+With balance_loss_weight 0 the baseline MoE, with 0.01 the load-balanced one.
+
+Shape legend: T tokens, D width, N experts, K experts of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmoe_dist.config import Config, RouterSettings, require
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.routing import Router, Routing, RoutingStats, Selection
+from diffmoe_dist.model.routing_losses import balance_loss
+
+
+@dataclass
+class Settings(RouterSettings):
+    top_k: int = 1  # experts a token chooses
+    balance_loss_weight: float = 0.0
+
+    def shares_batch(self) -> bool:
+        return self.balance_loss_weight > 0
+
+    def resolve(self, config: Config) -> None:
+        super().resolve(config)
+        require(self, "moe", "balance_loss_weight", lambda value: value >= 0, "0 or more")
+        check_top_k(self.top_k, self.num_experts)
+
+    def build_router(self, config: Config) -> TokenChoice:
+        assert config.model.hidden_size is not None
+        return TokenChoice(config.model.hidden_size, self)
+
+
+def check_top_k(top_k: int, num_experts: int | None) -> None:
+    """Refuse a token without experts, and more experts than there are."""
+    assert num_experts is not None
+    if not 1 <= top_k <= num_experts:
+        raise UserError(f"moe.top_k={top_k} must be from 1 to moe.num_experts={num_experts}")
+
+
+class TokenChoice(Router):
+    """The gate is the raw softmax value, not renormalised. Scores are computed in fp32."""
+
+    def __init__(self, hidden_size: int, settings: Settings) -> None:
+        super().__init__()
+        assert settings.num_experts is not None
+        self.num_experts = settings.num_experts
+        self.top_k = settings.top_k
+        self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
+
+    def initial_weights(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Uniform within 1 / sqrt(D), as the published baseline."""
+        return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+    def forward(self, x_TD: Tensor, null_T: Tensor) -> Routing:
+        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
+        best_TK = best_experts(scores_TN, self.top_k)
+        chosen_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, best_TK, True)
+        # The number of assignments is known, so `nonzero`, and with it a wait for the device, is not needed.
+        by_expert = best_TK.flatten().argsort(stable=True)
+        token_index, expert_index = by_expert // self.top_k, best_TK.flatten()[by_expert]
+        losses = {}
+        if self.training:
+            losses["balance"] = balance_loss(scores_TN, self.batch.sum(chosen_TN.sum(dim=0)))
+        return Routing(
+            token_index=token_index,
+            expert_index=expert_index,
+            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
+            losses=losses,
+            stats=RoutingStats(chosen_TN.sum(dim=0), chosen_TN.sum() / len(x_TD)),
+            pool=Selection(chosen=chosen_TN.T, pool_ranks=1, slots_per_expert=None),
+        )
+
+
+def best_experts(scores_TN: Tensor, top_k: int) -> Tensor:
+    """(T, K) the experts with the highest scores, best first.
+
+    Sorting is stable: equal scores go to the lower expert, also where topk would leave it open.
+    """
+    return scores_TN.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]

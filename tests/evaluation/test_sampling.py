@@ -1,0 +1,82 @@
+"""Images of a DDPM from a model: which sampler, and what an image depends on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffmoe_dist.config import build_config
+from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.generate import Generated, choose_sampler, generate
+from diffmoe_dist.model.dit import DiT, initialize
+
+CONFIG = {
+    "run_dir": "r",
+    "data": {"shards": "s"},
+    "model": {
+        "depth": 2, "hidden_size": 32, "num_heads": 2, "input_size": 8, "in_channels": 1, "num_classes": 10,
+        "learn_sigma": True,
+    },
+    "moe": {"router": "global_pool", "num_experts": 4, "inference": "threshold"},
+    "objective": {"name": "ddpm"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    model = DiT(build_config(CONFIG))
+    initialize(model, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a fresh model predicts zeros, whatever it sees
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def draw(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
+    objective = build_objective(build_config(CONFIG).objective)
+    labels = [number % 10 for number in numbers]
+    return generate(model, objective, numbers, labels, seed=seed, sampler=sampler, steps=10, cfg_scale=2.0)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_an_image_is_a_function_of_the_seed_and_its_number(model: DiT, sampler: str) -> None:
+    together = draw(model, [0, 1, 2, 3], sampler=sampler).images
+    others = draw(model, [3, 11, 1], sampler=sampler).images
+    other_seed = draw(model, [0, 1, 2, 3], seed=1, sampler=sampler).images
+
+    assert together.shape == (4, 1, 8, 8) and together.isfinite().all()
+    # Batches of another size round the matrix products differently.
+    assert torch.allclose(others[0], together[3], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(others[2], together[1], rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(other_seed, together, rtol=1e-3, atol=1e-3).all(dim=(1, 2, 3)).any()
+
+
+def test_two_images_of_a_seed_take_different_noise_on_the_way(model: DiT) -> None:
+    """The noise that ddpm adds, told apart from the start: what remains after ddim, which begins at the same place."""
+    added = draw(model, [0, 10]).images - draw(model, [0, 10], sampler="ddim").images
+
+    assert (added[0] - added[1]).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(("objective", "sampler"), [("flow", "euler"), ("ddpm", "ddpm")])
+def test_without_a_name_the_sampler_is_that_of_the_objective(objective: str, sampler: str) -> None:
+    assert choose_sampler(None, 50, objective) == sampler
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "objective", "message"),
+    [
+        ("euler", 50, "ddpm", r"--sampler euler is not for .* objective\.name=ddpm; choose ddpm or ddim"),
+        ("ddpm", 50, "flow", r"--sampler ddpm is not for .* objective\.name=flow; choose euler"),
+        (None, 1, "ddpm", r"--steps 1: --sampler ddpm takes 2 to 1000"),
+        ("ddpm", 1001, "ddpm", r"--steps 1001: --sampler ddpm takes 2 to 1000"),
+        ("ddim", 300, "ddpm", r"--steps 300: --sampler ddim takes a divisor of 1000 above 1"),
+        ("ddim", 1, "ddpm", r"--steps 1: --sampler ddim takes a divisor"),
+        ("ddim", 2000, "ddpm", r"--steps 2000: --sampler ddim takes a divisor"),
+    ],
+)
+def test_a_sampler_that_does_not_fit_is_refused(name: str | None, steps: int, objective: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_sampler(name, steps, objective)

@@ -1,0 +1,61 @@
+"""The worked example of docs/architecture.md: a router of one's own is one file and one configuration."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmoe_dist import config as configuration
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT, initialize
+
+DOCUMENT = Path(__file__).parents[2] / "docs/architecture.md"
+LAYERS = [
+    {"run_dir": "r", "data": {"shards": "s"}},
+    {"model": {"depth": 4, "hidden_size": 16, "num_heads": 2, "input_size": 8, "in_channels": 1, "num_classes": 5}},
+    {"moe": {"router": "by_place", "num_experts": 4, "shared_experts": 1}},
+]
+
+
+@pytest.fixture
+def by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the document's file among the routers."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    (text,) = [block for block in blocks if "class ByPlace(Router)" in block]
+    file = tmp_path / "by_place.py"
+    file.write_text(text)
+    name = "diffmoe_dist.model.routers.by_place"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    names = [*configuration.router_names(), "by_place"]
+    monkeypatch.setattr(configuration, "router_names", lambda: names)
+
+
+@pytest.mark.usefixtures("by_place")
+def test_the_documented_example_trains_and_its_settings_are_checked() -> None:
+    config = configuration.build_config(*LAYERS, {"moe": {"gate_loss_weight": 0.1}})
+    assert configuration.loss_weights(config) == {"gate": 0.1}
+    model = DiT(config).train()
+    initialize(model, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    output = model(torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 1, 5]))
+    (output.prediction.square().mean() + output.losses["gate"]).backward()
+    assert all(p.grad is not None and p.grad.any() for layer in model.moe_layers for p in layer.router.parameters())
+    assert [stats.tokens_per_expert.tolist() for stats in output.routing] == [[12] * 4] * 2  # 3 images of 16 tokens
+    with pytest.raises(UserError, match=r"moe\.top_k=2 has no effect with moe\.router=by_place"):
+        configuration.build_config(*LAYERS, {"moe": {"top_k": 2}})
+
+
+def test_without_its_file_the_router_is_not_known() -> None:
+    with pytest.raises(UserError, match=r"moe\.router=by_place is not a router"):
+        configuration.build_config(*LAYERS)

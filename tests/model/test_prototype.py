@@ -1,0 +1,164 @@
+"""ProMoE's layer against a loop over images, tokens and experts (ProMoE eq. 4-6), in both variants."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffmoe_dist.model.mlp import Mlp
+from diffmoe_dist.model.moe import Experts, MoELayer
+from diffmoe_dist.model.routers.prototype import PrototypeRouter, Settings
+from diffmoe_dist.model.routing_losses import contrastive_loss
+
+IMAGES, TOKENS, WIDTH, EXPERTS = 4, 8, 8, 4
+NULL = [False, True, False, False]
+VARIANTS = ["token_choice", "expert_choice"]
+SCORES = ["identity", "sigmoid", "softmax"]
+
+
+def make_layer(**settings: Any) -> MoELayer:
+    chosen = Settings("prototype", EXPERTS, expert_mlp_ratio=2.0, **settings)
+    experts, hidden = Experts(EXPERTS, WIDTH, 16), 16
+    layer = MoELayer(PrototypeRouter(WIDTH, chosen, TOKENS), experts, Mlp(WIDTH, hidden), Mlp(WIDTH, hidden)).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return layer
+
+
+def make_images() -> Tensor:
+    return torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+def expert(layer: MoELayer, e: int, token: Tensor) -> Tensor:
+    hidden = F.gelu(token @ layer.experts.w1[e] + layer.experts.b1[e], approximate="tanh")
+    return hidden @ layer.experts.w2[e] + layer.experts.b2[e]
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
+
+
+def row_loss(prototypes: Tensor, means: dict[int, Tensor], temperature: float) -> Tensor:
+    """eq. 6 over the experts that have a mean."""
+    if len(means) < 2:
+        return torch.zeros(())
+    total = torch.zeros(())
+    for i in means:
+        powers = {j: torch.exp(cosine(prototypes[i], means[j]) / temperature) for j in means}
+        total = total - torch.log(powers[i] / sum(powers.values()))
+    return total / len(means)
+
+
+def slow(layer: MoELayer, x: Tensor, variant: str, scores: str, top_k: int) -> tuple[Tensor, Tensor]:
+    prototypes, outputs, assigned = layer.router.prototypes, [], []  # assigned: for each image {expert: tokens}
+    slots = math.floor(TOKENS / EXPERTS * top_k)
+    for image, is_null in zip(x, NULL, strict=True):
+        table = [[cosine(token, prototype) for prototype in prototypes] for token in image]
+        if scores == "sigmoid":
+            table = [[1 / (1 + torch.exp(-z)) for z in row] for row in table]
+        elif scores == "softmax" and variant == "token_choice":
+            table = [[torch.exp(z) / sum(torch.exp(other) for other in row) for z in row] for row in table]
+        elif scores == "softmax":
+            totals = [sum(torch.exp(row[e]) for row in table) for e in range(EXPERTS)]
+            table = [[torch.exp(row[e]) / totals[e] for e in range(EXPERTS)] for row in table]
+        chosen: set[tuple[int, int]] = set()
+        if not is_null and variant == "token_choice":
+            for s, row in enumerate(table):
+                chosen |= {(s, e) for e in sorted(range(EXPERTS), key=lambda e, r=row: -r[e].item())[:top_k]}
+        elif not is_null:
+            for e in range(EXPERTS):
+                best = sorted(range(TOKENS), key=lambda s, e=e, t=table: -t[s][e].item())[:slots]
+                chosen |= {(s, e) for s in best}
+        assigned.append({e: [image[s] for s, of in sorted(chosen) if of == e] for e in range(EXPERTS)})
+        rows = []
+        for s, token in enumerate(image):
+            y = layer.shared(token)  # eq. 5
+            if is_null:
+                y = y + layer.unconditional(token)
+            for e in range(EXPERTS):
+                if (s, e) in chosen:
+                    y = y + table[s][e] * expert(layer, e, token)
+            rows.append(y)
+        outputs.append(torch.stack(rows))
+    if variant == "token_choice":
+        everything = {e: [token for image in assigned for token in image[e]] for e in range(EXPERTS)}
+        loss = row_loss(prototypes, {e: torch.stack(v).mean(dim=0) for e, v in everything.items() if v}, 0.07)
+    else:
+        per_image = [
+            row_loss(prototypes, {e: torch.stack(v).mean(dim=0) for e, v in image.items() if v}, 0.07)
+            for image, is_null in zip(assigned, NULL, strict=True)
+            if not is_null
+        ]
+        loss = torch.stack(per_image).mean()
+    return torch.stack(outputs), loss
+
+
+@pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_loss_and_gradients_equal_a_loop_over_images_tokens_and_experts(
+    variant: str, scores: str, top_k: int
+) -> None:
+    layer = make_layer(variant=variant, scores=scores, top_k=top_k)
+    x, null = make_images(), torch.tensor(NULL)
+
+    def fast(x: Tensor) -> tuple[Tensor, Tensor]:
+        y, routing = layer(x, null)
+        return y, routing.losses["contrastive"]
+
+    results = []
+    for forward in (fast, lambda x: slow(layer, x, variant, scores, top_k)):
+        layer.zero_grad()
+        x = x.detach().requires_grad_()
+        y, loss = forward(x)
+        (y.square().sum() + loss).backward()
+        results.append([y, loss, x.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-5)  # fp32 sums; the temperature magnifies by 14
+
+
+def test_images_without_a_condition_visit_the_unconditional_expert_and_no_other() -> None:
+    layer, x = make_layer().eval(), make_images()
+    y, routing = layer(x, torch.tensor(NULL))
+    assert not set((routing.token_index // TOKENS).tolist()) & {1}
+    torch.testing.assert_close(y[1], layer.shared(x[1]) + layer.unconditional(x[1]))
+    assert float(routing.stats.capacity) == 1.0, "every token has one expert, the unconditional one counted"
+
+
+def test_a_pass_of_null_labels_alone_leaves_the_routed_experts_idle_and_still_has_gradients() -> None:
+    layer, x = make_layer(), make_images()
+    y, routing = layer(x, torch.ones(IMAGES, dtype=torch.bool))
+    (y.sum() + routing.losses["contrastive"]).backward()
+    assert routing.stats.tokens_per_expert.tolist() == [0] * EXPERTS and routing.losses["contrastive"].item() == 0
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert bool(parameter.grad.any()) == name.startswith(("shared.", "unconditional.")), name
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    layer = make_layer()
+    with torch.no_grad():
+        layer.router.prototypes.copy_(layer.router.prototypes[:1].expand(EXPERTS, WIDTH))
+    _, routing = layer(make_images(), torch.zeros(IMAGES, dtype=torch.bool))
+    assert routing.stats.tokens_per_expert.tolist() == [IMAGES * TOKENS, 0, 0, 0]
+
+
+def test_the_expert_choice_variant_takes_the_published_number_of_tokens() -> None:
+    _, routing = make_layer(variant="expert_choice").eval()(make_images(), torch.tensor(NULL))
+    assert routing.stats.tokens_per_expert.tolist() == [3 * (TOKENS // EXPERTS)] * EXPERTS
+
+
+def test_the_contrastive_loss_is_zero_for_fewer_than_two_active_experts_and_ignores_the_idle_ones() -> None:
+    prototypes, means = torch.eye(3), torch.eye(3) * 5
+    assert float(contrastive_loss(prototypes, means, torch.tensor([4.0, 0.0, 0.0]), 0.07)) == 0.0
+    assert float(contrastive_loss(prototypes, means, torch.zeros(3), 0.07)) == 0.0
+    # Two active experts, cosines 1 and 0 at temperature 1: -log(e / (e + 1)).
+    two = contrastive_loss(prototypes, means * 2, torch.tensor([2.0, 0.0, 1.0]), 1.0)
+    assert float(two) == pytest.approx(math.log(1 + math.exp(-1)), abs=1e-6)

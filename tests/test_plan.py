@@ -1,0 +1,84 @@
+"""The planner as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffmoe_dist.plan import main
+
+ROOT = Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs/imagenet256/global_pool_l.yaml")
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+def test_a_plan_as_json_has_the_unit_in_each_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = plan(
+        monkeypatch, capsys, "--config", CONFIG, "parallel.expert=8", "--nodes", "2", "--gpus-per-node", "8",
+        "precision=bf16", "--accelerator", "H200-141", "--json",
+    )  # fmt: skip
+    found = json.loads(text)
+    assert found["parameters"]["total_millions"] == 1981.96
+    assert found["parameters"]["activated_millions"] == 471.09
+    assert found["macs_per_image"]["linear_giga"] == pytest.approx(80.80, abs=0.005)
+    assert (found["settings"]["ranks"], found["settings"]["accelerator"]) == (16, "H200-141")
+    # 372.4 M dense parameters, and the experts over 8 ranks: 201.4 M, in bf16.
+    assert found["memory_per_gpu"]["held_bytes"]["weights"] == pytest.approx(2 * 571.55e6, rel=1e-4)
+    tokens = next(t for t in found["wire_per_gpu_and_step"]["transfers"] if t["name"] == "tokens to experts and back")
+    # 16 images of 256 tokens, one visit each, 1024 bf16 numbers, there and back, in each of 12 layers.
+    assert tokens["payload_bytes"] == 16 * 256 * 1024 * 2 * 2 * 12
+    assert tokens["across_nodes_bytes"] == 0
+    step = found["step"]
+    assert step["seconds"] == pytest.approx(sum(step["parts_seconds"].values()))
+    assert step["bound_by"] in ("compute", "wire", "memory")
+
+
+def test_a_plan_as_text_says_what_is_exact_and_what_is_an_estimate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = plan(monkeypatch, capsys, "--config", CONFIG, "--nodes", "1", "--gpus-per-node", "8", "--capacity", "0.95")
+    lines = [line.split() for line in text.splitlines()]
+    assert ["total", "1981.96", "the", "frozen", "position", "table", "included"] in lines
+    assert next(line for line in lines if line[:2] == ["activated,", "eq."])[3] == "454.56"
+    for word in ("exact", "estimate", "GiB", "MB", "ms", "ASSUMPTIONS"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", ["dense_s", "prototype_b", "expert_choice_xl", "load_balanced_l"])
+def test_every_family_can_be_planned_without_data(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / f"configs/imagenet256/{name}.yaml")
+    assert "STEP" in plan(monkeypatch, capsys, "--config", config, "--nodes", "1", "--gpus-per-node", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--nodes", "1", "--gpus-per-node", "3"), "train.global_batch_size=256 does not divide over 3 ranks"),
+        (("--nodes", "0", "--gpus-per-node", "8"), "--nodes 0: must be at least 1"),
+        (("--nodes", "1", "--gpus-per-node", "8", "--accelerator", "TPU"), "--accelerator TPU: choose from A100-80,"),
+        (("--nodes", "1", "--gpus-per-node", "8", "--capacity", "-1"), "--capacity -1.0: must be 0 or more"),
+        (("--nodes", "1", "--gpus-per-node", "8", "moe.router=dense"), "has no effect with moe.router=dense"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "diffmoe_dist.plan", "--config", CONFIG, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
