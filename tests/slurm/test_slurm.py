@@ -1,0 +1,230 @@
+"""slurm/train_xl.sh as it ships, on a real Slurm cluster of three virtual nodes, meets what ends a run of weeks.
+
+A disturbed run must end with the loss curve of the undisturbed one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffmoe_dist.config import load_config
+from tests.slurm.cluster import PATH, ROOT, Cluster, missing
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+STEPS = 60
+CPU_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
+
+
+class Run:
+    """A job of slurm/train_xl.sh on CPU nodes."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        shards: Path,
+        *options: str,
+        overrides: Sequence[str] = (),
+        scratch: str = "",
+    ) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.output = folder.with_suffix(".out")
+        self.job = cluster.submit(
+            *CPU_NODES, f"--output={self.output}", *options,
+            "slurm/train_xl.sh", f"train.steps={STEPS}", "checkpoint.every=10", "log.every=1", *overrides,
+            DEVICE="cpu", CONFIG="configs/debug/global_pool.yaml", RUN_DIR=folder, SHARDS=shards,
+            PYTHON=sys.executable, LOCAL_SCRATCH=scratch,
+        )  # fmt: skip
+
+    def log(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait_for_log(self, text: str) -> None:
+        self.cluster.wait_until(lambda: text in self.log(), 120, f"'{text}' in the log")
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for_log(f"step {step}/{STEPS} ")
+
+    def end(self) -> tuple[str, int]:
+        """Wait for the job's end: its state, and how often it was restarted."""
+        state = self.cluster.wait(self.job)
+        return state, int(self.cluster.job(self.job)["Restarts"])
+
+    def curve(self) -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines]
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(lab: Cluster) -> Iterator[Cluster]:
+    """With an empty queue and all nodes idle."""
+    yield lab
+    lab.reset()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(lab: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Run:
+    run = Run(lab, tmp_path_factory.mktemp("undisturbed") / "run", digits)
+    run.end()
+    return run
+
+
+def test_two_nodes_train_until_the_run_is_marked_as_done(undisturbed: Run) -> None:
+    assert undisturbed.end() == ("COMPLETED", 0), undisturbed.log()
+    assert [step for step, _ in undisturbed.curve()] == list(range(1, STEPS + 1))
+    assert json.loads((undisturbed.folder / "DONE").read_text())["step"] == STEPS
+    assert "2 x cpu" in undisturbed.log()
+
+
+def test_experts_stay_inside_a_node_and_shards_are_read_from_its_own_disk(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+) -> None:
+    scratch = "/dev/shm" if cluster.namespaces else ""  # without namespaces the nodes have one disk
+    run = Run(cluster, tmp_path / "run", digits, "--ntasks-per-node=2", overrides=("train.steps=3",), scratch=scratch)
+    assert run.end() == ("COMPLETED", 0), run.log()
+    config = load_config(run.folder / "config.yaml")
+    assert config.parallel.expert == 2 and "4 x cpu" in run.log()
+    assert str(config.data.shards).startswith(scratch)
+    losses, expected = [[loss for _, loss in one.curve()[:3]] for one in (run, undisturbed)]
+    assert losses == pytest.approx(expected, abs=1e-6)  # other ranks sum in another order
+
+
+@pytest.mark.parametrize("moment", ["training", "import"])
+def test_a_signal_before_the_time_limit_costs_no_step_while_in(
+    moment: str, cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+) -> None:
+    run = Run(cluster, tmp_path / "run", digits)
+    if moment == "training":
+        run.wait_for_step(5)
+    else:
+        run.wait_for_log("newest checkpoint: none")
+        time.sleep(0.5)
+    # What `--signal=B:USR1@300` does, without Slurm's clock, which looks at time limits every 30 s.
+    cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    cluster.start_now(run.job)
+    assert run.end() == ("COMPLETED", 1), run.log()
+    assert run.curve() == undisturbed.curve(), run.log()
+    [stopped_at] = re.findall(r"requeued after exit code 75, newest checkpoint: step-(\d+)", run.log())
+    assert f"step {int(stopped_at) + 1}/{STEPS} " in run.log().partition("attempt 1")[2]
+    assert len(re.findall(rf"step \d+/{STEPS} ", run.log())) == STEPS
+
+
+def test_a_preempted_job_comes_back(cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path) -> None:
+    run = Run(cluster, tmp_path / "run", digits, "--partition=preemptible")
+    run.wait_for_step(5)
+    urgent = cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.start_now(run.job)
+    assert cluster.wait(urgent) == "COMPLETED"
+    assert run.end() == ("COMPLETED", 1), run.log()
+    assert run.curve() == undisturbed.curve(), run.log()
+
+
+@pytest.mark.parametrize("lost", ["of the batch script and rank 0", "of rank 1"])
+def test_a_run_goes_on_elsewhere_after_the_loss_of_the_node(
+    lost: str, cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+) -> None:
+    run = Run(cluster, tmp_path / "run", digits)
+    run.wait_for_step(15)
+    node = cluster.nodes_of(run.job)[["of the batch script and rank 0", "of rank 1"].index(lost)]
+    cluster.power_off(node)
+    cluster.start_now(run.job)
+    assert run.end() == ("COMPLETED", 1), run.log()
+    assert node not in cluster.nodes_of(run.job)
+    assert run.curve() == undisturbed.curve(), run.log()
+
+
+def test_a_cancelled_job_stays_cancelled_and_has_saved(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    run = Run(cluster, tmp_path / "run", digits)
+    run.wait_for_step(5)
+    cluster.run("scancel", run.job)
+    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip(), 30, "the queue is empty")
+    assert run.end() == ("CANCELLED", 0), run.log()
+    assert len(run.checkpoints()) == 1 and "requeued" not in run.log()
+
+
+def test_a_program_that_crashes_twice_at_the_same_checkpoint_is_not_requeued(
+    cluster: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    run = Run(cluster, tmp_path / "run", digits, overrides=("optim.lr=1e30", "checkpoint.every=1"))
+    cluster.start_now(run.job)
+    assert run.end() == ("FAILED", 1), run.log()
+    assert re.findall(r"requeued after exit code 1, newest checkpoint: step-\d+", run.log())
+    assert "exit code 1: not requeued" in run.log()
+
+
+def test_a_mistake_in_the_settings_is_not_requeued(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    run = Run(cluster, tmp_path / "run", digits, overrides=("moe.num_experts=7.5",))
+    assert run.end() == ("FAILED", 0), run.log()
+    assert "error: moe.num_experts" in run.log() and "a mistake in the settings: not requeued" in run.log()
+
+
+def test_the_deepspeed_launcher_trains_on_a_hostfile_through_its_slurm_runner(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+) -> None:
+    if not cluster.namespaces:
+        pytest.skip("no network namespaces here, so no host has a node's name")
+    train = (
+        "deepspeed --hostfile hostfile --no_ssh_check --master_addr $(head -n 1 hostfile | cut -d ' ' -f 1) "
+        f"--launcher slurm --launcher_args=--ntasks-per-node=1 {ROOT}/diffmoe_dist/train.py "
+        f"--config {ROOT}/configs/debug/global_pool.yaml data.shards={digits} run_dir=run device=cpu "
+        "train.steps=3 log.every=1"
+    )
+    script = f"scontrol show hostnames $SLURM_JOB_NODELIST | sed 's/$/ slots=1/' >hostfile; exec {train}"
+    environment = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "PYTHONPATH": ROOT}
+    output = tmp_path / "out"
+    job = cluster.submit(*CPU_NODES, f"--chdir={tmp_path}", f"--output={output}", f"--wrap={script}", **environment)
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
+    assert "2 x cpu" in output.read_text()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [loss for _, loss in undisturbed.curve()[:3]]
+
+
+def test_the_sampling_script_draws_images_on_two_nodes(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+    output, out = tmp_path / "out", tmp_path / "samples"
+    job = cluster.submit(
+        *CPU_NODES, f"--output={output}", "slurm/sample.sh", "--steps", "2",
+        DEVICE="cpu", CHECKPOINT=undisturbed.folder, OUT=out, NUM="4", PYTHON=sys.executable,
+    )  # fmt: skip
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
+    assert np.load(out / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
+
+
+def test_a_node_that_was_cut_off_and_goes_on_running_publishes_no_checkpoint(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+) -> None:
+    if not cluster.namespaces:
+        pytest.skip("no network namespaces here, so no cable to pull")
+    # All ranks on that node: they lack nothing, and write to the same disk as the newer attempt.
+    run = Run(cluster, tmp_path / "run", digits, "--nodes=1", "--ntasks-per-node=2", overrides=("parallel.expert=1",))
+    run.wait_for_step(12)
+    [node] = cluster.nodes_of(run.job)
+    cluster.cut(node)
+    cluster.signal_all(node, "STOP")
+    cluster.start_now(run.job)
+    run.wait_for_step(22)  # of the newer attempt, which started at 10
+    cluster.signal_all(node, "CONT")
+    run.wait_for_log("another attempt has taken over")
+    assert run.end() == ("COMPLETED", 1), run.log()
+    cluster.cut(node, "up")
+    assert run.curve() == undisturbed.curve(), run.log()
+    assert run.checkpoints() == undisturbed.checkpoints()
+    assert (run.folder / "attempt").read_text().strip() == f"{run.job}.1"
