@@ -50,7 +50,7 @@ def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[
             index,
             start,
             lambda model: None,
-            open_held_out(config, data),  # type: ignore
+            open_held_out(config, index),  # type: ignore
         )
         trainer.train()
         trainer.close()
