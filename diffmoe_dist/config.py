@@ -109,6 +109,8 @@ class TrainConfig:
     global_batch_size: int = 256
     micro_batch_size: int | None = None  # images a rank computes at once; default: no accumulation
     label_dropout: float = 0.1
+    hang_timeout: float = 600.0  # seconds a step may take before the run ends itself; 0: no limit
+    skip_non_finite: bool = False  # leave out the update of a batch with a non-finite loss or gradient, and go on
 
 
 @dataclass
@@ -144,12 +146,19 @@ class DataConfig:
 class CheckpointConfig:
     every: int = 1000
     keep: int = 3
+    keep_every: int = 0  # checkpoints of every n-th step stay for good; 0: none
     allow_pool_change: bool = False  # resume although the token pool would change its size
 
 
 @dataclass
 class LogConfig:
     every: int = 50
+
+
+@dataclass
+class ProfileConfig:
+    steps: tuple[int, int] | None = None  # first and last step of a trace in run_dir/profile
+    memory_snapshot: bool = False  # keep CUDA's allocations, and write them there when memory runs out
 
 
 @dataclass
@@ -166,6 +175,7 @@ class Config:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # on CUDA: the same bits every time, at some cost of speed; on a CPU it is so anyway
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -177,6 +187,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -358,6 +369,14 @@ def _check(config: Config) -> None:
     require(config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
     require(config.data, "data", "workers", lambda value: value >= 0, "0 or more")
     require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.train, "train", "hang_timeout", lambda value: 0 <= value < math.inf, "0 (no limit) or more")
+    require(config.checkpoint, "checkpoint", "keep_every", lambda value: value >= 0, "0 (none) or more")
+    require(config.profile, "profile", "steps", lambda value: 1 <= value[0] <= value[1], "first and last step, from 1")
+    if config.checkpoint.keep_every % config.checkpoint.every:
+        raise UserError(
+            f"checkpoint.keep_every={config.checkpoint.keep_every} is not a multiple of checkpoint.every="
+            f"{config.checkpoint.every}, so there would be nothing to keep; choose a multiple"
+        )
     require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
     require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from diffmoe_dist.engine.checkpoint import load_fragments
 from diffmoe_dist.engine.sharded_state import Fragment, buffers
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT, initialize
+
+if TYPE_CHECKING:
+    from diffmoe_dist.engine.trainer import Trainer
 
 TINY = {
     "model": {
@@ -41,6 +44,12 @@ def train_all(rank: int, world_size: int, shards: Path, jobs: list[tuple[Path, d
 
 
 def train_one(rank: int, world_size: int, config: Config) -> None:
+    trainer = make_trainer(rank, world_size, config)
+    trainer.train()
+    trainer.close()
+
+
+def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.engine.build import build_trainer, find_start, open_data
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
@@ -49,9 +58,7 @@ def train_one(rank: int, world_size: int, config: Config) -> None:
     topology = create_topology(launch, torch.device("cpu"), config.parallel.expert)
     index = open_data(config)
     start = find_start(config, index, world_size)
-    trainer = build_trainer(config, topology, index, start, draw_samples=lambda model: None)  # type: ignore
-    trainer.train()
-    trainer.close()
+    return build_trainer(config, topology, index, start, draw_samples=lambda model: None)  # type: ignore
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
