@@ -118,6 +118,8 @@ class TrainConfig:
     micro_batch_size: int | None = None  # images a rank computes at once; default: no accumulation
     label_dropout: float = 0.1
     initial_weights: str | None = None  # a folder of weights (diffmoe_dist.convert) that a fresh run starts from
+    hang_timeout: float = 600.0  # seconds a step may take before the run ends itself; 0: no limit
+    skip_non_finite: bool = False  # leave out the update of a batch with a non-finite loss or gradient, and go on
 
 
 @dataclass
@@ -168,6 +170,7 @@ class DataConfig:
 class CheckpointConfig:
     every: int = 1000
     keep: int = 3
+    keep_every: int = 0  # checkpoints of every n-th step stay for good; 0: none
     allow_pool_change: bool = False  # resume although the token pool would change its size
 
 
@@ -182,6 +185,12 @@ class ValidationConfig:
     latents: str | None = None  # and their latents, where the model is trained on latents
     every: int = 0  # steps between validation losses; 0: none
     images: int = 1024  # the same ones every time
+
+
+@dataclass
+class ProfileConfig:
+    steps: tuple[int, int] | None = None  # first and last step of a trace in run_dir/profile
+    memory_snapshot: bool = False  # keep CUDA's allocations, and write them there when memory runs out
 
 
 @dataclass
@@ -210,6 +219,7 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # on CUDA: the same bits every time, at some cost of speed; on a CPU it is so anyway
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -223,6 +233,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def tokens_per_sample(self) -> int:
@@ -447,6 +458,14 @@ def _check(config: Config) -> None:
                 f"{section}.{name}={value} has no effect with {section}.every=0; set it to a number of steps, such as "
                 "5000"
             )
+    require(config.train, "train", "hang_timeout", lambda value: 0 <= value < math.inf, "0 (no limit) or more")
+    require(config.checkpoint, "checkpoint", "keep_every", lambda value: value >= 0, "0 (none) or more")
+    require(config.profile, "profile", "steps", lambda value: 1 <= value[0] <= value[1], "first and last step, from 1")
+    if config.checkpoint.keep_every % config.checkpoint.every:
+        raise UserError(
+            f"checkpoint.keep_every={config.checkpoint.keep_every} is not a multiple of checkpoint.every="
+            f"{config.checkpoint.every}, so there would be nothing to keep; choose a multiple"
+        )
     require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
     require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
+HANG_EXIT_CODE = 124  # as of timeout(1)
 
 
 class UserError(Exception):
@@ -26,14 +28,17 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def run_command(main: Callable[[], None]) -> NoReturn:
+def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and end the process the way the contract promises.
 
     A `UserError` becomes one line on standard error and exit code 2, without a traceback, of which only the first
-    process of a node speaks; anything else is a fault, with its traceback and exit code 1 (130 for Ctrl-C).
+    process of a node speaks; any other exception is a fault, with its traceback and exit code 1 (130 for Ctrl-C).
+
+    Args:
+        main: returns the exit code; None is 0.
     """
     try:
-        main()
+        code = main()
     except SystemExit:  # --help
         raise
     except KeyboardInterrupt:
@@ -45,7 +50,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         _exit(1)
-    _exit(0)
+    _exit(code or 0)
 
 
 def _is_first_of_node() -> bool:

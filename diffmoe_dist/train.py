@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffmoe_dist.config import check_world, load_config
-from diffmoe_dist.errors import CommandParser, run_command
+from diffmoe_dist.engine.preemption import StopSignals
+from diffmoe_dist.errors import STOPPED_EXIT_CODE, CommandParser, UserError, run_command
 from diffmoe_dist.launch import detect_launch
+
+if TYPE_CHECKING:
+    from diffmoe_dist.config import Config
 
 DESCRIPTION = """\
 Train a (mixture-of-experts) diffusion transformer. Running the same command again, or with more train.steps, on any
@@ -17,25 +24,75 @@ number of processes, resumes from run_dir.
   deepspeed --num_gpus 8 --module diffmoe_dist.train --config FILE parallel.expert=8
   torchrun --nproc-per-node 8 -m diffmoe_dist.train --config FILE parallel.expert=8
   mpirun -n 8 python -m diffmoe_dist.train --config FILE parallel.expert=8
+
+SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 on any process, or a file RUN_DIR/STOP, make the run save and leave; a second
+signal makes the process leave at once. Exit codes: 0 done, 75 stopped on request with everything saved (run the command
+again), 2 a mistake in the settings, 1 a fault, 124 a hang (train.hang_timeout).
 """
 
 
-def main() -> None:
+def main() -> int:
+    stop = StopSignals()  # before everything that takes time
     parser = CommandParser(prog="diffmoe_dist.train", description=DESCRIPTION)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings; configs/ has examples")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    parser.add_argument("--dry-run", action="store_true", help="build it all without memory, check it, train nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: for N processes (default: 1)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+
+    from diffmoe_dist.config import load_config
+
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        dry_run(config, 1 if arguments.world_size is None else arguments.world_size)
+    elif arguments.world_size is not None:
+        raise UserError(f"--world-size {arguments.world_size} has no effect without --dry-run; remove it")
+    else:
+        return train(config, stop)
+    return 0
+
+
+def dry_run(config: Config, world_size: int) -> None:
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: choose at least 1")
+
+    from diffmoe_dist.config import check_world
+
+    check_world(config, world_size)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed need not look for a GPU
+
+    from diffmoe_dist.engine.dry_run import build_on_meta
+
+    sys.stdout.write(build_on_meta(config, world_size))
+
+
+def train(config: Config, stop: StopSignals) -> int:
+    """Returns the exit code."""
+    from diffmoe_dist.config import check_world
+
     launch = detect_launch()
     check_world(config, launch.world_size)
 
     # torch and deepspeed take seconds to import; a mistake in the settings is told before.
-    from diffmoe_dist.parallel.topology import choose_device, from_first_rank, start_process_group, stop_process_group
+    from diffmoe_dist.parallel.topology import (
+        choose_device,
+        from_first_rank,
+        set_deterministic,
+        start_process_group,
+        stop_process_group,
+    )
 
     device = choose_device(config.device, launch, config.tf32)
+    if config.profile.memory_snapshot and device.type != "cuda":
+        raise UserError(f"profile.memory_snapshot=true has no effect on device={device.type}; remove it")
+    if config.deterministic:
+        set_deterministic(device)
 
     from diffmoe_dist.engine.build import build_trainer, find_start, open_data, open_held_out, prepare_run_dir
+    from diffmoe_dist.engine.run_folder import claim_run_dir
+    from diffmoe_dist.engine.trainer import Supervision
+    from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout, shared_fate
     from diffmoe_dist.evaluation.generate import open_decoder, training_grid
     from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
@@ -45,15 +102,26 @@ def main() -> None:
     decode = open_decoder(config, config.sample.decoder, "sample.decoder", device) if config.sample.every else None
     score_samples = open_training_scores(config, device)
     prepare_run_dir(config)
-    start = find_start(config, data, launch.world_size)
-    launch = start_process_group(device)
-    start = from_first_rank(start)
-    topology = create_topology(launch, device, config.parallel.expert)
-    draw_samples = partial(training_grid, config=config, decode=decode, rank=launch.rank, world_size=launch.world_size)
-    trainer = build_trainer(config, topology, data, start, draw_samples, held_out, score_samples)
-    trainer.train()
-    trainer.close()
+    run_dir = Path(str(config.run_dir))
+    watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
+    watchdog.expect("start-up", SLOW_FACTOR)
+    launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
+    with shared_fate():
+        claim = claim_run_dir(run_dir)
+        start = from_first_rank(find_start(config, data, launch.world_size))
+        topology = create_topology(launch, device, config.parallel.expert)
+        draw_samples = partial(
+            training_grid, config=config, decode=decode, rank=launch.rank, world_size=launch.world_size
+        )
+        supervision = Supervision(claim, stop.asked, watchdog)
+        trainer = build_trainer(config, topology, data, start, draw_samples, held_out, score_samples, supervision)
+        finished = trainer.train()
+        stop.ignore()
+        trainer.close()
     stop_process_group()
+    watchdog.stop()
+    claim.release()
+    return 0 if finished else STOPPED_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.commands import start
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -75,6 +78,8 @@ def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
     assert set(line) == {
         "step", "images_seen", "loss", "loss_diffusion", "loss_capacity", "grad_norm", "lr", "images_per_second",
         "step_seconds", "capacity", "expert_load_max", "expert_load_min", "bad_samples", "peak_memory_bytes",
+        "skipped_steps", "failed_checkpoints", "seconds_data", "seconds_forward", "seconds_backward",
+        "seconds_all_to_all", "seconds_optimizer", "seconds_checkpoint",
     }  # fmt: skip
     assert (line["step"], line["images_seen"], line["capacity"]) == (STEPS, STEPS * 32, 1.0)
     assert list((run_dir / "tensorboard").glob("events.*"))
@@ -145,18 +150,109 @@ def test_the_loss_curve_is_drawn(runs: Path) -> None:
     assert Image.open(runs / "python/loss.png").size[0] > 500
 
 
+def test_the_parts_of_a_step_are_timed(runs: Path) -> None:
+    lines = [json.loads(line) for line in (runs / "torchrun/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        parts = {name: line[f"seconds_{name}"] for name in ("data", "forward", "backward", "optimizer", "all_to_all")}
+        assert all(seconds > 0 for seconds in parts.values())
+        assert parts["all_to_all"] < parts["forward"] + parts["backward"], "it is a share of them"
+        assert sum(parts.values()) - parts["all_to_all"] < line["step_seconds"]
+    alone = json.loads((runs / "python/metrics.jsonl").read_text().splitlines()[-1])
+    assert alone["seconds_all_to_all"] == 0
+
+
+def test_a_trace_of_chosen_steps_is_written_and_deterministic_changes_no_loss(tmp_path: Path, digits: Path) -> None:
+    command = start(
+        "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}", "train.steps=4",
+        f"run_dir={tmp_path}/run", "log.every=1", "profile.steps=[2,3]", "deterministic=true", folder=tmp_path,
+    )[0]  # fmt: skip
+    assert command.wait() == 0, command.stderr
+    with gzip.open(tmp_path / "run/profile/steps-2-3-rank-0.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert "aten::baddbmm" in names
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx(json.loads((ROOT / "tests/golden/global_pool.json").read_text())[:4], abs=1e-5)
+
+
+def test_a_dry_run_builds_a_rank_of_64_without_memory_and_leaves_nothing_behind(tmp_path: Path, digits: Path) -> None:
+    command = start(
+        "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}", "model.size=XL",
+        "model.depth=null", "model.hidden_size=null", "model.num_heads=null", "moe.num_experts=16", "parallel.expert=8",
+        "train.global_batch_size=2048", "train.micro_batch_size=16", f"run_dir={tmp_path}/run", "precision=bf16",
+        "--dry-run", "--world-size", "64", folder=tmp_path,
+    )[0]  # fmt: skip
+    assert command.wait() == 0, command.stderr
+    report = dict(line.split(": ", 1) for line in command.stdout.splitlines())
+    # 14 layers of 16 experts, each 2 x 4 x 1152^2 + 5 x 1152 parameters; a rank holds 2 of the 16.
+    expert = 8 * 1152**2 + 5 * 1152
+    total, held = (float(part.split(" M")[0].replace(",", "")) for part in report["model"].split("parameters,"))
+    assert total - held == pytest.approx(14 * 14 * expert / 1e6, abs=0.02)
+    assert "8 groups of 8 ranks hold them, 2 a layer and rank" in report["experts"]
+    assert "16 images x 64 ranks x 2 micro-steps; 1024 images or 16384 tokens compete together" in report["batch"]
+    assert f"parameters {2 * held / 1e3:.3g} GB" in report["memory"]
+    dense = held - 14 * 2 * expert / 1e6
+    partition = (dense / 64 + 14 * 2 * expert / 1e6 / 8) * 12 / 1e3
+    assert f"optimizer {1e3 * partition:.3g} MB" in report["memory"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_where_a_run_would_go_on(runs: Path, digits: Path, tmp_path: Path) -> None:
+    command = start(
+        "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
+        f"run_dir={runs}/python", "--dry-run", "--world-size", "8", "parallel.expert=8", folder=tmp_path,
+    )[0]  # fmt: skip
+    assert command.wait() == 0, command.stderr
+    assert f"step {STEPS}, from {runs}/python/checkpoints/step-{STEPS:08d}" in command.stdout
+
+
 TRAIN = ("diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", "data.shards=DIGITS")
+SAMPLE = ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out")
+PACK = ("data_tools.__main__", "pack")
 BAD = {
     "unknown key": ((*TRAIN, "optim.lrr=1"), "unknown setting optim.lrr=1; did you mean optim.lr?"),
     "no such config": (("diffmoe_dist.train", "--config", "nowhere.yaml"), "--config nowhere.yaml: no such file"),
     "no config": (("diffmoe_dist.train",), "the following arguments are required: --config"),
+    "not an override": ((*TRAIN, "steps"), "override 'steps': expected key=value"),
+    "not YAML": (("diffmoe_dist.train", "--config", "README.md"), "--config README.md"),
+    "wrong type": ((*TRAIN, "train.steps=many"), "train.steps: "),
+    "no such router": ((*TRAIN, "moe.router=global"), "moe.router=global is not a router; did you mean global_pool?"),
+    "a setting of another router": ((*TRAIN, "moe.shared=1"), "moe.shared"),
+    "no such precision": ((*TRAIN, "precision=fp8"), "precision: "),
+    "heads over width": ((*TRAIN, "model.num_heads=3"), "model.hidden_size=64 is not divisible by model.num_heads=3"),
+    "patches over size": ((*TRAIN, "model.patch_size=3"), "model.input_size=8 is not divisible by model.patch_size=3"),
+    "negative learning rate": ((*TRAIN, "optim.lr=-1"), "optim.lr=-1.0 must be above 0 and finite"),
+    "no steps": ((*TRAIN, "train.steps=0"), "train.steps=0 must be at least 1"),
+    "no checkpoint kept": ((*TRAIN, "checkpoint.keep=0"), "checkpoint.keep=0 must be at least 1"),
+    "kept between checkpoints": (
+        (*TRAIN, "checkpoint.keep_every=70"),
+        "checkpoint.keep_every=70 is not a multiple of checkpoint.every=50",
+    ),
+    "negative time": ((*TRAIN, "train.hang_timeout=-1"), "train.hang_timeout=-1.0 must be 0 (no limit) or more"),
+    "trace backwards": ((*TRAIN, "profile.steps=[5,3]"), "must be first and last step"),
+    "snapshot of a CPU": (
+        (*TRAIN, "profile.memory_snapshot=true", "device=cpu"),
+        "profile.memory_snapshot=true has no effect on device=cpu",
+    ),
+    "tensor parallelism": ((*TRAIN, "parallel.tensor=2"), "parallel.tensor=2: tensor parallelism is not available yet"),
     "experts over ranks": ((*TRAIN, "parallel.expert=3"), "parallel.expert=3 does not divide moe.num_experts=8"),
     "ranks over experts": ((*TRAIN, "parallel.expert=8"), "parallel.expert=8 does not divide the 1 ranks"),
     "batch": ((*TRAIN, "train.micro_batch_size=5"), "train.global_batch_size=32 is not a multiple of"),
+    "world of a dry run": (
+        (*TRAIN, "--dry-run", "--world-size", "3"),
+        "train.global_batch_size=32 does not divide over 3 ranks",
+    ),
+    "nobody in a dry run": ((*TRAIN, "--dry-run", "--world-size", "0"), "--world-size 0: choose at least 1"),
+    "world of a true run": ((*TRAIN, "--world-size", "2"), "--world-size 2 has no effect without --dry-run"),
     "no index": ((*TRAIN, "data.shards=/nowhere"), "data.shards=/nowhere"),
+    "no index in a dry run": ((*TRAIN, "data.shards=/nowhere", "--dry-run"), "data.shards=/nowhere"),
     "other images": ((*TRAIN, "model.input_size=16"), "model.input_size=16, but data.shards"),
     "no CUDA": ((*TRAIN, "device=cuda"), "device=cuda, but this machine has no usable CUDA device"),
     "other checkpoint": ((*TRAIN, "run_dir=RUNS/python", "model.depth=2"), "is of another model with model.depth=4"),
+    "other seed": ((*TRAIN, "run_dir=RUNS/python", "seed=1"), "was trained with seed=0"),
+    "other pool": (
+        (*TRAIN, "run_dir=RUNS/python", "train.micro_batch_size=16"),
+        "one token pool of this launch has 16 samples",
+    ),
     "one block": ((*TRAIN, "model.depth=1"), "model.depth=1: experts are in every second block"),
     "run_dir is a file": ((*TRAIN, "run_dir=README.md"), "run_dir=README.md: cannot be written"),
     "out is a file": (
@@ -167,24 +263,37 @@ BAD = {
         ("diffmoe_dist.sample", "--checkpoint", "/nowhere", "--out", "RUNS/out", "--num", "1"),
         "no complete checkpoint there",
     ),
-    "no images": (
-        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "0"),
-        "--num 0: choose at least 1",
-    ),
+    "no images": ((*SAMPLE, "--num", "0"), "--num 0: choose at least 1"),
+    "half an image": ((*SAMPLE, "--num", "0.5"), "argument --num: invalid int value: '0.5'"),
+    "no sampler": ((*SAMPLE, "--num", "1", "--sampler", "magic"), "argument --sampler: invalid choice: 'magic'"),
+    "negative seed": ((*SAMPLE, "--num", "1", "--seed", "-1"), "--seed -1: choose one from 0"),
     "other objective": (
-        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "1", "--sampler", "ddim"),
+        (*SAMPLE, "--num", "1", "--sampler", "ddim"),
         "--sampler ddim is not for a model with objective.name=flow; choose euler",
     ),
     "no run": (("diffmoe_dist.report", "--run", "/nowhere"), "--run /nowhere"),
+    "no source": ((*PACK, "nowhere", "RUNS/pack"), "SOURCE=nowhere"),
+    "no command": (("data_tools.__main__",), "arguments are required: COMMAND"),
+    "packed elsewhere": ((*PACK, "digits", "README.md"), "README.md"),
+    "empty shards": ((*PACK, "digits", "RUNS/pack", "--samples-per-shard", "0"), "0"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_users_mistake_is_one_line_and_exit_code_2(case: str, runs: Path, digits: Path) -> None:
+def test_a_users_mistake_is_one_line_and_exit_code_2(case: str, runs: Path, digits: Path, tmp_path: Path) -> None:
+    arguments, message = BAD[case]
+    module, *filled = (part.replace("DIGITS", str(digits)).replace("RUNS", str(runs)) for part in arguments)
+    ended = start(module, *filled, folder=tmp_path)[0]
+    assert ended.wait() == 2, ended.stderr
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert message in ended.stderr
+
+
+@pytest.mark.parametrize("case", ["unknown key", "other checkpoint", "no images", "no run", "no source"])
+def test_a_users_mistake_is_the_same_from_a_shell(case: str, runs: Path, digits: Path) -> None:
     arguments, message = BAD[case]
     filled = [part.replace("DIGITS", str(digits)).replace("RUNS", str(runs)) for part in arguments]
     ended = run(sys.executable, "-m", *filled)
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout == ""
-    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert (ended.returncode, ended.stdout, len(ended.stderr.splitlines())) == (2, "", 1), ended.stderr
     assert message in ended.stderr

@@ -310,5 +310,8 @@ def make_loader(
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    # Ctrl-C reaches every process of a job; the rank ends its workers, without a traceback from each of them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a scheduler's signals reach every process of a job; the rank ends its workers, without a traceback from
+    # each of them. The rank's own pipe for signals came along with the fork, and must not hear the worker's.
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -18,15 +18,17 @@ from diffmoe_dist.engine.checkpoint import (
     Progress,
     check_same_model,
     check_same_run,
-    complete_checkpoints,
     load_fragments,
+    newest_sound_checkpoint,
     read_progress,
 )
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
 from diffmoe_dist.engine.planning import reduce_bucket
+from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawSamples, ScoreSamples, Trainer
+from diffmoe_dist.engine.trainer import DrawSamples, ScoreSamples, Supervision, Trainer
 from diffmoe_dist.engine.validation import Validation
+from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
@@ -107,10 +109,25 @@ class Start:
 
     checkpoint: Path | None
     progress: Progress
+    damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
 
 
 def find_start(config: Config, data: TrainingData | StreamedData, world_size: int) -> Start:
-    """Look for a checkpoint in `run_dir` and check that this run continues it.
+    """Look for the newest sound checkpoint in `run_dir` and check that this run continues it.
+
+    Collective where a process group exists.
+
+    Raises:
+        UserError: the checkpoint is of another model, seed, data set or pool size; or all checkpoints are damaged.
+    """
+    checkpoint, damaged = newest_sound_checkpoint(Path(str(config.run_dir)) / "checkpoints")
+    return Start(checkpoint, progress_from(checkpoint, config, data, world_size), tuple(damaged))
+
+
+def progress_from(
+    checkpoint: Path | None, config: Config, data: TrainingData | StreamedData, world_size: int
+) -> Progress:
+    """Where a run stands that continues a checkpoint, or begins.
 
     Raises:
         UserError: the checkpoint is of another model, seed, data set or pool size; or there is none, and
@@ -126,15 +143,17 @@ def find_start(config: Config, data: TrainingData | StreamedData, world_size: in
         pool_samples=pool_samples(config, world_size),
         micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
     )
-    found = complete_checkpoints(Path(str(config.run_dir)) / "checkpoints")
-    if not found:
+    if checkpoint is None:
         if config.train.initial_weights is not None:
             check_initial_weights(config)
-        return Start(None, fresh)
-    saved = read_progress(found[-1])
-    check_same_model(found[-1], config)
-    check_same_run(found[-1], saved, fresh, config.checkpoint.allow_pool_change)
-    return Start(found[-1], replace(fresh, step=saved.step, images_seen=saved.images_seen))
+        return fresh
+    saved = read_progress(checkpoint)
+    check_same_model(checkpoint, config)
+    check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
+    return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
+
+
+UNSUPERVISED = Supervision(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
 
 
 def build_trainer(
@@ -145,6 +164,7 @@ def build_trainer(
     draw_samples: DrawSamples,
     held_out: TrainingData | None = None,
     score_samples: ScoreSamples | None = None,
+    supervision: Supervision = UNSUPERVISED,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
@@ -152,9 +172,11 @@ def build_trainer(
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
+    for complaint in start.damaged:
+        logger.warning("%s; going back to the one before", complaint)
     if checkpoint is not None:
         load_fragments(checkpoint, [*state.fragments(), *buffers(engine.module)])
-        state.after_load(progress.step)
+        state.after_load(progress.step - progress.skipped)
         logger.info("resumed from %s", checkpoint)
         if initial_weights is not None:
             logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)
@@ -182,6 +204,7 @@ def build_trainer(
         draw_samples=draw_samples,
         validate=None if validation is None else validation.losses,
         score_samples=score_samples,
+        supervision=supervision,
     )
 
 

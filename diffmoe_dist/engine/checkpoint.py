@@ -8,12 +8,12 @@ the intervals it needs (`sharded_state`), without ever gathering a tensor.
         state.json     step, images seen, and what a resume is checked against
         config.yaml    the resolved settings
         .metadata, *.distcp
+        SHA256SUMS     of all of them
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 import shutil
@@ -45,13 +45,18 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from diffmoe_dist.config import Config, load_config, model_settings, save_config
+from diffmoe_dist.config import CheckpointConfig, Config, load_config, model_settings, save_config
+from diffmoe_dist.data.index import file_sha256
+from diffmoe_dist.engine.run_folder import Claim, flush_directory, write_durably
 from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, whole_tensors
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
+SUMS = "SHA256SUMS"
+_ROOM = 1.02  # of the tensors' bytes: names, metadata, what a file system keeps for itself
 
 
 @dataclass(frozen=True)
@@ -64,43 +69,165 @@ class Progress:
     data_fingerprint: str
     pool_samples: int  # samples that compete in one token pool
     micro_steps: int  # forward passes of an optimizer step, each with pools of its own
+    skipped: int = 0  # of the steps, those whose update was left out because something was not finite
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, for lack of space or the like; the ones before are as they were."""
 
 
 def save_checkpoint(
-    folder: Path, fragments: Sequence[Fragment], progress: Progress, config: Config, is_first_rank: bool
+    folder: Path,
+    fragments: Sequence[Fragment],
+    progress: Progress,
+    config: Config,
+    claim: Claim,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint to `folder`/step-N; collective. It is complete when its folder has that name.
 
-    The newest `checkpoint.keep` complete checkpoints are left.
+    The newest `checkpoint.keep` complete checkpoints are left, and those of every `checkpoint.keep_every`-th step.
 
     Args:
         fragments: what this rank owns; over all ranks every element of every tensor once.
+        claim: the right to publish it, asked on the first rank.
+        group: all ranks, on gloo.
+
+    Raises:
+        CheckpointError: the disk is full or refuses; on every rank.
+        UserError: another attempt has taken the run over; on every rank.
     """
     final = folder / f"step-{progress.step:08d}"
     unfinished = folder / f".unfinished-{final.name}"
-    if is_first_rank:
-        for remains in (*folder.glob(".unfinished-*"), *folder.glob(".removing-*")):  # of a run that was killed
+    size = torch.tensor(sum(fragment.data.nbytes for fragment in fragments))
+    dist.all_reduce(size, group=group)
+    on_first_rank(lambda: _make_room(folder, unfinished, int(size), claim), group)
+    writer = _Writer(unfinished)
+    try:
+        dcp.save({}, storage_writer=writer, planner=_SaveFragments(fragments), process_group=group)
+    except dcp.CheckpointException as error:
+        on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True), group)  # what it holds of a full disk
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                raise CheckpointError(f"checkpoint {final}: {cause.strerror} ({cause.filename or folder})") from None
+        raise
+    sums: list[dict[str, str]] | None = [{}] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
+    dist.gather_object(writer.sums, sums, group=group)
+    on_first_rank(lambda: _publish(unfinished, final, progress, config, claim, sums or []), group)
+
+
+def _make_room(folder: Path, unfinished: Path, size: int, claim: Claim) -> None:
+    """Remove what runs that were killed have left, and see that there is space."""
+    claim.check()
+    try:
+        for remains in (*folder.glob(".unfinished-*"), *folder.glob(".removing-*")):
             shutil.rmtree(remains)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    dcp.save({}, storage_writer=_Writer(unfinished), planner=_SaveFragments(fragments))
-    if is_first_rank:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free / 1e9
+        needed = size * _ROOM / 1e9
+        if free < needed:
+            raise CheckpointError(
+                f"checkpoint folder {folder}: {free:.3g} GB are free, a checkpoint needs {needed:.3g} GB"
+            )
+        unfinished.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint folder {folder}: {error.strerror}") from None
+
+
+def _publish(
+    unfinished: Path, final: Path, progress: Progress, config: Config, claim: Claim, sums: list[dict[str, str]]
+) -> None:
+    try:
         _check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
         write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
-        if final.exists():  # torn by hand or by a file system, else the run would have started from it
+        own = {name: file_sha256(unfinished / name) for name in (".metadata", "config.yaml", "state.json")}
+        write_sums(unfinished, {name: value for part in (*sums, own) for name, value in part.items()})
+        claim.check()
+        if final.exists():  # torn by hand, or damaged, else the run would have started from it
             _remove(final)
         unfinished.rename(final)
-        flush_directory(folder)
-        for old in complete_checkpoints(folder)[: -config.checkpoint.keep]:
+        flush_directory(final.parent)
+        for old in superfluous(complete_checkpoints(final.parent), config.checkpoint):
             _remove(old)
-    dist.barrier()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {final}: {error.strerror} ({error.filename})") from None
+
+
+def superfluous(checkpoints: list[Path], settings: CheckpointConfig) -> list[Path]:
+    """Those to remove of complete checkpoints, oldest first."""
+    every = settings.keep_every
+    return [old for old in checkpoints[: -settings.keep] if not every or _step_of(old) % every]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; unfinished ones do not count."""
     found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name)]
     return sorted(path for path in found if (path / "state.json").is_file())
+
+
+def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were written, and what is wrong with newer ones.
+
+    Collective where a process group exists: the ranks share the files out and read each of them once.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    found = complete_checkpoints(folder)
+    if dist.is_initialized():
+        found = from_first_rank(found)
+    complaints: list[str] = []
+    for checkpoint in reversed(found):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint, complaints
+        complaints.append(f"checkpoint {checkpoint} is damaged ({damage})")
+    if complaints:
+        raise UserError(f"{complaints[0]}, and no other one is sound; remove {folder} to begin at step 0")
+    return None, []
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if something is; collective where a process group exists."""
+    if not dist.is_initialized():
+        return _damage(checkpoint, 0, 1)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _damage(checkpoint, dist.get_rank(), len(found)))
+    return next((damage for damage in found if damage is not None), None)
+
+
+def _damage(checkpoint: Path, rank: int, ranks: int) -> str | None:
+    """What is wrong with this rank's share of the files."""
+    name = SUMS
+    try:
+        sums = read_sums(checkpoint)
+        for needed in (".metadata", "config.yaml", "state.json"):
+            if needed not in sums:
+                return f"{SUMS} lacks {needed}"
+        for name in sorted(sums)[rank::ranks]:
+            if Path(name).name != name or file_sha256(checkpoint / name) != sums[name]:
+                return f"{name} is not what was written: another SHA-256 than in {SUMS}"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read: {error}"
+    return None
+
+
+def write_sums(folder: Path, sums: dict[str, str]) -> None:
+    """SHA256SUMS, which `sha256sum --check` reads too."""
+    write_durably(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name to SHA-256. Raises OSError and ValueError."""
+    lines = (folder / SUMS).read_text().splitlines()
+    return {name: value for value, name in (line.split("  ", 1) for line in lines)}
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_checkpoint(directory: str | Path) -> Path:
@@ -179,8 +306,9 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
             if isinstance(cause, UserError):
                 raise cause from None
             if isinstance(cause, pickle.UnpicklingError):
+                what = str(cause).split(". ")[0]
                 raise UserError(
-                    f"checkpoint {checkpoint}: .metadata is no checkpoint's ({cause}); do not use this folder"
+                    f"checkpoint {checkpoint} holds more than tensors ({what}); do not use this folder"
                 ) from None
             reason = f"{type(cause).__name__}: {cause}"
             raise UserError(f"checkpoint {checkpoint} is damaged ({reason}); remove that folder") from None
@@ -195,6 +323,9 @@ def read_checkpoint_model(
     Args:
         kind: EMA for the averaged weights, MASTER for the weights themselves, both fp32.
     """
+    damage = find_damage(checkpoint)
+    if damage is not None:
+        raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); remove that folder, or give an older step-N")
     config = load_config(checkpoint / "config.yaml", overrides)
     with torch.device("meta"):
         model = DiT(config)
@@ -306,8 +437,25 @@ def _remove(checkpoint: Path) -> None:
 
 
 class _Writer(dcp.FileSystemWriter):
+    """Also sums up what it has written."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's writer closes its archive on a full disk, and complains of that alone
+            raise (_os_error_behind(error) or error) from None
+        files = Path(self.path).glob(f"{plan.storage_data.prefix}*")
+        self.sums = {file.name: file_sha256(file) for file in files}
+        return written
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # torch would put the path of this machine into the checkpoint
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -337,18 +485,3 @@ class _SafeReader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -68,10 +68,16 @@ class ShardedState:
                 data = flats[mapping.param_group_index].narrow(0, there.start, there.numel)
                 yield Fragment(f"{kind}.{name}", offset + here.start, total, data)
 
-    def after_load(self, step: int) -> None:
+    def discard_gradients(self) -> None:
+        """Let the optimizer step that follows leave out its update: DeepSpeed does where the norm is not finite."""
+        for gradients in self.zero.averaged_gradients.values():
+            for gradient in gradients or []:
+                gradient.fill_(torch.nan)
+
+    def after_load(self, updates: int) -> None:
         """Bring AdamW's step count and the model's own weights in line with partitions just written."""
         for group in self.adamw.param_groups:
-            self.adamw.state[group["params"][0]]["step"].fill_(step)
+            self.adamw.state[group["params"][0]]["step"].fill_(updates)
         self.zero.update_lp_params()
 
 

@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.loader import Batch, BatchLoader
 from diffmoe_dist.diffusion.objectives import Objective
 from diffmoe_dist.engine.accelerators import device_peak
-from diffmoe_dist.engine.checkpoint import Progress, save_checkpoint
+from diffmoe_dist.engine.checkpoint import Progress
+from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.ema import WeightAverage
 from diffmoe_dist.engine.metrics import Log, logger
+from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.planning import achieved_share
+from diffmoe_dist.engine.profiling import Profiler, Timings
+from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
+from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, DiTOutput
+from diffmoe_dist.model.routing import RoutingStats
+from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
 from diffmoe_dist.parallel.topology import Topology
 
 DrawSamples = Callable[[DiT], np.ndarray]
@@ -45,6 +53,22 @@ class StepReport:
     load_LN: Tensor  # assignments a micro-step and rank
     capacity_L: Tensor  # C of DiffMoE eq. 8-9
     bad_samples: int  # did not decode and were passed over
+    stop_asked: bool  # of any rank
+
+    @property
+    def non_finite(self) -> list[str]:
+        """What is not finite; if anything is not, the update was left out."""
+        values = {**self.losses, "grad_norm": self.grad_norm}
+        return [name for name, value in values.items() if not math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What the world outside may want of a rank, and what it owes it."""
+
+    claim: Claim  # to the run folder
+    stop_asked: Callable[[], bool]  # by a signal
+    watchdog: Watchdog
 
 
 class Trainer:
@@ -62,6 +86,7 @@ class Trainer:
         progress: Progress,
         log: Log,
         draw_samples: DrawSamples,
+        supervision: Supervision,
         validate: Validate | None = None,
         score_samples: ScoreSamples | None = None,
     ) -> None:
@@ -85,55 +110,99 @@ class Trainer:
         self.accounting = account(config)
         self.device_peak = device_peak(topology.device, config)
         self.bad_samples = 0  # since the last line of metrics
+        self.timings = Timings(topology.device)
+        for layer in self.model.moe_layers:
+            if isinstance(layer.dispatcher, AllToAllDispatcher):
+                layer.dispatcher.timed = partial(self.timings.part, "all_to_all")
+        self.profiler = Profiler(config.profile, self.run_dir, topology.rank, topology.device)
+        self.supervision = supervision
+        self.expect = supervision.watchdog.expect
+        timeout = collective_timeout(config.train.hang_timeout)
+        self.checkpointer = Checkpointer(config, topology.device, supervision.claim, progress.step, timeout)
 
-    def train(self) -> None:
-        config = self.config
-        if self.progress.step >= config.train.steps:
-            logger.info("already at step %d of train.steps=%d: nothing to do", self.progress.step, config.train.steps)
-        while self.progress.step < config.train.steps:
-            with self.timer:
+    def train(self) -> bool:
+        """Returns whether train.steps was reached; else the run was asked to stop. Everything is saved either way."""
+        config, begun = self.config, self.progress.step
+        if begun >= config.train.steps:
+            logger.info("already at step %d of train.steps=%d: nothing to do", begun, config.train.steps)
+        else:
+            self.supervision.claim.mark_going_on()
+        stop_asked = False
+        while self.progress.step < config.train.steps and not stop_asked:
+            step = self.progress.step + 1
+            # The first step allocates, and on a GPU compiles.
+            self.expect(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
+            with self.timer, self.profiler.step(step):
                 report = self.train_step()
-            step = self.progress.step
+            stop_asked = report.stop_asked
             self.log.step(step)
-            validated = self.validation_losses() if _due(step, config.validation.every) else {}
-            scores = self.scores() if _due(step, config.score.every) else {}
-            if validated or scores or _due(step, config.log.every) or step == config.train.steps:
+            validated = self.validation_losses() if _due(step, config.validation.every) and not stop_asked else {}
+            scores = self.scores() if _due(step, config.score.every) and not stop_asked else {}
+            logged = validated or scores or _due(step, config.log.every) or step == config.train.steps
+            if logged and not report.non_finite:
                 self.log.metrics(self._metrics(report) | validated | scores)
-            if _due(step, config.sample.every):
+            if _due(step, config.sample.every) and not stop_asked:
                 self.sample()
-            if _due(step, config.checkpoint.every) or step == config.train.steps:
+            if _due(step, config.checkpoint.every):
                 self.save()
+        self.save_now()
+        step = self.progress.step
+        if step < config.train.steps:
+            logger.info("stopped at step %d of %d, as asked; everything is saved", step, config.train.steps)
+            return False
+        self.supervision.claim.mark_done(step)
+        return True
 
     def train_step(self) -> StepReport:
         """One optimizer step over the global batch; collective."""
         for layer in self.model.moe_layers:
             layer.router.start_step(self.progress.step)
-        micro_steps = []
-        for _ in range(self.progress.micro_steps):
-            micro_steps.append(self._forward_backward(next(self.batches).to(self.topology.device)))
-            self.engine.step()
-        report = self._report(micro_steps)
-        self._stop_on_non_finite(report)
+        batches: list[Batch] = []
+        micro_steps: list[dict[str, Tensor]] = []
+        while len(micro_steps) < self.progress.micro_steps:
+            if micro_steps:
+                self.engine.step()  # between micro-steps it only counts
+            with self.timings.part("data"):
+                batches.append(next(self.batches).to(self.topology.device))
+            micro_steps.append(self._forward_backward(batches[-1]))
+        report = self._update(micro_steps)
         self.bad_samples += report.bad_samples
-        if report.thresholds_LN is not None:
-            for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
-                layer.router.update_threshold(proposal)
-        self.average.update()
-        images_seen = self.progress.images_seen + self.config.train.global_batch_size
-        self.progress = replace(self.progress, step=self.progress.step + 1, images_seen=images_seen)
+        skipped = int(bool(report.non_finite))
+        if skipped:
+            self._tell_non_finite(report, batches)
+        else:
+            if report.thresholds_LN is not None:
+                for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
+                    layer.router.update_threshold(proposal)
+            self.average.update()
+        self.progress = replace(
+            self.progress,
+            step=self.progress.step + 1,
+            images_seen=self.progress.images_seen + self.config.train.global_batch_size,
+            skipped=self.progress.skipped + skipped,
+        )
         return report
 
     def save(self) -> None:
-        """Write a checkpoint; collective."""
+        """Begin to write a checkpoint; collective. Training goes on meanwhile."""
+        self.expect("saving a checkpoint", SLOW_FACTOR)
         fragments = list(self.state.fragments())
         if self.topology.rank == 0:  # the same on every rank, so one writes them
             fragments += buffers(self.model)
-        folder = self.run_dir / "checkpoints"
-        save_checkpoint(folder, fragments, self.progress, self.config, self.topology.rank == 0)
-        logger.info("saved %s", folder / f"step-{self.progress.step:08d}")
+        with self.timings.part("checkpoint"):
+            self.checkpointer.save(fragments, self.progress)
+
+    def save_now(self) -> None:
+        """Return when the state is saved; collective."""
+        if self.checkpointer.last != self.progress.step:
+            self.save()
+        self.expect("saving a checkpoint", SLOW_FACTOR)
+        with self.timings.part("checkpoint"):
+            self.checkpointer.wait(must_succeed=True)
 
     def sample(self) -> None:
         """Draw a grid of images with the averaged weights; collective."""
+        self.expect("sampling", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
             grid = self.draw_samples(self.model)
@@ -161,54 +230,90 @@ class Trainer:
         return scores
 
     def close(self) -> None:
+        self.expect("the end", SLOW_FACTOR)
+        self.checkpointer.close()
+        self.profiler.close()
         self.loader.close()
         self.log.close()
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-step. Returns what is to be averaged over micro-steps and ranks, detached."""
-        z, t, labels = noisy_inputs(batch, self.objective, self.config)
-        output: DiTOutput = self.engine(z, self.objective.model_time(t), labels)
-        of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
-        losses = {name: of_images[name].mean() for name in self.objective.loss_names}
-        loss = torch.stack(list(losses.values())).sum()
-        for name, weight in self.loss_weights.items():
-            losses[name] = output.losses[name]
-            loss = loss + weight * losses[name]
-        self.engine.backward(loss)
-        stats = output.routing
+        with self.timings.part("forward"):
+            losses, stats = self._losses(batch, self.engine)
+        with self.timings.part("backward"):
+            self.engine.backward(losses["loss"])
         proposals = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
         tables = {"threshold": proposals, "load": [s.tokens_per_expert for s in stats]}
         tables |= {"capacity": [s.capacity for s in stats]}
-        values = {"loss": loss, **{f"loss_{name}": value for name, value in losses.items()}, "bad": batch.bad.sum()}
+        values = {**losses, "bad": batch.bad.sum()}
         values |= {name: torch.stack(layers) for name, layers in tables.items() if layers}
         return {name: value.detach() for name, value in values.items()}
 
-    def _report(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
-        """Average over micro-steps and ranks, in one reduction."""
+    def _losses(self, batch: Batch, model: Callable[..., DiTOutput]) -> tuple[dict[str, Tensor], list[RoutingStats]]:
+        """`loss`, then its parts, unweighted; and the statistics of the layers."""
+        z, t, labels = noisy_inputs(batch, self.objective, self.config)
+        output = model(z, self.objective.model_time(t), labels)
+        of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
+        parts = {name: of_images[name].mean() for name in self.objective.loss_names}
+        loss = torch.stack(list(parts.values())).sum()
+        for name, weight in self.loss_weights.items():
+            parts[name] = output.losses[name]
+            loss = loss + weight * parts[name]
+        return {"loss": loss, **{f"loss_{name}": value for name, value in parts.items()}}, output.routing
+
+    def _loss_again(self, batch: Batch) -> Tensor:
+        return self._losses(batch, self.model)[0]["loss"]
+
+    def _update(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
+        """Average over micro-steps and ranks, in one reduction, and update the weights if all of it is finite."""
+        supervision = self.supervision
+        stop_asked = supervision.stop_asked() or supervision.claim.stop_asked()
         shapes = {name: value.shape for name, value in micro_steps[0].items()}
         flat = torch.stack([torch.cat([v.double().flatten() for v in step.values()]) for step in micro_steps])
-        parts = self.topology.mean(flat.mean(dim=0)).split([shape.numel() for shape in shapes.values()])
+        flat = torch.cat([flat.mean(dim=0), flat.new_full((1,), float(stop_asked))])
+        *parts, stop = self.topology.mean(flat).split([*(shape.numel() for shape in shapes.values()), 1])
         means = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        losses = {name: float(value) for name, value in means.items() if name.startswith("loss")}
+        with self.timings.part("checkpoint"):
+            self.checkpointer.wait_staged()
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            self.state.discard_gradients()
+        with self.timings.part("optimizer"):
+            self.engine.step()
         nothing = torch.empty(0, 0)
         return StepReport(
-            losses={name: float(value) for name, value in means.items() if name.startswith("loss")},
+            losses=losses,
             grad_norm=float(self.engine.get_global_grad_norm()),
             thresholds_LN=means["threshold"].float() if "threshold" in means else None,
             load_LN=means.get("load", nothing),
             capacity_L=means.get("capacity", nothing),
             bad_samples=round(float(means["bad"]) * self.topology.world_size * self.progress.micro_steps),
+            stop_asked=bool(stop > 0),
         )
 
-    def _stop_on_non_finite(self, report: StepReport) -> None:
-        values = {**report.losses, "grad_norm": report.grad_norm}
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"step {self.progress.step + 1}: {', '.join(broken)} is not finite; the weights of step "
-                f"{self.progress.step} are the last sound ones"
-            )
+    def _tell_non_finite(self, report: StepReport, batches: list[Batch]) -> None:
+        """Say where it began and keep the batch's sample ids; stop there unless told to skip. Collective.
+
+        Raises:
+            FloatingPointError: on every rank, once the last sound state is saved.
+        """
+        step = self.progress.step + 1
+        self.expect(f"looking for what is not finite in step {step}", SLOW_FACTOR)
+        origin = find_origin(self.model, [partial(self._loss_again, batch) for batch in batches])
+        where = f"first in {origin}" if origin else "in no output or gradient when computed again: look at the hardware"
+        what = f"step {step}: {', '.join(report.non_finite)} not finite, {where}"
+        ids = keep_sample_ids(self.run_dir / "non_finite", step, what, batches)
+        if self.config.train.skip_non_finite:
+            logger.warning("%s; its update is skipped, its sample ids are in %s", what, ids)
+            return
+        self.save_now()
+        raise FloatingPointError(
+            f"{what}; the weights are still those of step {self.progress.step}, and saved; the batch's sample ids are "
+            f"in {ids}; train.skip_non_finite=true would leave such updates out"
+        )
 
     def _metrics(self, report: StepReport) -> dict[str, Any]:
+        steps = self.timer.steps
         seconds = self.timer.mean_since_last()
         load_LN = report.load_LN
         capacity = load_max = load_min = None
@@ -236,6 +341,9 @@ class Trainer:
             "expert_load_min": load_min,
             "bad_samples": bad_samples,
             "peak_memory_bytes": _peak_memory(self.topology.device),
+            "skipped_steps": self.progress.skipped,
+            "failed_checkpoints": self.checkpointer.failed,
+            **self.timings.mean_since_last(steps),
         }
 
 

@@ -6,6 +6,8 @@ expert-parallel group, E experts of a rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from diffmoe_dist.model.moe import ExpertInput, weighted_sum
 from diffmoe_dist.model.routing import Routing
+
+Timed = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -53,19 +57,20 @@ class AllToAllDispatcher:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
+        self.timed: Timed = nullcontext  # around each exchange of rows, also in backward
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertInput, DispatchPlan]:
         sent_PE = routing.stats.tokens_per_expert.view(self.ranks, -1)
         received_PE = self._received(sent_PE, routing)
         plan = plan_dispatch(sent_PE, received_PE)
         x_AD = x_TD.index_select(0, routing.token_index)
-        arrived_RD = all_to_all_rows(x_AD, plan.send, plan.receive, self.group)
+        arrived_RD = all_to_all_rows(x_AD, plan.send, plan.receive, self.group, self.timed)
         rows_RD = permute_rows(arrived_RD, plan.expert_major, plan.arrival_order)
         return ExpertInput(rows_RD, received_PE.sum(dim=0), self._uniform(routing)), plan
 
     def combine(self, y_RD: Tensor, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         y_RD = permute_rows(y_RD, plan.arrival_order, plan.expert_major)
-        y_AD = all_to_all_rows(y_RD, plan.receive, plan.send, self.group)
+        y_AD = all_to_all_rows(y_RD, plan.receive, plan.send, self.group, self.timed)
         return weighted_sum(y_AD, routing, x_TD)
 
     def _uniform(self, routing: Routing) -> int | None:
@@ -89,17 +94,21 @@ class AllToAllDispatcher:
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+    def forward(
+        ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, timed: Timed
+    ) -> Tensor:
+        ctx.send, ctx.receive, ctx.group, ctx.timed = send, receive, group, timed
         arrived = x.new_empty(sum(receive), x.shape[1])
-        dist.all_to_all_single(arrived, x.contiguous(), receive, send, group)
+        with timed():
+            dist.all_to_all_single(arrived, x.contiguous(), receive, send, group)
         return arrived
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         returned = grad.new_empty(sum(ctx.send), grad.shape[1])
-        dist.all_to_all_single(returned, grad.contiguous(), ctx.send, ctx.receive, ctx.group)
-        return returned, None, None, None
+        with ctx.timed():
+            dist.all_to_all_single(returned, grad.contiguous(), ctx.send, ctx.receive, ctx.group)
+        return returned, None, None, None, None
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -114,9 +123,11 @@ class _PermuteRows(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def all_to_all_rows(x_AD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+def all_to_all_rows(
+    x_AD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, timed: Timed = nullcontext
+) -> Tensor:
     """Send the first `send[0]` rows to rank 0 and so on; returns the arriving rows, (sum(receive), D)."""
-    return _AllToAllRows.apply(x_AD, send, receive, group)
+    return _AllToAllRows.apply(x_AD, send, receive, group, timed)
 
 
 def permute_rows(x_RD: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -72,8 +73,27 @@ def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.dev
     return torch.device("cuda", launch.local_rank)
 
 
-def start_process_group(device: torch.device) -> Launch:
-    """Initialise torch.distributed for whichever launcher started this process."""
+def set_deterministic(device: torch.device) -> None:
+    """Let torch take only algorithms whose results are the same bits every time; to be asked before the first step.
+
+    On CUDA that also costs cuBLAS a workspace, convolutions their benchmark, and operations without such an algorithm
+    are refused. On a CPU nothing changes but that refusal: on the same ranks and threads its bits are the same anyway.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads what it has not written, so new memory need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def start_process_group(device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Launch:
+    """Initialise torch.distributed for whichever launcher started this process.
+
+    Args:
+        timeout: after which a collective gives up.
+    """
     launch = detect_launch()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # Threads of two ranks on one core spin against each other.
@@ -87,7 +107,7 @@ def start_process_group(device: torch.device) -> Launch:
         launch = _meet_over_mpi()
     elif launch.kind == "slurm":
         _meet_under_slurm(launch)
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    dist.init_process_group(backend, timeout=timeout)
     return launch
 
 
@@ -140,6 +160,20 @@ def from_first_rank(value: Any) -> Any:
     """The first rank's value, on every rank: what each would find by itself may differ on a shared disk; collective."""
     box = [value]
     dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_first_rank(function: Callable[[], Any], group: Group | None = None) -> Any:
+    """Call it on the first rank alone; what it returns or raises, every rank returns or raises; collective."""
+    box: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            box[0] = function()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=group)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 

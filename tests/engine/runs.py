@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from diffmoe_dist.engine.sharded_state import Fragment, buffers
 from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT, initialize
+
+if TYPE_CHECKING:
+    from diffmoe_dist.engine.trainer import Trainer
 
 TINY = {
     "model": {
@@ -42,12 +45,12 @@ def train_all(rank: int, world_size: int, shards: Path, jobs: list[tuple[Path, d
 
 
 def train_one(rank: int, world_size: int, config: Config) -> None:
-    trainer = open_trainer(rank, world_size, config)
+    trainer = make_trainer(rank, world_size, config)
     trainer.train()
     trainer.close()
 
 
-def open_trainer(rank: int, world_size: int, config: Config) -> Trainer:
+def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.engine.build import build_trainer, find_start, open_data
     from diffmoe_dist.parallel.expert_parallel import create_topology
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,25 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from diffmoe_dist import load_model
-from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.config import CheckpointConfig, load_config
+from diffmoe_dist.data.index import ShardIndex, file_sha256
 from diffmoe_dist.engine.build import find_start
-from diffmoe_dist.engine.checkpoint import _check_coverage, complete_checkpoints, find_checkpoint, read_progress
+from diffmoe_dist.engine.checkpoint import (
+    _check_coverage,
+    _SafeReader,
+    complete_checkpoints,
+    find_checkpoint,
+    read_progress,
+    read_sums,
+    superfluous,
+    write_sums,
+)
 from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from diffmoe_dist.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.runs import tiny_config, train_all, whole_state
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +155,14 @@ def test_a_missing_or_cut_data_file_is_named(run_dir: Path) -> None:
 def test_a_checkpoint_of_another_shape_names_the_tensor(run_dir: Path) -> None:
     config = newest(run_dir) / "config.yaml"
     config.write_text(config.read_text().replace("num_classes: 10", "num_classes: 20"))
+    forge_sums(newest(run_dir))
     with pytest.raises(UserError, match=r"y_embedder\.embedding_table\.weight"):
         load_model(run_dir)
+
+
+def forge_sums(checkpoint: Path) -> None:
+    """Make the sums those of the files as they are now."""
+    write_sums(checkpoint, {name: file_sha256(checkpoint / name) for name in read_sums(checkpoint)})
 
 
 class Malicious:
@@ -156,6 +176,7 @@ class Malicious:
 def test_a_checkpoint_cannot_execute_code(run_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "executed"
     (newest(run_dir) / ".metadata").write_bytes(pickle.dumps(Malicious(target)))
+    forge_sums(newest(run_dir))
     with pytest.raises(UserError, match="refused to load"):
         load_model(run_dir)
     assert not target.exists()
@@ -163,6 +184,97 @@ def test_a_checkpoint_cannot_execute_code(run_dir: Path, tmp_path: Path) -> None
 
 def test_a_checkpoint_names_no_folder_of_the_machine_that_wrote_it(trained: Path) -> None:
     assert str(trained.parent).encode() not in (newest(trained) / ".metadata").read_bytes()
+
+
+def test_a_tensor_in_a_checkpoint_cannot_execute_code(run_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "executed"
+    archive = tmp_path / "archive"
+    torch.save(Malicious(target), archive)
+    for data in newest(run_dir).glob("*.distcp"):
+        data.write_bytes(archive.read_bytes().ljust(data.stat().st_size, b"\0"))
+    metadata = _SafeReader(newest(run_dir)).read_metadata()
+    for info in metadata.storage_data.values():  # every tensor is the malicious archive
+        info.offset, info.length = 0, archive.stat().st_size
+    metadata.storage_meta = None
+    (newest(run_dir) / ".metadata").write_bytes(pickle.dumps(metadata))
+    forge_sums(newest(run_dir))
+    with pytest.raises(UserError, match=r"holds more than tensors \(Weights only load failed\)"):
+        load_model(run_dir)
+    assert not target.exists()
+
+
+def test_the_package_has_no_way_to_load_a_pickle() -> None:
+    files = [path for folder in ("diffmoe_dist", "data_tools") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 30
+    for path in files:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if name in ("torch.load", "load_state_dict_from_url"):
+                assert options.get("weights_only") == "True", f"{path}: {name}"
+            if name in ("np.load", "numpy.load"):
+                assert options.get("allow_pickle", "False") == "False", f"{path}: {name}"
+            assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "eval", "exec"), path
+
+
+def test_a_configuration_cannot_execute_code(tmp_path: Path) -> None:
+    file, target = tmp_path / "config.yaml", tmp_path / "executed"
+    file.write_text(f"run_dir: !!python/object/apply:os.system ['touch {target}']\n")
+    with pytest.raises(UserError):
+        load_config(file, ["data.shards=x", "model.size=S"])
+    assert not target.exists()
+
+
+FILES = ["__1_0.distcp", ".metadata", "state.json", "config.yaml"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_changed_byte_is_noticed_and_its_file_is_named(run_dir: Path, name: str) -> None:
+    path = newest(run_dir) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"step-00000006 is damaged .{name} is not what was written"):
+        load_model(run_dir)
+
+
+@pytest.mark.parametrize("name", [*FILES, "SHA256SUMS"])
+def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one_and_says_so(
+    run_dir: Path, digits: Path, name: str
+) -> None:
+    if name == "state.json":
+        (newest(run_dir) / name).write_text('{"step": 6')
+    else:
+        (newest(run_dir) / name).unlink()
+    found = start(run_dir, digits)
+    assert found.checkpoint == run_dir / "checkpoints/step-00000004"
+    assert found.progress.step == 4
+    assert len(found.damaged) == 1 and "step-00000006 is damaged" in found.damaged[0] and name in found.damaged[0]
+
+
+def test_a_run_does_not_begin_anew_where_all_checkpoints_are_damaged(run_dir: Path, digits: Path) -> None:
+    for data in run_dir.rglob("__0_0.distcp"):
+        data.unlink()
+    with pytest.raises(UserError, match="__0_0.distcp is missing.* no other one is sound"):
+        start(run_dir, digits)
+
+
+def test_two_ranks_resume_from_the_checkpoint_before_a_damaged_one_and_replace_it(run_dir: Path, digits: Path) -> None:
+    data = newest(run_dir) / "__1_0.distcp"
+    data.write_bytes(data.read_bytes()[:1000])
+    settings = {"train": {"steps": 6}, "checkpoint": {"every": 2, "keep": 2}, "parallel": {"expert": 2}}
+    run_ranks(2, train_all, digits, [(run_dir, settings)])
+    assert "step-00000006 is damaged (__1_0.distcp" in (run_dir / "logs/rank-1.log").read_text()
+    assert start(run_dir, digits).checkpoint == newest(run_dir)
+    sums = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=newest(run_dir), capture_output=True)
+    assert sums.returncode == 0, "coreutils reads the sums too"
+
+
+def test_the_newest_checkpoints_are_kept_and_those_of_every_nth_step_for_good() -> None:
+    saved = [Path(f"step-{step:08d}") for step in (100, 200, 250, 300, 400, 500)]
+    removed = superfluous(saved, CheckpointConfig(every=100, keep=2, keep_every=200))
+    assert [path.name[-3:] for path in removed] == ["100", "250", "300"]
+    assert superfluous(saved, CheckpointConfig(keep=2)) == saved[:4]
 
 
 @pytest.fixture(scope="module")

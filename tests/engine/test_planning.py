@@ -27,7 +27,7 @@ from diffmoe_dist.engine.planning import (
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from tests.distributed import run_ranks
-from tests.engine.runs import open_trainer, tiny_config
+from tests.engine.runs import make_trainer, tiny_config
 
 H100 = ACCELERATORS["H100-80"]
 SHARDED = {"parallel": {"expert": 2}}
@@ -60,7 +60,7 @@ def measure(rank: int, world_size: int, run_dir: str, digits: str, cases: list[C
     sent = _Recorder()
     results = []
     for settings in cases:
-        trainer = open_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
+        trainer = make_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
         trainer.train_step()
         sent.bytes.clear()
         trainer.train_step()
@@ -350,7 +350,7 @@ def log_with_a_known_peak(rank: int, world_size: int, run_dir: str, digits: str)
     """A trainer whose device has a peak of 1 GFLOP/s; the first lacks one."""
     lines = []
     for settings in ({}, DENSE):
-        trainer = open_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
+        trainer = make_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
         for trainer.device_peak in (None, 1e9):
             with trainer.timer:
                 report = trainer.train_step()

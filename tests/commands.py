@@ -1,0 +1,135 @@
+"""Runs commands in processes that have torch and deepspeed loaded already: forks of one process that imported them.
+
+What a command does is what it does in a process of its own, but it starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torch._dynamo", "deepspeed",
+     "deepspeed.moe.layer", "deepspeed.runtime.zero.muon.original_muon", "omegaconf", "PIL.Image", "tqdm"]
+)  # fmt: skip
+
+
+class Command:
+    """One process of a command."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: tuple[str, ...],
+        folder: Path,
+        environment: dict[str, str],
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
+        name = f"{environment.get('RANK', 0)}-{time.monotonic_ns()}"
+        self.files = folder / f"{name}.out", folder / f"{name}.err"
+        self.process = _CONTEXT.Process(
+            target=_run, args=(module, arguments, self.files, environment, prepare), daemon=True
+        )
+        self.process.start()
+
+    @property
+    def stdout(self) -> str:
+        return self.files[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.files[1].read_text()
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Its exit code; it is killed if it has none in that time."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"still running after {seconds} s: {self.stderr}")
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def start(
+    module: str,
+    *arguments: Any,
+    folder: Path,
+    ranks: int = 1,
+    prepare: Callable[[int], None] | None = None,
+    **environment: str,
+) -> list[Command]:
+    """Start `python -m module arguments` on some ranks.
+
+    Args:
+        folder: for what they print.
+        prepare: called with the rank in each process before its main function.
+    """
+    common = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+    launcher: list[dict[str, str]] = [{}]
+    if ranks > 1:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+        launcher = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    words = tuple(str(argument) for argument in arguments)
+    return [Command(module, words, folder, {**common, **rank}, prepare) for rank in launcher]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    """The condition's value, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.002)
+    return value
+
+
+def _run(
+    module: str,
+    arguments: tuple[str, ...],
+    files: tuple[Path, Path],
+    environment: dict[str, str],
+    prepare: Callable[[int], None] | None,
+) -> None:
+    for number, path in enumerate(files, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = [module, *arguments]
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(ValueError):  # multiprocessing ignores Ctrl-C in its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if prepare is not None:
+        prepare(int(environment.get("RANK", 0)))
+    from diffmoe_dist.errors import run_command
+
+    run_command(importlib.import_module(module).main)

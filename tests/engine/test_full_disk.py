@@ -1,0 +1,80 @@
+"""A disk that is full or read-only: a small tmpfs, mounted in a namespace of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT
+
+# The debug model's checkpoint is 13 MB.
+TRAIN = """\
+mount -t tmpfs -o {options} none {folder} && cd {root}
+{python} -c "
+import shutil, sys
+{patch}
+sys.argv = ['train', '--config', 'configs/debug/global_pool.yaml', 'data.shards={shards}', 'run_dir={folder}/run',
+            'train.steps={steps}', 'checkpoint.every=2', 'log.every=1', 'device=cpu']
+from diffmoe_dist.errors import run_command
+from diffmoe_dist.train import main
+run_command(main)
+"
+echo $? > {out}/code
+{after}
+cp {folder}/run/metrics.jsonl {out}
+ls -A {folder}/run/checkpoints > {out}/checkpoints
+"""
+
+
+def train_on_tmpfs(
+    tmp_path: Path, shards: Path, *, options: str, steps: int, patch: str = "", after: str = ""
+) -> tuple[int, str]:
+    """Train in `tmp_path`/disk; returns the exit code and what was written to standard error."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    script = TRAIN.format(
+        options=options, folder=folder, root=ROOT, python=sys.executable, patch=patch, shards=shards, steps=steps,
+        out=tmp_path, after=after,
+    )  # fmt: skip
+    namespace = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
+    if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode:
+        pytest.skip("this machine does not allow a mount namespace with a tmpfs")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*namespace, "bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    return int((tmp_path / "code").read_text()), ended.stderr
+
+
+def test_a_checkpoint_for_which_there_is_no_space_is_left_out_and_the_last_one_is_missed(
+    tmp_path: Path, digits: Path
+) -> None:
+    code, errors = train_on_tmpfs(tmp_path, digits, options="size=20m", steps=6)
+    assert code == 2, errors
+    assert (tmp_path / "checkpoints").read_text().split() == ["step-00000002"], "the one before is kept, and whole"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6], "training went on"
+    assert lines[-1]["failed_checkpoints"] <= 1
+    assert "GB are free, a checkpoint needs 0.0131 GB; the checkpoints before are kept" in errors
+    assert "make space and run the same command again" in errors.splitlines()[-1]
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_nothing_unfinished(tmp_path: Path, digits: Path) -> None:
+    plenty = "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)"
+    code, errors = train_on_tmpfs(tmp_path, digits, options="size=20m", steps=4, patch=plenty)
+    assert code == 2, errors
+    assert (tmp_path / "checkpoints").read_text().split() == ["step-00000002"]
+    assert "step-00000004: No space left on device" in errors.splitlines()[-1], errors
+
+
+def test_a_read_only_run_dir_is_refused_in_one_line(tmp_path: Path, digits: Path) -> None:
+    code, errors = train_on_tmpfs(tmp_path, digits, options="ro", steps=4, after="exit 0")
+    assert code == 2
+    assert errors.splitlines() == [
+        f"error: run_dir={tmp_path}/disk/run: cannot be written (Read-only file system); choose another"
+    ]
