@@ -158,6 +158,7 @@ class CheckpointConfig:
 @dataclass
 class LogConfig:
     every: int = 50
+    figures_every: int = 0  # steps between figures of what the experts do, in TensorBoard; 0: none
 
 
 @dataclass
@@ -390,6 +391,7 @@ def _check(config: Config) -> None:
     require(config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
     require(config.data, "data", "workers", lambda value: value >= 0, "0 or more")
     require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
+    require(config.log, "log", "figures_every", lambda value: value >= 0, "0 (off) or more")
     require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
     require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:
@@ -428,6 +430,11 @@ def _check(config: Config) -> None:
 def _check_experts(config: Config) -> None:
     model, experts, parallel = config.model, config.experts, config.parallel
     if experts is None:
+        if config.log.figures_every:
+            raise UserError(
+                f"log.figures_every={config.log.figures_every} has no effect with moe.router=dense, which has no "
+                "experts to draw; remove it"
+            )
         if parallel.expert != 1:
             raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
         return

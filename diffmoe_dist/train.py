@@ -48,7 +48,12 @@ def main() -> None:
     start = from_first_rank(start)
     topology = create_topology(launch, device, config.parallel.expert)
     draw_samples = partial(training_grid, config=config, rank=launch.rank, world_size=launch.world_size)
-    trainer = build_trainer(config, topology, index, start, draw_samples)
+    draw_figures = None
+    if config.log.figures_every:
+        from diffmoe_dist.evaluation.training_figures import training_figures  # imports matplotlib
+
+        draw_figures = partial(training_figures, config=config, rank=launch.rank, world_size=launch.world_size)
+    trainer = build_trainer(config, topology, index, start, draw_samples, draw_figures)
     trainer.train()
     trainer.close()
     stop_process_group()

@@ -23,7 +23,7 @@ from diffmoe_dist.engine.checkpoint import (
 )
 from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writable, set_up_logging
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawSamples, Trainer
+from diffmoe_dist.engine.trainer import DrawFigures, DrawSamples, Trainer
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
@@ -97,7 +97,12 @@ def find_start(config: Config, index: ShardIndex, world_size: int) -> Start:
 
 
 def build_trainer(
-    config: Config, topology: Topology, index: ShardIndex, start: Start, draw_samples: DrawSamples
+    config: Config,
+    topology: Topology,
+    index: ShardIndex,
+    start: Start,
+    draw_samples: DrawSamples,
+    draw_figures: DrawFigures | None = None,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
@@ -139,6 +144,7 @@ def build_trainer(
         progress=progress,
         log=log,
         draw_samples=draw_samples,
+        draw_figures=draw_figures,
     )
 
 

@@ -18,7 +18,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from diffmoe_dist.config import Config, load_config, model_settings, save_config
-from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, whole_tensors
+from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 
@@ -87,7 +87,7 @@ def save_checkpoint(
     if is_first_rank:
         _check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
-        _write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
+        write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
         if final.exists():  # torn by hand or by a file system, else the run would have started from it
             _remove(final)
         unfinished.rename(final)
@@ -190,14 +190,25 @@ def load_ema_model(directory: str | Path, device: str | torch.device = "cpu") ->
     return read_ema_model(find_checkpoint(directory), device)[0]
 
 
-def read_ema_model(checkpoint: Path, device: str | torch.device, overrides: Sequence[str] = ()) -> tuple[DiT, Config]:
-    """The averaged model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied."""
+def read_ema_model(
+    checkpoint: Path,
+    device: str | torch.device,
+    overrides: Sequence[str] = (),
+    spread: Callable[[DiT, Config], None] | None = None,
+) -> tuple[DiT, Config]:
+    """The averaged model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied.
+
+    Args:
+        spread: edits the model before it has any memory, to hold a share of the experts; collective then.
+    """
     config = load_config(checkpoint / "config.yaml", overrides)
     with torch.device("meta"):
         model = DiT(config)
+        if spread is not None:
+            spread(model, config)
     model.to_empty(device="cpu")
     initialize(model, config.seed)  # the position table; everything else is overwritten
-    load_fragments(checkpoint, [*whole_tensors(model, EMA), *buffers(model)])
+    load_fragments(checkpoint, [*weights(model, EMA), *buffers(model)])
     return model.to(device).eval().requires_grad_(False), config
 
 
@@ -336,7 +347,8 @@ class _SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def _write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and see it on the disk."""
     with open(path, "w") as file:
         file.write(text)
         file.flush()

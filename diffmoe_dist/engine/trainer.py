@@ -28,6 +28,7 @@ from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.parallel.topology import Topology
 
 DrawSamples = Callable[[DiT], np.ndarray]
+DrawFigures = Callable[[DiT], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Trainer:
         progress: Progress,
         log: Log,
         draw_samples: DrawSamples,
+        draw_figures: DrawFigures | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -69,6 +71,7 @@ class Trainer:
         self.progress = progress
         self.log = log
         self.draw_samples = draw_samples
+        self.draw_figures = draw_figures
         self.run_dir = Path(str(config.run_dir))
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
@@ -84,8 +87,12 @@ class Trainer:
             self.log.step(step)
             if _due(step, config.log.every) or step == config.train.steps:
                 self.log.metrics(self._metrics(report))
+                if len(report.load_LN):
+                    self.log.load(self._load(report))
             if _due(step, config.sample.every):
                 self.sample()
+            if _due(step, config.log.figures_every):
+                self.figures()
             if _due(step, config.checkpoint.every) or step == config.train.steps:
                 self.save()
 
@@ -123,6 +130,16 @@ class Trainer:
             grid = self.draw_samples(self.model)
         self.model.train()
         self.log.image(grid, self.progress.step)
+
+    def figures(self) -> None:
+        """Draw what the experts do with the averaged weights; collective."""
+        assert self.draw_figures is not None, "log.figures_every is set"
+        self.model.eval()
+        with self.average.applied():
+            drawn = self.draw_figures(self.model)
+        self.model.train()
+        for name, picture in drawn.items():
+            self.log.figure(name, picture, self.progress.step)
 
     def close(self) -> None:
         self.loader.close()
@@ -177,7 +194,7 @@ class Trainer:
         capacity = load_max = load_min = None
         if len(load_LN):
             capacity = float(report.capacity_L.mean())
-            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
+            relative_LN = _relative(load_LN)
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
         return {
             "step": self.progress.step,
@@ -192,6 +209,15 @@ class Trainer:
             "expert_load_min": load_min,
             "peak_memory_bytes": _peak_memory(self.topology.device),
         }
+
+    def _load(self, report: StepReport) -> dict[str, Any]:
+        """Of each layer the capacity, and of each of its experts the tokens over the layer's mean."""
+        relative = [[round(value, 4) for value in layer] for layer in _relative(report.load_LN).tolist()]
+        return {"step": self.progress.step, "capacity": report.capacity_L.tolist(), "load": relative}
+
+
+def _relative(load_LN: Tensor) -> Tensor:
+    return load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
 
 
 def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Tensor]:
