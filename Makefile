@@ -27,9 +27,10 @@ demo: .venv/ready
 	$(BIN)/python -m data_tools pack digits shards/digits
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --module diffmoe_dist.train --config configs/digits.yaml \
 		data.shards=shards/digits device=cpu parallel.expert=2 train.steps=$(DEMO_STEPS)
+	rm -rf samples/demo # of a demo with other DEMO_STEPS, whose folder would be refused
 	$(BIN)/python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 100 --cfg-scale 2 \
 		--recalibrate 4 --device cpu
-	$(BIN)/python -m diffmoe_dist.report --run runs/demo
+	$(BIN)/python -m diffmoe_dist.report --run runs/demo --samples samples/demo --device cpu
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -177,6 +177,7 @@ class CheckpointConfig:
 @dataclass
 class LogConfig:
     every: int = 50
+    figures_every: int = 0  # steps between figures of what the experts do, in TensorBoard; 0: none
 
 
 @dataclass
@@ -466,6 +467,7 @@ def _check(config: Config) -> None:
             f"checkpoint.keep_every={config.checkpoint.keep_every} is not a multiple of checkpoint.every="
             f"{config.checkpoint.every}, so there would be nothing to keep; choose a multiple"
         )
+    require(config.log, "log", "figures_every", lambda value: value >= 0, "0 (off) or more")
     require(config.train, "train", "label_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
     require(config.ema, "ema", "decay", lambda value: 0 <= value < 1, "in [0, 1)")
     if not 0 <= config.seed < 2**63:
@@ -509,6 +511,11 @@ def _check_places(config: Config) -> None:
 def _check_experts(config: Config) -> None:
     model, experts, parallel = config.model, config.experts, config.parallel
     if experts is None:
+        if config.log.figures_every:
+            raise UserError(
+                f"log.figures_every={config.log.figures_every} has no effect with moe.router=dense, which has no "
+                "experts to draw; remove it"
+            )
         if parallel.expert != 1:
             raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
         return

@@ -139,22 +139,19 @@ def score_samples(arguments: argparse.Namespace, extractor: Extractor, launch: L
 
 def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:
     """Draw the images of a run into a folder, on all ranks; collective."""
-    import torch.distributed as dist
-
-    from diffmoe_dist.evaluation.generate import SamplingSettings, sample_to_folder
+    from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
 
     settings = SamplingSettings(
         checkpoint=arguments.samples,
         num=arguments.num,
-        steps=50 if arguments.steps is None else arguments.steps,
+        steps=arguments.steps,
         cfg_scale=1.0 if arguments.cfg_scale is None else arguments.cfg_scale,
         seed=arguments.seed or 0,
         sampler=arguments.sampler,
         batch_size=100 if arguments.sampling_batch_size is None else arguments.sampling_batch_size,
     )
     settings.check()
-    sample_to_folder(settings, folder, device, launch.rank, launch.world_size)
-    dist.barrier()  # the first rank has written what all read
+    sample_to_folder(settings, folder, device, launch)
     return folder / "samples.npz"
 
 

@@ -113,8 +113,15 @@ def train(config: Config, stop: StopSignals) -> int:
         draw_samples = partial(
             training_grid, config=config, decode=decode, rank=launch.rank, world_size=launch.world_size
         )
+        draw_figures = None
+        if config.log.figures_every:
+            from diffmoe_dist.evaluation.training_figures import training_figures  # imports matplotlib
+
+            draw_figures = partial(training_figures, config=config, rank=launch.rank, world_size=launch.world_size)
         supervision = Supervision(claim, stop.asked, watchdog)
-        trainer = build_trainer(config, topology, data, start, draw_samples, held_out, score_samples, supervision)
+        trainer = build_trainer(
+            config, topology, data, start, draw_samples, held_out, score_samples, draw_figures, supervision
+        )
         finished = trainer.train()
         stop.ignore()
         trainer.close()

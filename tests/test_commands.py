@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import start
 
@@ -27,6 +28,7 @@ ENV = {
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
 }
+PYTHONPATH = os.environ.get("PYTHONPATH", "")
 STEPS = 3
 
 
@@ -63,7 +65,7 @@ def test_training_runs_and_ends_cleanly_under(launcher: str, runs: Path, digits:
     ended = run(
         *command, "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
         f"run_dir={runs / launcher}", f"train.steps={STEPS}", "device=cpu", "log.every=1", "sample.every=3",
-        "sample.num=4", "sample.steps=2", f"parallel.expert={1 if launcher == 'python' else 2}",
+        "sample.num=4", "sample.steps=2", "log.figures_every=2", f"parallel.expert={1 if launcher == 'python' else 2}",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     losses = [json.loads(line)["loss"] for line in (runs / launcher / "metrics.jsonl").read_text().splitlines()]
@@ -82,7 +84,13 @@ def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
         "seconds_all_to_all", "seconds_optimizer", "seconds_checkpoint",
     }  # fmt: skip
     assert (line["step"], line["images_seen"], line["capacity"]) == (STEPS, STEPS * 32, 1.0)
-    assert list((run_dir / "tensorboard").glob("events.*"))
+    loads = json.loads((run_dir / "expert_load.jsonl").read_text().splitlines()[-1])
+    assert loads == {"step": STEPS, "capacity": [1.0, 1.0], "load": [[1.0] * 8] * 2}
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert {tag for tag in events.Tags()["images"] if tag.startswith("experts/")} == {
+        "experts/capacity_over_steps", "experts/capacity_by_class", "experts/expert_load", "experts/experts_and_steps",
+        "experts/experts_and_classes", "experts/count_and_threshold",
+    }  # fmt: skip
     assert (run_dir / "config.yaml").is_file()
     assert f"step {STEPS}/{STEPS}" in (run_dir / "logs/rank-0.log").read_text()
     assert (run_dir / f"checkpoints/step-{STEPS:08d}/state.json").is_file()
@@ -144,10 +152,38 @@ def test_sampling_gives_the_same_images_on_one_process_and_on_two(runs: Path, tm
     assert Image.open(one / "grid.png").size == (7 * 68, 68)
 
 
-def test_the_loss_curve_is_drawn(runs: Path) -> None:
-    ended = run(sys.executable, "-m", "diffmoe_dist.report", "--run", runs / "python")
+def test_the_report_says_where_its_pages_are(runs: Path) -> None:
+    ended = run(
+        sys.executable, "-m", "diffmoe_dist.report", "--run", runs / "python", "--images", "10", "--device", "cpu"
+    )
     assert ended.returncode == 0, ended.stderr
     assert Image.open(runs / "python/loss.png").size[0] > 500
+    page = ended.stdout.splitlines()[-1].removeprefix("report:").strip()
+    assert page == str(runs / "python/report.html")
+    assert Path(page).read_text().startswith("<!doctype html>")
+
+
+def test_an_interval_search_tells_the_capacity_and_the_score_at_each_threshold(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "taste.py").write_text("def darkness(images):\n    return 255 - images.mean()\n")
+    command = (
+        sys.executable, "-m", "diffmoe_dist.interval_search", "--checkpoint", runs / "python", "--thresholds",
+        "0.999,0.5,0", "--num", "6", "--steps", "2", "--device", "cpu", "--out", tmp_path / "search",
+    )  # fmt: skip
+    ended = run(*command, "--score", "taste:darkness", env={**ENV, "PYTHONPATH": f"{tmp_path}:{PYTHONPATH}"})
+    assert ended.returncode == 0, ended.stderr
+    points = json.loads((tmp_path / "search/interval_search.json").read_text())
+    assert [point["threshold"] for point in points] == [0.999, 0.5, 0.0]
+    # No predicted score exceeds the first threshold in this young model, and all exceed the last: 8 experts a token.
+    assert points[0]["capacity"] == 0.0 and points[2]["capacity"] == 8.0
+    images = np.load(tmp_path / "search/threshold-0.5/samples.npz")["arr_0"]
+    assert points[1]["score"] == pytest.approx(255 - images.mean())
+    assert "best score at C <= 1:" in ended.stdout and "0.999" in ended.stdout
+    assert Image.open(tmp_path / "search/interval_search.png").size[0] > 500
+
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert "no --score was given: the images were not judged" in again.stdout
+    assert "threshold-0.5 has these 6 images already" in again.stderr
 
 
 def test_the_parts_of_a_step_are_timed(runs: Path) -> None:
@@ -270,6 +306,44 @@ BAD = {
     "other objective": (
         (*SAMPLE, "--num", "1", "--sampler", "ddim"),
         "--sampler ddim is not for a model with objective.name=flow; choose euler",
+    ),
+    "threshold of one": (
+        (
+            "diffmoe_dist.interval_search",
+            "--checkpoint",
+            "RUNS/python",
+            "--thresholds",
+            "0.5,1",
+            "--out",
+            "RUNS/search",
+        ),
+        "--thresholds 1: predicted scores are between 0 and 1; choose 0 or more and below 1",
+    ),
+    "no such score": (
+        (
+            "diffmoe_dist.interval_search",
+            "--checkpoint",
+            "RUNS/python",
+            "--thresholds",
+            "0.5",
+            "--out",
+            "RUNS/search",
+            "--score",
+            "json:fid",
+        ),
+        "--score json:fid: json has no callable 'fid'; give module:callable",
+    ),
+    "classes": (
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "1", "--classes", "1;2"),
+        "--classes 1;2: expected numbers with commas between them",
+    ),
+    "experts of samples": (
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "100", "--expert", "2"),
+        "--expert 2 must divide the 1 ranks and moe.num_experts=8",
+    ),
+    "figures of no experts": (
+        ("diffmoe_dist.train", "--config", "configs/debug/dense.yaml", "data.shards=DIGITS", "log.figures_every=10"),
+        "log.figures_every=10 has no effect with moe.router=dense",
     ),
     "no run": (("diffmoe_dist.report", "--run", "/nowhere"), "--run /nowhere"),
     "no source": ((*PACK, "nowhere", "RUNS/pack"), "SOURCE=nowhere"),

@@ -26,7 +26,7 @@ from diffmoe_dist.engine.metrics import NullRunLog, RunLog, logger, make_writabl
 from diffmoe_dist.engine.planning import reduce_bucket
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawSamples, ScoreSamples, Supervision, Trainer
+from diffmoe_dist.engine.trainer import DrawFigures, DrawSamples, ScoreSamples, Supervision, Trainer
 from diffmoe_dist.engine.validation import Validation
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
@@ -164,6 +164,7 @@ def build_trainer(
     draw_samples: DrawSamples,
     held_out: TrainingData | None = None,
     score_samples: ScoreSamples | None = None,
+    draw_figures: DrawFigures | None = None,
     supervision: Supervision = UNSUPERVISED,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
@@ -205,6 +206,7 @@ def build_trainer(
         validate=None if validation is None else validation.losses,
         score_samples=score_samples,
         supervision=supervision,
+        draw_figures=draw_figures,
     )
 
 

@@ -18,7 +18,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from diffmoe_dist.config import CheckpointConfig, Config, load_config, model_settings, save_config
 from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.engine.run_folder import Claim, flush_directory, write_durably
-from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, whole_tensors
+from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+Spread = Callable[[DiT, Config], None]
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 SUMS = "SHA256SUMS"
 _ROOM = 1.02  # of the tensors' bytes: names, metadata, what a file system keeps for itself
@@ -316,12 +317,20 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
 
 
 def read_checkpoint_model(
-    checkpoint: Path, device: str | torch.device, kind: str = EMA, overrides: Sequence[str] = ()
+    checkpoint: Path,
+    device: str | torch.device,
+    kind: str = EMA,
+    overrides: Sequence[str] = (),
+    spread: Spread | None = None,
 ) -> tuple[DiT, Config]:
     """The model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied.
 
     Args:
         kind: EMA for the averaged weights, MASTER for the weights themselves, both fp32.
+        spread: edits the model before it has any memory, to hold a share of the experts; collective then.
+
+    Raises:
+        UserError: it is damaged. Another one is not taken in its place: its images would be another step's.
     """
     damage = find_damage(checkpoint)
     if damage is not None:
@@ -329,9 +338,11 @@ def read_checkpoint_model(
     config = load_config(checkpoint / "config.yaml", overrides)
     with torch.device("meta"):
         model = DiT(config)
+        if spread is not None:
+            spread(model, config)
     model.to_empty(device="cpu")
     initialize(model, config.seed)  # the position table; everything else is overwritten
-    load_fragments(checkpoint, [*whole_tensors(model, kind), *buffers(model)])
+    load_fragments(checkpoint, [*weights(model, kind), *buffers(model)])
     return model.to(device).eval().requires_grad_(False), config
 
 

@@ -1,4 +1,5 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard, a log file for each rank, and lines or a bar to watch.
+"""What a run writes about itself: metrics.jsonl, expert_load.jsonl, TensorBoard, a log file for each rank, and lines or
+a bar to watch.
 
 The first rank has a `RunLog`; the others have a `NullRunLog`, whose methods do nothing, so no caller asks for its rank.
 """
@@ -29,7 +30,13 @@ class Log(Protocol):
         """One line of metrics.jsonl; `values` has a `step`."""
         ...
 
+    def load(self, values: dict[str, Any]) -> None:
+        """One line of expert_load.jsonl; `values` has a `step`."""
+        ...
+
     def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
+
+    def figure(self, name: str, picture_HWC: np.ndarray, step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -37,6 +44,7 @@ class Log(Protocol):
 class RunLog:
     def __init__(self, run_dir: Path, first_step: int, steps: int) -> None:
         self.jsonl = _continue_jsonl(run_dir / "metrics.jsonl", first_step)
+        self.load_jsonl = _continue_jsonl(run_dir / "expert_load.jsonl", first_step)
         self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self.watched = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
@@ -61,13 +69,21 @@ class RunLog:
             tqdm.format_interval(left),
         )  # fmt: skip
 
+    def load(self, values: dict[str, Any]) -> None:
+        self.load_jsonl.write(json.dumps(values) + "\n")
+        self.load_jsonl.flush()
+
     def image(self, grid_HWC: np.ndarray, step: int) -> None:
         self.tensorboard.add_image("samples", grid_HWC, step, dataformats="HWC")
         Image.fromarray(grid_HWC.squeeze()).save(self.samples / f"step-{step:08d}.png")
 
+    def figure(self, name: str, picture_HWC: np.ndarray, step: int) -> None:
+        self.tensorboard.add_image(f"experts/{name}", picture_HWC, step, dataformats="HWC")
+
     def close(self) -> None:
         self.bar.close()
         self.jsonl.close()
+        self.load_jsonl.close()
         self.tensorboard.close()
 
 
@@ -76,7 +92,11 @@ class NullRunLog:
 
     def metrics(self, values: dict[str, Any]) -> None: ...
 
+    def load(self, values: dict[str, Any]) -> None: ...
+
     def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
+
+    def figure(self, name: str, picture_HWC: np.ndarray, step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -89,18 +109,24 @@ def make_writable(folder: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The logged steps of a metrics.jsonl, without a line that a kill has torn."""
+    """The logged steps of a metrics.jsonl or expert_load.jsonl, without a line that a kill has torn."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
-def set_up_logging(run_dir: Path, rank: int) -> None:
-    """Every rank logs to logs/rank-N.log; the first one also to the terminal, where a bar does not take its place."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+def set_up_logging(run_dir: Path | None, rank: int) -> None:
+    """Every rank logs to logs/rank-N.log; the first one also to the terminal, where a bar does not take its place.
+
+    Args:
+        run_dir: None for a command without log files.
+    """
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log")]
+    handlers: list[logging.Handler] = []
+    if run_dir is not None:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log"))
     if rank == 0 and not sys.stderr.isatty():
         handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:

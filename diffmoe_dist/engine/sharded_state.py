@@ -83,18 +83,18 @@ class ShardedState:
 
 def _place_in_whole(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, int]:
     """Where the parameter at hand begins in the whole flattened tensor, and how long that is."""
-    if not hasattr(parameter, "group_name"):
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
+    if not hasattr(owner, "num_local_experts"):  # of a share of the experts
         return 0, parameter.numel()
-    shard: Any = model.get_submodule(name.rpartition(".")[0])
     one_expert = parameter[0].numel()
-    return shard.first * one_expert, shard.num_experts * one_expert
+    return owner.first * one_expert, owner.num_experts * one_expert
 
 
-def whole_tensors(model: nn.Module, kind: str) -> list[Fragment]:
-    """The parameters of a model that holds all of them, as fragments to load `kind` into."""
-    assert not any(isinstance(m, Experts) and m.first for m in model.modules()), "the model holds all experts"
+def weights(model: nn.Module, kind: str) -> list[Fragment]:
+    """The parameters of a model, of its experts the share at hand, as fragments to load `kind` into."""
+    assert not any(isinstance(m, Experts) and m.first for m in model.modules()), "a share of experts knows of the rest"
     return [
-        Fragment(f"{kind}.{name}", 0, parameter.numel(), parameter.detach().view(-1))
+        Fragment(f"{kind}.{name}", *_place_in_whole(model, name, parameter), parameter.detach().view(-1))
         for name, parameter in model.named_parameters()
     ]
 

@@ -41,6 +41,7 @@ from diffmoe_dist.parallel.topology import Topology
 DrawSamples = Callable[[DiT], np.ndarray]
 Validate = Callable[[DiT], dict[str, float | None]]
 ScoreSamples = Callable[[DiT], dict[str, float]]
+DrawFigures = Callable[[DiT], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Trainer:
         supervision: Supervision,
         validate: Validate | None = None,
         score_samples: ScoreSamples | None = None,
+        draw_figures: DrawFigures | None = None,
     ) -> None:
         self.config = config
         self.topology = topology
@@ -104,6 +106,7 @@ class Trainer:
         self.draw_samples = draw_samples
         self.validate = validate
         self.score_samples = score_samples
+        self.draw_figures = draw_figures
         self.run_dir = Path(str(config.run_dir))
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
@@ -141,8 +144,12 @@ class Trainer:
             logged = validated or scores or _due(step, config.log.every) or step == config.train.steps
             if logged and not report.non_finite:
                 self.log.metrics(self._metrics(report) | validated | scores)
+                if len(report.load_LN):
+                    self.log.load(self._load(report))
             if _due(step, config.sample.every) and not stop_asked:
                 self.sample()
+            if _due(step, config.log.figures_every) and not stop_asked:
+                self.figures()
             if _due(step, config.checkpoint.every):
                 self.save()
         self.save_now()
@@ -228,6 +235,16 @@ class Trainer:
         self.model.train()
         logger.info("scores: %s", "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores
+
+    def figures(self) -> None:
+        """Draw what the experts do with the averaged weights; collective."""
+        assert self.draw_figures is not None, "log.figures_every is set"
+        self.model.eval()
+        with self.average.applied():
+            drawn = self.draw_figures(self.model)
+        self.model.train()
+        for name, picture in drawn.items():
+            self.log.figure(name, picture, self.progress.step)
 
     def close(self) -> None:
         self.expect("the end", SLOW_FACTOR)
@@ -320,7 +337,7 @@ class Trainer:
         bad_samples, self.bad_samples = self.bad_samples, 0
         if len(load_LN):
             capacity = float(report.capacity_L.mean())
-            relative_LN = load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
+            relative_LN = _relative(load_LN)
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
         images_per_second = self.config.train.global_batch_size / seconds
         mfu = {}
@@ -345,6 +362,15 @@ class Trainer:
             "failed_checkpoints": self.checkpointer.failed,
             **self.timings.mean_since_last(steps),
         }
+
+    def _load(self, report: StepReport) -> dict[str, Any]:
+        """Of each layer the capacity, and of each of its experts the tokens over the layer's mean."""
+        relative = [[round(value, 4) for value in layer] for layer in _relative(report.load_LN).tolist()]
+        return {"step": self.progress.step, "capacity": report.capacity_L.tolist(), "load": relative}
+
+
+def _relative(load_LN: Tensor) -> Tensor:
+    return load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
 
 
 def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Tensor]:

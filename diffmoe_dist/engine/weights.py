@@ -25,6 +25,7 @@ from torch import Tensor
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.engine.checkpoint import (
+    Spread,
     find_checkpoint,
     flush_directory,
     read_checkpoint_model,
@@ -51,18 +52,25 @@ def find_model(directory: str | Path) -> Path:
     return directory if _is_weights_folder(directory) else find_checkpoint(directory)
 
 
-def read_model(folder: Path, device: str | torch.device, overrides: Sequence[str] = ()) -> tuple[DiT, Config]:
+def read_model(
+    folder: Path, device: str | torch.device, overrides: Sequence[str] = (), spread: Spread | None = None
+) -> tuple[DiT, Config]:
     """The model of a folder of weights, or the averaged one of a checkpoint, in eval mode, and its settings.
 
     Args:
         overrides: key=value, applied to the settings.
+        spread: as in `read_checkpoint_model`.
 
     Raises:
         UserError: the folder is damaged, or an override is not possible.
     """
     if _is_weights_folder(folder):
+        if spread is not None:
+            raise UserError(
+                f"--checkpoint {folder}: experts of a folder of weights are not shared out; leave out --expert"
+            )
         return _read_weights(folder, device, overrides)
-    return read_checkpoint_model(folder, device, overrides=overrides)
+    return read_checkpoint_model(folder, device, overrides=overrides, spread=spread)
 
 
 def check_out(out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,6 +12,7 @@ from diffmoe_dist.errors import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
 
 
@@ -20,27 +22,47 @@ def draw_loss_curve(run_dir: Path) -> Path:
     Raises:
         UserError: the run has logged nothing.
     """
+    lines = read_run_metrics(run_dir)
+    figure, (losses, norms) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    plot_losses(losses, lines)
+    plot_grad_norm(norms, lines)
+    picture = run_dir / "loss.png"
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def read_run_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, one or more.
+
+    Raises:
+        UserError: there is none.
+    """
     lines = read_metrics(run_dir / "metrics.jsonl")
     if not lines:
         raise UserError(
             f"--run {run_dir}: it has no metrics.jsonl with a logged step; give the folder of a training run"
         )
-    steps = [line["step"] for line in lines]
-    names = sorted({name for line in lines for name in line if name.startswith("loss_")})
-    figure, (losses, norms) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in names:
+    return lines
+
+
+def plot_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    for name in sorted({name for line in lines for name in line if name.startswith("loss_")}):
         of_name = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        losses.plot(*zip(*of_name, strict=True), label=name)
-    losses.set(xlabel="step", title="losses", yscale="log")
-    losses.legend()
-    norms.plot(steps, [line["grad_norm"] for line in lines], color="tab:gray")
-    norms.set(xlabel="step", title="gradient norm before clipping", yscale="log")
-    for axes in (losses, norms):
-        axes.grid(alpha=0.3)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    picture = run_dir / "loss.png"
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-    return picture
+        axes.plot(*zip(*of_name, strict=True), label=name)
+    axes.set(xlabel="step", title="losses", yscale="log")
+    axes.legend()
+    _readable(axes)
+
+
+def plot_grad_norm(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    axes.plot([line["step"] for line in lines], [line["grad_norm"] for line in lines], color="tab:gray")
+    axes.set(xlabel="step", title="gradient norm before clipping", yscale="log")
+    _readable(axes)
+
+
+def _readable(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
-from diffmoe_dist.evaluation.generate import Decode, balanced_labels, default_sampler, generate, open_decoder, to_uint8
+from diffmoe_dist.evaluation.generate import Decode, default_sampler, draw_labels, generate, open_decoder, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
 from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
@@ -34,7 +35,7 @@ class TrainingScores:
         num, batch = config.score.num, config.train.micro_batch_size
         assert batch is not None, "check_world fills it in"
         share = -(-num // ranks)
-        labels = balanced_labels(share * ranks, config.model.num_classes)
+        labels = draw_labels("balanced", share * ranks, list(range(config.model.num_classes)), config.seed)
         objective = build_objective(config.objective)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
         for start in range(rank * share, (rank + 1) * share, batch):
@@ -42,7 +43,7 @@ class TrainingScores:
             drawn = generate(
                 model, objective, numbers, [labels[number] for number in numbers],
                 seed=config.seed, sampler=default_sampler(config.objective.name), steps=config.sample.steps,
-                cfg_scale=config.sample.cfg_scale,
+                guidance=Guidance(config.sample.cfg_scale),
             )  # fmt: skip
             images_NCHW = torch.from_numpy(to_uint8(self.decode(drawn.images))).permute(0, 3, 1, 2)
             moments.add(self.extractor(images_NCHW).pooled_NF[: max(0, num - start)])

@@ -13,7 +13,9 @@ import torch
 from data_tools.latents import LatentSettings, encode_latents
 from diffmoe_dist.config import build_config
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.generate import SamplingSettings, open_decoder, sample_to_folder
+from diffmoe_dist.evaluation.generate import open_decoder
+from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
+from diffmoe_dist.launch import Launch
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.distributed import run_ranks
@@ -27,7 +29,8 @@ def train_and_sample(rank: int, world_size: int, folder: Path, runs: list[tuple[
     for name, steps in runs:
         train_one(rank, world_size, build_config(TINY, settings(folder, name), {"train": {"steps": steps}}))
     newest = SamplingSettings(str(folder / runs[0][0]), decoder=str(folder / "vae"), **SAMPLING)  # type: ignore[arg-type]
-    sample_to_folder(newest, folder / f"samples-{world_size}", torch.device("cpu"), rank, world_size)
+    launch = Launch(rank, world_size, rank, "environment")
+    sample_to_folder(newest, folder / f"samples-{world_size}", torch.device("cpu"), launch)
 
 
 def settings(folder: Path, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.trainer import noisy_inputs
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.calibration import recalibrate, recalibrate_on_training_data
-from diffmoe_dist.evaluation.generate import SamplingSettings
+from diffmoe_dist.evaluation.sampling_job import SamplingSettings
 from diffmoe_dist.model.dit import DiT, initialize
 
 ROOT = Path(__file__).parents[2]

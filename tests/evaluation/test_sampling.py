@@ -7,8 +7,16 @@ import torch
 
 from diffmoe_dist.config import build_config
 from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.generate import Generated, choose_sampler, generate
+from diffmoe_dist.evaluation.generate import (
+    UINT8_RULE,
+    Generated,
+    choose_sampler,
+    draw_labels,
+    generate,
+    to_uint8,
+)
 from diffmoe_dist.model.dit import DiT, initialize
 
 CONFIG = {
@@ -37,10 +45,10 @@ def model() -> DiT:
 def draw(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
     objective = build_objective(build_config(CONFIG).objective)
     labels = [number % 10 for number in numbers]
-    return generate(model, objective, numbers, labels, seed=seed, sampler=sampler, steps=10, cfg_scale=2.0)
+    return generate(model, objective, numbers, labels, seed=seed, sampler=sampler, steps=10, guidance=Guidance(2.0))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
 def test_an_image_is_a_function_of_the_seed_and_its_number(model: DiT, sampler: str) -> None:
     together = draw(model, [0, 1, 2, 3], sampler=sampler).images
     others = draw(model, [3, 11, 1], sampler=sampler).images
@@ -62,21 +70,44 @@ def test_two_images_of_a_seed_take_different_noise_on_the_way(model: DiT) -> Non
 
 @pytest.mark.parametrize(("objective", "sampler"), [("flow", "euler"), ("ddpm", "ddpm")])
 def test_without_a_name_the_sampler_is_that_of_the_objective(objective: str, sampler: str) -> None:
-    assert choose_sampler(None, 50, objective) == sampler
+    assert choose_sampler(None, None, objective) == (sampler, 50)
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "objective", "message"),
     [
-        ("euler", 50, "ddpm", r"--sampler euler is not for .* objective\.name=ddpm; choose ddpm or ddim"),
+        ("euler", 50, "ddpm", r"--sampler euler is not for .* objective\.name=ddpm; choose ddpm or ddim or dpm"),
         ("ddpm", 50, "flow", r"--sampler ddpm is not for .* objective\.name=flow; choose euler"),
         (None, 1, "ddpm", r"--steps 1: --sampler ddpm takes 2 to 1000"),
         ("ddpm", 1001, "ddpm", r"--steps 1001: --sampler ddpm takes 2 to 1000"),
         ("ddim", 300, "ddpm", r"--steps 300: --sampler ddim takes a divisor of 1000 above 1"),
         ("ddim", 1, "ddpm", r"--steps 1: --sampler ddim takes a divisor"),
         ("ddim", 2000, "ddpm", r"--steps 2000: --sampler ddim takes a divisor"),
+        ("dpm-solver++", 1000, "ddpm", r"--steps 1000: --sampler dpm-solver\+\+ takes 1 to 999"),
+        ("dopri5", 50, "flow", r"--steps 50 has no effect with --sampler dopri5"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_refused(name: str | None, steps: int, objective: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_sampler(name, steps, objective)
+
+
+def test_balanced_labels_go_through_the_classes_in_turn() -> None:
+    assert draw_labels("balanced", 7, [3, 1, 4], seed=0) == [3, 1, 4, 3, 1, 4, 3]
+
+
+def test_a_random_label_is_a_function_of_the_seed_and_the_number_of_the_image() -> None:
+    many = draw_labels("random", 3000, [3, 1, 4], seed=5)
+
+    assert draw_labels("random", 10, [3, 1, 4], seed=5) == many[:10]
+    assert draw_labels("random", 3000, [3, 1, 4], seed=6) != many
+    # A thousand of each, with a deviation of sqrt(3000 * 2 / 9) = 26.
+    assert all(abs(many.count(label) - 1000) < 4 * 26 for label in (3, 1, 4))
+
+
+def test_eight_bit_pixels_follow_the_recorded_rule() -> None:
+    values = torch.tensor([-1.5, -1.0, -0.999, 0.0, 0.9999, 1.0, 7.0]).view(1, 1, 1, 7)
+
+    # By hand: -1 gives 0.5 and 1 gives 255.5, whose fractions are cut off.
+    assert to_uint8(values).flatten().tolist() == [0, 0, 0, 128, 255, 255, 255]
+    assert UINT8_RULE == "clamp(127.5 x + 128, 0, 255), fractions cut off"

@@ -12,6 +12,7 @@ import torch
 from diffmoe_dist import load_model
 from diffmoe_dist.config import check_world
 from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.generate import generate, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics, frechet_distance
@@ -75,7 +76,7 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
     numbers = list(range(21))
     drawn = generate(
         load_model(runs / "alone"), build_objective(config.objective), numbers, [number % 10 for number in numbers],
-        seed=0, sampler="euler", steps=3, cfg_scale=1.5,
+        seed=0, sampler="euler", steps=3, guidance=Guidance(1.5),
     )  # fmt: skip
     moments = Moments(12, CPU)
     moments.add(colours(torch.from_numpy(to_uint8(drawn.images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)))

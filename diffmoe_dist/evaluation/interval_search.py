@@ -1,0 +1,136 @@
+"""One constant threshold for all experts: what capacity it gives, and what the images are worth (DiffMoE eq. 16)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from diffmoe_dist.engine.checkpoint import write_durably
+from diffmoe_dist.engine.metrics import logger
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
+from diffmoe_dist.launch import Launch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+LOWEST_SHOWN = 1e-10  # on an axis that has no zero
+Score = Callable[[np.ndarray], float]  # (N, H, W, C) uint8 images to a number, lower is better
+
+
+@dataclass(frozen=True)
+class Point:
+    threshold: float
+    capacity: float  # measured C
+    score: float | None
+
+
+def search_thresholds(
+    settings: SamplingSettings,
+    thresholds: list[float],
+    out: Path,
+    score: Score | None,
+    device: torch.device,
+    launch: Launch,
+) -> list[Point]:
+    """Draw the same images at each threshold; collective. What `out` has already is not drawn again.
+
+    Returns:
+        On the first rank a point for each threshold, in the order given; on the others nothing.
+
+    Raises:
+        UserError: the model has no capacity predictor, or as in `sample_to_folder`.
+    """
+    points = []
+    for threshold in thresholds:
+        folder = out / f"threshold-{threshold!r}"
+        logger.info("constant threshold %g", threshold)
+        rule = ("moe.inference=constant", f"moe.constant_threshold={threshold!r}")
+        sample_to_folder(replace(settings, overrides=(*settings.overrides, *rule)), folder, device, launch)
+        if launch.rank == 0:
+            capacity = json.loads((folder / "sampling.json").read_text())["capacity"]
+            points.append(Point(threshold, capacity, None if score is None else _score(score, folder)))
+    return points
+
+
+def _score(score: Score, folder: Path) -> float:
+    with np.load(folder / "samples.npz") as file:
+        return float(score(file["arr_0"]))
+
+
+def find_score(name: str) -> Score:
+    """The callable that `module:callable` names; modules of the working folder count.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"--score {name}: {error}; give module:callable, such as my_metrics:fid") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise UserError(f"--score {name}: {module} has no callable {attribute!r}; give module:callable")
+    return found
+
+
+def best_point(points: list[Point], most_capacity: float = 1.0) -> Point | None:
+    """The best score at C <= 1 (eq. 16), or without scores the largest such C; None: no threshold is high enough."""
+    allowed = [point for point in points if point.capacity <= most_capacity]
+    return min(allowed, key=lambda point: -point.capacity if point.score is None else point.score, default=None)
+
+
+def format_table(points: list[Point]) -> str:
+    """A line for each threshold: threshold, C, score."""
+    rows = [f"{'threshold':>12} {'C':>8} {'score':>12}"]
+    for point in points:
+        score = "-" if point.score is None else f"{point.score:.4f}"
+        rows.append(f"{point.threshold:>12g} {point.capacity:>8.4f} {score:>12}")
+    return "\n".join(rows) + "\n"
+
+
+def write_points(points: list[Point], out: Path) -> Path:
+    """Write interval_search.json and interval_search.png; returns the picture's path."""
+    write_durably(out / "interval_search.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
+    ordered = sorted(points, key=lambda point: point.threshold)
+    scored = ordered[0].score is not None
+    figure, panels = plt.subplots(1, 2 if scored else 1, figsize=(9.5 if scored else 5, 3.8), squeeze=False)
+    capacities = [point.capacity for point in ordered]
+    thresholds = [max(point.threshold, LOWEST_SHOWN) for point in ordered]
+    by_threshold = panels[0, 0]
+    by_threshold.plot(thresholds, capacities, "o-", color="#2a5d9f")
+    by_threshold.axhline(1, color="#8a8f98", linestyle=":", linewidth=1)
+    by_threshold.set(xlabel="constant threshold", ylabel="measured capacity C", xscale="logit")
+    by_threshold.set_xticks(thresholds, [f"{point.threshold:g}" for point in ordered], rotation=45)
+    by_threshold.minorticks_off()
+    if scored:
+        panels[0, 1].plot(capacities, [point.score for point in ordered], "o-", color="#2a5d9f")
+        for point in ordered:
+            panels[0, 1].annotate(
+                f"{point.threshold:g}",
+                (point.capacity, point.score),
+                textcoords="offset points",
+                xytext=(5, 5),
+                fontsize=8,
+            )
+        panels[0, 1].axvline(1, color="#8a8f98", linestyle=":", linewidth=1)
+        panels[0, 1].set(xlabel="measured capacity C", ylabel="score (lower is better)")
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    picture = out / "interval_search.png"
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+    return picture

@@ -1,0 +1,459 @@
+"""Many images into a folder, by all ranks together: in blocks, each kept on disk as soon as it is drawn.
+
+A job that was interrupted draws what is missing; the folder of another job is refused.
+
+    OUT/blocks/job.json, block-*.npz    while the job runs
+    OUT/samples.npz, grid.png, sampling.json, png/
+
+Shape legend: N images, H = W image size, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
+from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
+from diffmoe_dist.engine.metrics import logger, make_writable
+from diffmoe_dist.engine.run_folder import write_durably
+from diffmoe_dist.engine.weights import find_model, read_model
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.generate import (
+    UINT8_RULE,
+    Decode,
+    choose_sampler,
+    draw_labels,
+    generate,
+    grid_columns,
+    image_grid,
+    open_decoder,
+    to_uint8,
+)
+from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.parallel.topology import Topology, from_first_rank
+
+SAMPLING_OVERRIDES = ("moe.inference", "moe.constant_threshold", "data.shards")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    checkpoint: str
+    num: int
+    steps: int | None  # None: the default of the sampler
+    cfg_scale: float
+    seed: int
+    sampler: str | None  # None: the default of the model's objective
+    batch_size: int
+    overrides: tuple[str, ...] = ()  # key=value: moe.inference, moe.constant_threshold, data.shards of the saved run
+    recalibrate: int = 0  # batches of training data from which the thresholds are found anew
+    cfg_channels: int | None = None  # None: all
+    cfg_interval: tuple[float, float] | None = None  # in the objective's time
+    one_pass: bool = False
+    labels: Literal["balanced", "random"] = "balanced"
+    classes: tuple[int, ...] | None = None  # None: all
+    expert: int = 1  # ranks that share one set of experts
+    png: bool = False
+    decoder: str | None = None  # of latents; default: the run's own
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.cfg_scale, self.cfg_channels, self.cfg_interval, self.one_pass)
+
+    def check(self) -> None:
+        """Refuse what is wrong whatever the model.
+
+        Raises:
+            UserError: a value is out of range, or has no effect beside the others.
+        """
+        for name in ("num", "steps", "batch_size", "expert"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: choose at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
+        if self.recalibrate < 0:
+            raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
+        if not self.guidance.active:
+            unused = {"--cfg-channels": self.cfg_channels, "--cfg-interval": self.cfg_interval}
+            for name, value in {**unused, "--one-pass": self.one_pass or None}.items():
+                if value is not None:
+                    raise UserError(f"{name} has no effect without guidance; remove it or set --cfg-scale above 1")
+        for override in self.overrides:
+            if override.partition("=")[0] not in SAMPLING_OVERRIDES:
+                raise UserError(
+                    f"{override}: sampling can change {', '.join(SAMPLING_OVERRIDES)} of a run, nothing else; remove it"
+                )
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images that are drawn together."""
+
+    images: np.ndarray  # (N, H, W, C) uint8
+    evaluations: int  # of the guided denoiser, for each image
+    slots: float  # see `Generated`
+    tokens: int
+    seconds: float  # of the job: where several ranks draw at a time, one rank's share
+
+
+def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.device, launch: Launch) -> None:
+    """Draw `settings.num` images on all ranks, those that `out` does not have yet; collective.
+
+    Every rank draws every so-manieth missing block of `batch_size` images, so a block is the same on any number of
+    ranks. Every rank holds the whole averaged model or, with `settings.expert`, a share of its experts.
+
+    Raises:
+        UserError: there is no such checkpoint, its model draws latents, a setting is not for it, or `out` belongs to
+            another job.
+    """
+    out = Path(out)
+    try:
+        make_writable(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+    checkpoint = from_first_rank(find_model(settings.checkpoint))
+    model, config, weights = _read_model(settings, checkpoint, device, launch)
+    decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
+    job = describe_job(settings, config, weights)
+    if _is_finished(out, job):
+        logger.info("%s has these %d images already", out, settings.num)
+    else:
+        _draw_missing_blocks(out / "blocks", job, settings, model, config, decode, launch)
+        if launch.rank == 0:
+            logger.info("writing %s", out / "samples.npz")
+            _join_blocks(out, job, config, {"checkpoint": str(checkpoint), "overrides": list(settings.overrides)})
+    if settings.png and launch.rank == 0:
+        _write_png(out)
+    dist.barrier()
+
+
+def describe_job(settings: SamplingSettings, config: Config, weights: str) -> dict[str, Any]:
+    """What decides the images: two jobs with the same description draw the same.
+
+    Args:
+        weights: their fingerprint.
+
+    Raises:
+        UserError: a setting does not fit the model.
+    """
+    sampler, steps = choose_sampler(settings.sampler, settings.steps, config.objective.name)
+    classes = list(range(config.model.num_classes)) if settings.classes is None else list(settings.classes)
+    _check_for_model(settings, config, sampler, classes)
+    experts = config.experts
+    inference = getattr(config.moe, "inference", None)
+    alone = experts is None or experts.pool_kind() == "sample" or inference == "threshold"
+    return {
+        "weights": weights,
+        "num": settings.num,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "sampler": sampler,
+        "steps": steps,
+        **({"rtol": RTOL, "atol": ATOL} if sampler == ADAPTIVE else {}),
+        "cfg_scale": settings.cfg_scale,
+        "cfg_channels": settings.cfg_channels or "all",
+        "cfg_interval": None if settings.cfg_interval is None else list(settings.cfg_interval),
+        "one_pass": settings.one_pass,
+        "labels": settings.labels,
+        "classes": "all" if settings.classes is None else classes,
+        "inference": inference,
+        "constant_threshold": getattr(config.moe, "constant_threshold", None),
+        "recalibrate": settings.recalibrate,
+        "decoder": settings.decoder or config.sample.decoder,
+        "uint8_rule": UINT8_RULE,
+        "reproducible_unit": "image" if alone and sampler != ADAPTIVE else "block of batch_size images",
+    }
+
+
+def _check_for_model(settings: SamplingSettings, config: Config, sampler: str, classes: list[int]) -> None:
+    for label in classes:
+        if not 0 <= label < config.model.num_classes:
+            raise UserError(f"--classes {label}: this model knows the classes 0 to {config.model.num_classes - 1}")
+    channels, interval, expert = settings.cfg_channels, settings.cfg_interval, settings.expert
+    if channels is not None and channels >= config.model.in_channels:
+        raise UserError(f"--cfg-channels {channels}: this model has {config.model.in_channels}; use --cfg-channels all")
+    end = 1 if config.objective.name == "flow" else DDPM_STEPS - 1
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= end:
+        given = f"--cfg-interval {interval[0]:g} {interval[1]:g}"
+        raise UserError(f"{given}: the times of objective.name={config.objective.name} are 0 to {end}, lower one first")
+    if expert == 1:
+        return
+    if sampler == ADAPTIVE:
+        raise UserError(
+            f"--expert {expert}: ranks that share experts must take the same steps, and {sampler} chooses its own; "
+            "use euler or heun"
+        )
+    if settings.num % settings.batch_size:
+        raise UserError(
+            f"--expert {expert}: ranks that share experts draw blocks of one size; make --num {settings.num} a "
+            f"multiple of --batch-size {settings.batch_size}"
+        )
+
+
+def _read_model(
+    settings: SamplingSettings, checkpoint: Path, device: torch.device, launch: Launch
+) -> tuple[DiT, Config, str]:
+    """The model, its settings and the fingerprint of its weights, thresholds as they are in the checkpoint."""
+    spread = None
+    if settings.expert > 1:
+        spread = partial(share_experts, expert=settings.expert, device=device, launch=launch)
+    model, config = read_model(checkpoint, device, settings.overrides, spread)
+    weights = weights_fingerprint(model, settings.expert > 1)
+    if settings.recalibrate:
+        from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine
+
+        recalibrate_on_training_data(model, config, settings.recalibrate, settings.batch_size)
+    return model, config, weights
+
+
+def share_experts(model: DiT, config: Config, *, expert: int, device: torch.device, launch: Launch) -> None:
+    """Leave this rank its share of the experts; the images of a rank still compete among themselves only.
+
+    Raises:
+        UserError: the experts do not divide over the ranks.
+    """
+    from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, create_topology  # imports deepspeed
+
+    experts = config.experts
+    if experts is None:
+        raise UserError(f"--expert {expert} needs experts, but moe.router=dense has none; leave it out")
+    assert experts.num_experts is not None
+    if launch.world_size % expert or experts.num_experts % expert:
+        raise UserError(
+            f"--expert {expert} must divide the {launch.world_size} ranks and moe.num_experts={experts.num_experts}"
+        )
+    topology: Topology = create_topology(launch, device, expert)
+    pools = [getattr(layer.router, "pool", None) for layer in model.moe_layers]
+    apply_expert_parallel(model, config, topology)
+    for layer, pool in zip(model.moe_layers, pools, strict=True):
+        if pool is not None:
+            layer.router.pool = pool
+
+
+def weights_fingerprint(model: DiT, is_shared: bool) -> str:
+    """SHA-256 over all parameters and buffers, whichever ranks hold the experts; collective where they are shared."""
+    digests: dict[str, str] = {}
+    for name, tensor in model.state_dict().items():
+        first = getattr(model.get_submodule(name.rpartition(".")[0]), "first", None)
+        parts = {name: tensor}
+        if first is not None:
+            parts = {f"{name}.{first + local}": part for local, part in enumerate(tensor)}
+        digests |= {part_name: _sha256(part) for part_name, part in parts.items()}
+    if is_shared:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, digests)
+        digests = {name: digest for of_rank in everyone for name, digest in of_rank.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()
+
+
+def _is_finished(out: Path, job: dict[str, Any]) -> bool:
+    """Whether `out` holds the finished job; refuses the folder of another one."""
+    found: dict[str, Any] = {}
+    for name in ("blocks/job.json", "sampling.json"):
+        text = from_first_rank((out / name).read_text() if (out / name).is_file() else None)
+        if text is not None:
+            found[name] = json.loads(text)
+            _check_same_job(out, found[name], job)
+    return "sampling.json" in found
+
+
+def _check_same_job(out: Path, begun: dict[str, Any], job: dict[str, Any]) -> None:
+    for key, value in job.items():
+        if begun.get(key) == value:
+            continue
+        if key == "weights":
+            raise UserError(
+                f"--out {out}: its images are of other weights than --checkpoint now has; give that checkpoint's "
+                "step folder, or another --out"
+            )
+        raise UserError(f"--out {out}: its images have {key} {begun.get(key)}, not {value}; use that or another --out")
+
+
+def _draw_missing_blocks(
+    blocks: Path,
+    job: dict[str, Any],
+    settings: SamplingSettings,
+    model: DiT,
+    config: Config,
+    decode: Decode,
+    launch: Launch,
+) -> None:
+    """Draw what is not on disk yet, block by block; collective."""
+    if launch.rank == 0:
+        blocks.mkdir(exist_ok=True)
+        write_durably(blocks / ".job.json", json.dumps(job, indent=2) + "\n")
+        (blocks / ".job.json").replace(blocks / "job.json")
+    starts = list(range(0, settings.num, settings.batch_size))
+    missing = from_first_rank(_missing(blocks, starts))
+    labels = job_labels(job, config)
+    objective = build_objective(config.objective)
+    with Watch(settings.num, settings.num - _images(missing, settings), launch.rank == 0) as watch:
+        for begin in range(0, len(missing), launch.world_size):
+            at_once = missing[begin : begin + launch.world_size]
+            if launch.rank < len(at_once):
+                start = at_once[launch.rank]
+                block = draw_block(model, objective, decode, job, labels, start, len(at_once))
+                _write_block(blocks / _block_name(start), block)
+            elif settings.expert > 1:  # the others need this rank's experts: it goes through the motions
+                draw_block(model, objective, decode, job, labels, at_once[0], len(at_once))
+            watch.advance(_images(at_once, settings))
+    dist.barrier()
+    left = from_first_rank(_missing(blocks, starts))
+    if left:
+        raise UserError(f"--out {blocks.parent}: {len(left)} blocks are not there; use a disk that all ranks share")
+
+
+def draw_block(
+    model: DiT, objective: Objective, decode: Decode, job: dict[str, Any], labels: list[int], start: int, ranks: int
+) -> Block:
+    """The images `start` to `start` + batch_size of a job, as far as it has them."""
+    numbers = list(range(start, min(start + job["batch_size"], job["num"])))
+    channels = None if job["cfg_channels"] == "all" else job["cfg_channels"]
+    begun = time.perf_counter()
+    drawn = generate(
+        model, objective, numbers, [labels[number] for number in numbers],
+        seed=job["seed"], sampler=job["sampler"], steps=job["steps"],
+        guidance=Guidance(job["cfg_scale"], channels, job["cfg_interval"], job["one_pass"]),
+    )  # fmt: skip
+    pixels = to_uint8(decode(drawn.images))
+    seconds = (time.perf_counter() - begun) / ranks
+    return Block(pixels, drawn.evaluations, drawn.slots, drawn.tokens, seconds)
+
+
+def job_labels(job: dict[str, Any], config: Config) -> list[int]:
+    """The label of each image of a job."""
+    classes = list(range(config.model.num_classes)) if job["classes"] == "all" else job["classes"]
+    return draw_labels(job["labels"], job["num"], classes, job["seed"])
+
+
+def _images(starts: list[int], settings: SamplingSettings) -> int:
+    return sum(min(settings.batch_size, settings.num - start) for start in starts)
+
+
+def _block_name(start: int) -> str:
+    return f"block-{start:08d}.npz"
+
+
+def _missing(blocks: Path, starts: list[int]) -> list[int]:
+    there = {path.name for path in blocks.glob("block-*.npz")}
+    return [start for start in starts if _block_name(start) not in there]
+
+
+def _write_block(path: Path, block: Block) -> None:
+    """All of it or nothing."""
+    counts = np.array([block.evaluations, block.slots, block.tokens, block.seconds], dtype=np.float64)
+    _savez(path, images=block.images, counts=counts)
+
+
+def _read_block(path: Path) -> Block:
+    try:
+        with np.load(path) as file:
+            evaluations, slots, tokens, seconds = file["counts"].tolist()
+            return Block(file["images"], int(evaluations), slots, int(tokens), seconds)
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it and run the command again") from None
+
+
+def _savez(path: Path, **arrays: np.ndarray) -> None:
+    unfinished = path.with_name(f".{path.name}")
+    with open(unfinished, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _join_blocks(out: Path, job: dict[str, Any], config: Config, about: dict[str, Any]) -> None:
+    """From the blocks, all of which are there, to what a user looks at; sampling.json last, for it says finished."""
+    starts = range(0, job["num"], job["batch_size"])
+    first = _read_block(out / "blocks" / _block_name(0))
+    images = np.empty((job["num"], *first.images.shape[1:]), dtype=np.uint8)
+    slots = tokens = seconds = evaluations = 0.0
+    for start in starts:
+        block = _read_block(out / "blocks" / _block_name(start))
+        images[start : start + len(block.images)] = block.images
+        slots, tokens, seconds = slots + block.slots, tokens + block.tokens, seconds + block.seconds
+        evaluations += block.evaluations * len(block.images)
+    _savez(out / "samples.npz", arr_0=images, arr_1=np.asarray(job_labels(job, config), dtype=np.int64))
+    columns = grid_columns(config, job["num"])
+    Image.fromarray(image_grid(images[: 10 * columns], columns).squeeze()).save(out / "grid.png")
+    record = {
+        **about,
+        **job,
+        "evaluations": evaluations / job["num"],
+        "capacity": slots / tokens if tokens else None,
+        "images_per_second": job["num"] / seconds,
+    }
+    write_durably(out / ".sampling.json", json.dumps(record, indent=2) + "\n")
+    (out / ".sampling.json").replace(out / "sampling.json")
+    shutil.rmtree(out / "blocks")
+
+
+def _write_png(out: Path) -> None:
+    """One file an image, png/000000.png and on."""
+    folder = out / "png"
+    folder.mkdir(exist_ok=True)
+    with np.load(out / "samples.npz") as file:
+        images_NHWC = file["arr_0"]
+
+    def write(number: int) -> None:
+        Image.fromarray(images_NHWC[number].squeeze()).save(folder / f"{number:06d}.png")
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write, range(len(images_NHWC))))
+
+
+class Watch:
+    """Shows how many images there are: a bar on a terminal, else a line now and then; on the first rank."""
+
+    def __init__(self, total: int, there: int, shown: bool) -> None:
+        self.shown = shown
+        self.total, self.there, self.before = total, there, there
+        on_terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=there, unit="image", disable=not on_terminal, dynamic_ncols=True)
+        self.begun = time.perf_counter()
+        self.last_line = -SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> Watch:
+        if self.shown and self.there:
+            logger.info("%d of %d images are there already", self.there, self.total)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def advance(self, images: int) -> None:
+        self.there += images
+        self.bar.update(images)
+        seconds = time.perf_counter() - self.begun
+        if self.shown and (seconds - self.last_line >= SECONDS_BETWEEN_LINES or self.there == self.total):
+            self.last_line = seconds
+            rate = (self.there - self.before) / seconds
+            left = tqdm.format_interval((self.total - self.there) / rate)
+            logger.info("%d/%d images  %.1f images/s  %s left", self.there, self.total, rate, left)

@@ -1,0 +1,96 @@
+"""Search a constant threshold: `python -m diffmoe_dist.interval_search --checkpoint RUN --thresholds ... --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.launch import detect_launch
+
+DESCRIPTION = """\
+Draw the same images at several constant thresholds (moe.inference=constant, one threshold for all experts and layers)
+and print and plot the measured capacity C at each: DiffMoE's interval search. Writes interval_search.json,
+interval_search.png and a folder of samples for each threshold.
+
+  python -m diffmoe_dist.interval_search --checkpoint runs/demo --thresholds 0.9,0.7,0.5,0.4,0.3 --out search --num 100
+
+What the images are worth is for --score to say: module:callable, which is given the uint8 images (N, H, W, C) and
+returns a number, lower is better. Without it there is no score, only C. Runs under any launcher, and goes on where it
+was interrupted.
+"""
+
+
+def main() -> None:
+    parser = CommandParser(prog="diffmoe_dist.interval_search", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="DIR", help="a run folder (its newest) or a step folder")
+    add("--thresholds", required=True, metavar="A,B,...", help="each from 0 to below 1")
+    add("--out", required=True, type=Path, metavar="DIR", help="where everything goes")
+    add("--num", type=int, default=1000, help="images at each threshold (default 1000)")
+    add("--steps", type=int, help="sampler steps (default 50)")
+    add("--cfg-scale", type=float, default=1.0, help="guidance scale, 1: none (default)")
+    add("--seed", type=int, default=0, help="of the noise (default 0)")
+    add("--batch-size", type=int, default=100, help="images drawn together, which share a token pool (default 100)")
+    add("--score", metavar="MODULE:CALLABLE", help="uint8 images (N, H, W, C) to a number, lower is better")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    arguments = parser.parse_args()
+    thresholds = read_thresholds(arguments.thresholds)
+
+    from diffmoe_dist.engine.metrics import set_up_logging
+    from diffmoe_dist.evaluation.interval_search import (
+        best_point,
+        find_score,
+        format_table,
+        search_thresholds,
+        write_points,
+    )
+    from diffmoe_dist.evaluation.sampling_job import SamplingSettings
+    from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
+
+    settings = SamplingSettings(
+        checkpoint=arguments.checkpoint,
+        num=arguments.num,
+        steps=arguments.steps,
+        cfg_scale=arguments.cfg_scale,
+        seed=arguments.seed,
+        sampler=None,
+        batch_size=arguments.batch_size,
+    )
+    settings.check()
+    score = None if arguments.score is None else find_score(arguments.score)
+    device = choose_device(arguments.device, detect_launch())
+    launch = start_process_group(device)
+    set_up_logging(None, launch.rank)
+    points = search_thresholds(settings, thresholds, arguments.out, score, device, launch)
+    stop_process_group()
+    if launch.rank == 0:
+        picture = write_points(points, arguments.out)
+        sys.stdout.write(format_table(points))
+        best = best_point(points)
+        what = "largest C" if score is None else "best score"
+        found = "none of these" if best is None else f"threshold {best.threshold:g}"
+        sys.stdout.write(f"{what} at C <= 1:  {found}\n")
+        if score is None:
+            sys.stdout.write("no --score was given: the images were not judged\n")
+        sys.stdout.write(f"picture:         {picture}\n")
+
+
+def read_thresholds(text: str) -> list[float]:
+    """'0.9,0.5' to [0.9, 0.5]."""
+    try:
+        thresholds = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--thresholds {text}: expected numbers with commas between them, such as 0.9,0.5") from None
+    for threshold in thresholds:
+        if not 0 <= threshold < 1:
+            raise UserError(
+                f"--thresholds {threshold:g}: predicted scores are between 0 and 1; choose 0 or more and below 1"
+            )
+    return thresholds
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,182 @@
+"""The page about a run: what is recorded for it, and that a browser shows it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffmoe_dist.config import build_config
+from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.diffusion.samplers import Guidance
+from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.generate import generate
+from diffmoe_dist.evaluation.report_page import write_report
+from diffmoe_dist.evaluation.routing_report import RoutingTrace, overlap_of_rules, recorded
+from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.moe import MoELayer
+from tests.distributed import run_ranks
+from tests.engine.runs import TINY, train_all
+
+CPU = torch.device("cpu")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+KINDS: dict[str, dict[str, Any]] = {
+    "global_pool": {"train": {"steps": 60}, "log": {"every": 10}},
+    "token_choice": {"moe": {"router": "token_choice", "num_experts": 4}, "train": {"steps": 20}},
+    "dense": {"moe": {"router": "dense", "num_experts": None}, "train": {"steps": 5}},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(1, train_all, digits, [(folder / kind, settings) for kind, settings in KINDS.items()])
+    return folder
+
+
+def random_model(**moe: Any) -> tuple[DiT, Any]:
+    config = build_config(TINY, {"run_dir": "r", "data": {"shards": "s"}, "moe": moe})
+    model = DiT(config)
+    initialize(model, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for layer in model.moe_layers:
+        if hasattr(layer.router, "threshold"):
+            layer.router.threshold.fill_(0.5)
+    return model.eval(), config
+
+
+def trace_of(model: DiT, config: Any, guidance: Guidance, labels: list[int]) -> RoutingTrace:
+    objective = build_objective(config.objective)
+    with recorded(model, objective) as recorder:
+        generate(
+            model, objective, list(range(len(labels))), labels, seed=0, sampler="euler", steps=4, guidance=guidance
+        )
+    return recorder.trace()
+
+
+@pytest.mark.parametrize("router", ["global_pool", "token_choice", "expert_choice", "prototype"])
+def test_what_is_recorded_is_what_the_layers_did(router: str) -> None:
+    model, config = random_model(router=router)
+    labels = [3, 1, 4]
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def count(layer: MoELayer, inputs: Any, output: Any) -> None:
+        """Token by token, expert by expert, in loops."""
+        experts_NS, assignments_NE = np.zeros((3, 16), int), np.zeros((3, 4), int)
+        for token, expert in zip(output[1].token_index.tolist(), output[1].expert_index.tolist(), strict=True):
+            experts_NS[token // 16, token % 16] += 1
+            assignments_NE[token // 16, expert] += 1
+        seen.append((experts_NS, assignments_NE))
+
+    handle = model.moe_layers[0].register_forward_hook(count)
+    trace = trace_of(model, config, Guidance(2.0), labels)
+    handle.remove()
+
+    assert trace.conditional.progress_P.tolist() == [0, 0.25, 0.5, 0.75] and trace.null is not None
+    for step in range(4):
+        experts_NS, assignments_NE = seen[2 * step + 1]  # the null pass is the first of two
+        assert np.array_equal(trace.conditional.experts_PLNS[step, 0], experts_NS)
+        assert np.array_equal(trace.conditional.assignments_PLNE[step, 0, :, :4], assignments_NE)
+        unconditional = 1 if router == "prototype" else 0  # its expert of images without a class
+        assert np.array_equal(trace.null.experts_PLNS[step, 0], seen[2 * step][0] + unconditional)
+    assert (trace.overlap_PL is not None) == (router == "global_pool")
+
+
+def test_a_mixed_pass_is_recorded_apart_as_two_passes_are() -> None:
+    model, config = random_model()
+    two = trace_of(model, config, Guidance(2.0), [3, 1, 4])
+    one = trace_of(model, config, Guidance(2.0, one_pass=True), [3, 1, 4])
+
+    assert one.null is not None and two.null is not None
+    for mixed, apart in ((one.conditional, two.conditional), (one.null, two.null)):
+        assert np.array_equal(mixed.experts_PLNS, apart.experts_PLNS)
+        assert np.array_equal(mixed.assignments_PLNE, apart.assignments_PLNE)
+
+
+def test_the_overlap_of_the_rules_is_their_common_pairs_over_all_their_pairs() -> None:
+    model, _ = random_model()
+    router = model.moe_layers[0].router
+    x_TD = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    null_T = torch.zeros(48, dtype=torch.bool)
+    pairs: dict[str, set[tuple[int, int]]] = {}
+    for rule in ("count", "threshold"):
+        router.inference = rule
+        routing = router(x_TD, null_T)
+        pairs[rule] = set(zip(routing.token_index.tolist(), routing.expert_index.tolist(), strict=True))
+    router.inference = "static"
+
+    overlap = overlap_of_rules(router, x_TD, null_T)
+
+    assert len(pairs["count"]) == len(pairs["threshold"]), "both take as many tokens"
+    assert overlap == len(pairs["count"] & pairs["threshold"]) / len(pairs["count"] | pairs["threshold"])
+    assert 0 < overlap < 1 and router.inference == "static"
+
+
+def test_the_capacity_of_a_trained_model_varies_over_the_sampling_steps(runs: Path) -> None:
+    model, config = read_checkpoint_model(find_checkpoint(runs / "global_pool"), CPU)
+    trace = trace_of(model, config, Guidance(), [number % 10 for number in range(20)])
+
+    capacity_P = trace.conditional.capacity_by_layer.mean(axis=1)
+    assert np.ptp(capacity_P) > 0.05 and capacity_P.min() > 0
+
+
+@pytest.mark.parametrize(("kind", "pictures"), [("global_pool", 12), ("token_choice", 12), ("dense", 4)])
+def test_the_page_is_complete_in_itself(kind: str, pictures: int, runs: Path) -> None:
+    page = write_report(runs / kind, None, num_images=20, device=CPU)
+    text = page.read_text()
+
+    assert len(re.findall(r'<img src="data:image/(?:png|svg\+xml);base64,', text)) == pictures
+    without_pictures = re.sub(r'src="data:[^"]*"', "", text)
+    assert not re.search(r"<script|https?:|\bsrc=|@import|url\(", without_pictures)
+    assert re.findall(r'href="([^"]*)"', without_pictures) == ["data:,"]
+    assert "config.yaml" in text and "router: " + kind in text
+    assert ("it has no experts" in text) == (kind == "dense")
+    assert ("Every expert takes the same number of tokens" in text) == (kind == "global_pool")
+    assert ("Expert load in training" in text) == (kind != "dense")
+
+
+def test_samples_of_other_weights_are_refused(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "sampling.json").write_text('{"weights": "0123", "overrides": []}')
+    with pytest.raises(UserError, match=r"--samples .*: they are of other weights than"):
+        write_report(runs / "dense", tmp_path, num_images=4, device=CPU)
+    with pytest.raises(UserError, match=r"--samples .*: no readable sampling\.json there"):
+        write_report(runs / "dense", tmp_path / "nowhere", num_images=4, device=CPU)
+
+
+def open_in_browser(page: Path, script: str, profile: Path) -> tuple[str, str]:
+    """What a headless browser makes of the page with a script at its end: the document, and what it logs."""
+    probe = page.with_name("probe.html")
+    probe.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    ended = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0", "--dump-dom", probe.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    return ended.stdout, ended.stderr
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: chromium)")
+def test_a_browser_shows_every_figure_without_a_complaint(runs: Path, tmp_path: Path) -> None:
+    page = write_report(runs / "global_pool", None, num_images=20, device=CPU)
+    widths = "onload = () => { document.title = 'widths ' + [...document.images].map(i => i.naturalWidth).join(' ') }"
+
+    document, log = open_in_browser(page, widths, tmp_path)
+
+    found = re.search(r"<title>widths ([0-9 ]+)</title>", document)
+    assert found is not None
+    assert len(found[1].split()) == 12 and all(int(width) > 100 for width in found[1].split())
+    assert "CONSOLE" not in log
+    _, log_of_faulty = open_in_browser(page, "console.error('seen')", tmp_path)
+    assert "CONSOLE" in log_of_faulty, "else the line above would tell nothing"
