@@ -111,7 +111,7 @@ def build_parser() -> CommandParser:
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     add(
         "overrides", nargs="*", metavar="key=value",
-        help="another moe.inference, moe.constant_threshold or data.shards",
+        help="another moe.inference, moe.constant_threshold, data.shards or data.latents",
     )  # fmt: skip
     return parser
 

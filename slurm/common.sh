@@ -53,11 +53,14 @@ train() {
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$RUN_DIR/logs/nccl-rank-
     export DIFFMOE_ATTEMPT=$SLURM_JOB_ID.$attempt # a process left over from an older one publishes no checkpoint
     say "nodes $SLURM_JOB_NODELIST, newest checkpoint: $(newest_checkpoint)"
-    if [[ -n $LOCAL_SCRATCH ]]; then stage_shards; fi
+    if [[ -n $LOCAL_SCRATCH ]]; then
+        stage SHARDS
+        if [[ -n $LATENTS ]]; then stage LATENTS; fi
+    fi
     # Either signal would kill a process that has yet to install its handlers.
     launch bash -c 'trap "" USR1 TERM; exec "$@"' _ "${interpreter[@]}" -m diffmoe_dist.train --config "$CONFIG" \
-        device="$DEVICE" run_dir="$RUN_DIR" data.shards="$SHARDS" parallel.expert="$(ranks_sharing_experts)" "$@" ||
-        code=$?
+        device="$DEVICE" run_dir="$RUN_DIR" data.shards="$SHARDS" ${LATENTS:+data.latents="$LATENTS"} \
+        parallel.expert="$(ranks_sharing_experts)" "$@" || code=$?
     rm -f "$RUN_DIR/STOP"
     leave "$code"
 }
@@ -140,17 +143,18 @@ ranks_sharing_experts() {
     echo "$ranks"
 }
 
-# Copy the shards to each node's own disk; a folder that has its name is complete.
-stage_shards() {
+# Copy the folder of shards that a variable names to each node's own disk; a folder that has its name is complete.
+stage() {
+    local -n folder=$1
     local copy
-    copy=$LOCAL_SCRATCH/shards-$(sha256sum <"$SHARDS/index.json" | cut -c 1-16)
-    say "shards on each node: $copy"
+    copy=$LOCAL_SCRATCH/shards-$(sha256sum <"$folder/index.json" | cut -c 1-16)
+    say "$1 on each node: $copy"
     # shellcheck disable=SC2016
     srun --export=ALL --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -euc '
         if [[ ! -d $2 ]]; then
             rm -rf "$2.part"
             cp -rL "$1" "$2.part"
             mv "$2.part" "$2"
-        fi' _ "$SHARDS" "$copy"
-    SHARDS=$copy
+        fi' _ "$folder" "$copy"
+    folder=$copy
 }

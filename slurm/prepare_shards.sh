@@ -23,9 +23,10 @@ SOURCE=${SOURCE:-data/ILSVRC2012_img_train.tar} # on a disk that all nodes share
 OUT=${OUT:-shards/imagenet}
 LAUNCHER=${LAUNCHER:-mpirun} # of the MPI library that mpi4py loads; or srun --mpi=pmix, where Slurm speaks to it
 
-unset SLURM_EXPORT_ENV # sbatch --export=NONE would reach srun too, and its tasks would start without a PATH
-export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
-read -ra interpreter <<<"$PYTHON"
+VAE=${VAE:-}                 # the folder of an autoencoder, to encode latents into $OUT-latents; empty: none
+
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
 read -ra launcher <<<"$LAUNCHER"
 
 on_all_ranks() {
@@ -37,3 +38,4 @@ on_all_ranks() {
 on_all_ranks pack "$SOURCE" "$OUT" "$@"
 on_all_ranks verify "$OUT" --full
 "${interpreter[@]}" -m data_tools stats "$OUT" --picture "$OUT.png"
+if [[ -n $VAE ]]; then "${interpreter[@]}" -m data_tools encode-latents "$OUT" "$OUT-latents" --vae "$VAE"; fi

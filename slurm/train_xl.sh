@@ -20,7 +20,8 @@ set -euo pipefail
 # The environment of the submission wins over these.
 PYTHON=${PYTHON:-.venv/bin/python} # or one in a container, such as: apptainer exec --nv diffmoe.sif python
 CONFIG=${CONFIG:-configs/imagenet256/global_pool_xl.yaml}
-SHARDS=${SHARDS:-shards/imagenet256-latents}
+SHARDS=${SHARDS:-shards/imagenet256}
+LATENTS=${LATENTS-shards/imagenet256-latents} # made from them with encode-latents; empty: a model of pixels
 RUN_DIR=${RUN_DIR:-runs/imagenet256/global_pool_xl} # on a disk that all nodes share
 DEVICE=${DEVICE:-cuda}
 INTERFACE=${INTERFACE:-}         # the network between the nodes, such as ib0; empty: left to the libraries

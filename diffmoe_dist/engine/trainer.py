@@ -220,6 +220,7 @@ class Trainer:
         """Losses of the averaged weights on held-out images, named for metrics.jsonl; collective."""
         if self.validate is None:
             return {}
+        self.expect("validation", SLOW_FACTOR)
         with self.average.applied():
             losses = self.validate(self.model)
         logger.info("validation loss %.5f", losses["loss_val"])
@@ -229,6 +230,7 @@ class Trainer:
         """Scores of samples of the averaged weights, named for metrics.jsonl; collective."""
         if self.score_samples is None:
             return {}
+        self.expect("scoring samples", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
             scores = self.score_samples(self.model)
@@ -239,6 +241,7 @@ class Trainer:
     def figures(self) -> None:
         """Draw what the experts do with the averaged weights; collective."""
         assert self.draw_figures is not None, "log.figures_every is set"
+        self.expect("drawing figures", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
             drawn = self.draw_figures(self.model)

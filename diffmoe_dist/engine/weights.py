@@ -86,7 +86,7 @@ def check_out(out: Path) -> None:
 def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, source: Mapping[str, Any]) -> None:
     """Write a folder of weights; it has its name only when it is complete and on the disk.
 
-    Settings that are places of this machine (`run_dir`, `data.shards`, `train.initial_weights`) stay out.
+    Settings that are places of this machine (`run_dir`, `data.*` and such) stay out.
 
     Args:
         source: where the weights come from, for `config.json`.
@@ -146,7 +146,9 @@ def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, so
     with weights.open("rb") as file:
         os.fsync(file.fileno())
     settings: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    settings["run_dir"] = settings["data"]["shards"] = settings["train"]["initial_weights"] = None
+    settings["run_dir"] = settings["train"]["initial_weights"] = settings["sample"]["decoder"] = None
+    for section in ("data", "validation", "score"):
+        del settings[section]
     record = {
         "format": FORMAT,
         "version": VERSION,

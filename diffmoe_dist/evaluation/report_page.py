@@ -101,7 +101,7 @@ def write_report(run_dir: Path, samples: Path | None, num_images: int, device: t
     cards = {"steps": f"{lines[-1]['step']:,}", "images seen": _short(lines[-1]["images_seen"])}
     if found:
         model, drawn = _draw(found[-1], samples, num_images, device)
-        cards |= _model_cards(model, config, drawn)
+        cards |= _model_cards(config, drawn)
         sections += _drawn_sections(drawn, config, samples, read_progress(found[-1]).step)
     elif samples is not None:
         raise UserError(f"--samples {samples}: {run_dir} has no complete checkpoint they could be of; leave it out")
@@ -310,7 +310,7 @@ def _experts_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
     return _section("What the experts do", "", pictures, "figures two")
 
 
-def _model_cards(model: DiT, config: Config, drawn: Drawn) -> dict[str, str]:
+def _model_cards(config: Config, drawn: Drawn) -> dict[str, str]:
     counts = account(config)
     if drawn.trace is None or config.experts is None:
         return {"parameters, dense": _short(counts.total)}
@@ -318,7 +318,7 @@ def _model_cards(model: DiT, config: Config, drawn: Drawn) -> dict[str, str]:
     return {
         "parameters": _short(counts.total),
         "activated by a token, at this C": _short(counts.activated(capacity)),
-        f"experts in each of {len(model.moe_layers)} layers": str(config.experts.num_experts),
+        f"experts in each of {len(config.moe_blocks)} layers": str(config.experts.num_experts),
         "C measured in sampling": f"{capacity:.3f}",
     }
 

@@ -49,10 +49,11 @@ from diffmoe_dist.evaluation.generate import (
     to_uint8,
 )
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import Topology, from_first_rank
 
-SAMPLING_OVERRIDES = ("moe.inference", "moe.constant_threshold", "data.shards")
+SAMPLING_OVERRIDES = ("moe.inference", "moe.constant_threshold", "data.shards", "data.latents")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -65,7 +66,7 @@ class SamplingSettings:
     seed: int
     sampler: str | None  # None: the default of the model's objective
     batch_size: int
-    overrides: tuple[str, ...] = ()  # key=value: moe.inference, moe.constant_threshold, data.shards of the saved run
+    overrides: tuple[str, ...] = ()  # key=value, of SAMPLING_OVERRIDES
     recalibrate: int = 0  # batches of training data from which the thresholds are found anew
     cfg_channels: int | None = None  # None: all
     cfg_interval: tuple[float, float] | None = None  # in the objective's time
@@ -403,11 +404,15 @@ def _join_blocks(out: Path, job: dict[str, Any], config: Config, about: dict[str
     _savez(out / "samples.npz", arr_0=images, arr_1=np.asarray(job_labels(job, config), dtype=np.int64))
     columns = grid_columns(config, job["num"])
     Image.fromarray(image_grid(images[: 10 * columns], columns).squeeze()).save(out / "grid.png")
+    capacity = slots / tokens if tokens else None
+    counts = account(config)
     record = {
         **about,
         **job,
         "evaluations": evaluations / job["num"],
-        "capacity": slots / tokens if tokens else None,
+        "capacity": capacity,
+        "parameters": counts.total,
+        "activated_parameters": round(counts.activated(capacity)),
         "images_per_second": job["num"] / seconds,
     }
     write_durably(out / ".sampling.json", json.dumps(record, indent=2) + "\n")

@@ -37,8 +37,8 @@ from diffmoe_dist.parallel.topology import all_gather
 FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
 # What scores depend on beside the weights, under the names of sampling.json
 SAMPLING_FACTS = (
-    "checkpoint", "sampler", "steps", "cfg_scale", "guidance_interval", "decoder", "labels", "batch_size", "inference",
-    "capacity", "parameters", "activated_parameters", "seed", "uint8_rule",
+    "checkpoint", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "one_pass", "decoder", "labels",
+    "batch_size", "inference", "capacity", "parameters", "activated_parameters", "seed", "uint8_rule",
 )  # fmt: skip
 NOT_RECORDED = "not recorded"
 

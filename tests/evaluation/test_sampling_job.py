@@ -21,7 +21,7 @@ from torch import Tensor
 from diffmoe_dist.config import load_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
-from diffmoe_dist.engine.checkpoint import find_checkpoint, read_ema_model
+from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.generate import generate
 from diffmoe_dist.evaluation.sampling_job import (
@@ -60,7 +60,7 @@ def draw_share(rank: int, ranks: int, run: Path, cases: list[tuple[int, int]]) -
     for batch_size, expert in cases:
         launch = Launch(rank, ranks, rank, "environment")
         spread = partial(share_experts, expert=expert, device=CPU, launch=launch) if expert > 1 else None
-        model, config = read_ema_model(find_checkpoint(run), CPU, spread=spread)
+        model, config = read_checkpoint_model(find_checkpoint(run), CPU, spread=spread)
         blocks = [list(range(start, min(start + batch_size, 8))) for start in range(0, 8, batch_size)]
         images: dict[int, Tensor] = {}
         for turn in range(-(-len(blocks) // ranks)):
@@ -193,7 +193,7 @@ def refused(rank: int, ranks: int, settings: SamplingSettings, out: Path) -> Non
 
 
 def test_the_fingerprint_of_weights_is_that_of_all_of_them_wherever_the_experts_are(trained: Path) -> None:
-    model, _ = read_ema_model(find_checkpoint(trained), CPU)
+    model, _ = read_checkpoint_model(find_checkpoint(trained), CPU)
     whole = weights_fingerprint(model, is_shared=False)
 
     assert run_ranks(2, shared_fingerprint, trained) == [whole, whole]
@@ -207,7 +207,7 @@ def test_the_fingerprint_of_weights_is_that_of_all_of_them_wherever_the_experts_
 def shared_fingerprint(rank: int, ranks: int, run: Path) -> str:
     launch = Launch(rank, ranks, rank, "environment")
     spread = partial(share_experts, expert=ranks, device=CPU, launch=launch)
-    model, _ = read_ema_model(find_checkpoint(run), CPU, spread=spread)
+    model, _ = read_checkpoint_model(find_checkpoint(run), CPU, spread=spread)
     assert len(model.moe_layers[0].experts.w1) == 2
     return weights_fingerprint(model, is_shared=True)
 

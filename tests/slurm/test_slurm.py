@@ -43,7 +43,7 @@ class Run:
             *CPU_NODES, f"--output={self.output}", *options,
             "slurm/train_xl.sh", f"train.steps={STEPS}", "checkpoint.every=10", "log.every=1", *overrides,
             DEVICE="cpu", CONFIG="configs/debug/global_pool.yaml", RUN_DIR=folder, SHARDS=shards,
-            PYTHON=sys.executable, LOCAL_SCRATCH=scratch,
+            PYTHON=sys.executable, LOCAL_SCRATCH=scratch, LATENTS="",
         )  # fmt: skip
 
     def log(self) -> str:
