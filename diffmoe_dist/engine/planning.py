@@ -369,7 +369,8 @@ def _batch_sum_bytes(experts: RouterSettings, N: int, D: int) -> int:
 def _report_bytes(config: Config) -> int:
     """The one fp64 reduction of a step's report."""
     losses = [*build_objective(config.objective).loss_names, *loss_weights(config)]
-    numbers, experts = 1 + len(losses), config.experts
+    # The loss, its parts, bad samples, and whether a rank was asked to stop.
+    numbers, experts = 3 + len(losses), config.experts
     if experts is not None:
         N = int(experts.num_experts or 0)
         proposes = isinstance(experts, PoolChoiceSettings) and experts.has_predictor()
