@@ -48,11 +48,14 @@ def test_a_pack_killed_at_random_moments_ends_in_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     moments, half_done = random.Random(workers), 0
-    for _ in range(8):
+    for attempt in range(8):
         process = _start(messy, out, workers)
-        try:
-            process.wait(moments.uniform(0, 0.15 if workers == 1 else 1.2))
-        except subprocess.TimeoutExpired:
+        # At a random moment; every other time at one when a shard or two have just been finished.
+        enough = len(list(out.glob("*.tar"))) + moments.randint(1, 2) if attempt % 2 else 99
+        deadline = time.monotonic() + (60 if attempt % 2 else moments.uniform(0, 0.15 if workers == 1 else 1.2))
+        while process.poll() is None and time.monotonic() < deadline and len(list(out.glob("*.tar"))) < enough:
+            time.sleep(0.001)
+        if process.poll() is None:
             _kill_session(process)
         if (out / "index.json").exists():
             assert {name: (out / name).read_bytes() for name in expected} == expected
