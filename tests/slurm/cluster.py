@@ -184,10 +184,7 @@ class Cluster:
                 self._start_node(name)
         queue = ("squeue", "--noheader", "--states=RUNNING,COMPLETING,PENDING")
         self.wait_until(lambda: not self.run(*queue).strip(), 60, "the queue is empty")
-        for name, state in self._states().items():
-            if state.startswith(("down", "drain")):
-                self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
-        self.wait_until(self._all_idle, 60, "all nodes are idle")
+        self.wait_until(self._all_resumed, 60, "all nodes are idle")
 
     def logs(self) -> str:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted((self.root / "log").iterdir()))
@@ -195,6 +192,16 @@ class Cluster:
     def _states(self) -> dict[str, str]:
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", "--partition=main").splitlines()
         return dict(line.split() for line in lines)  # type: ignore[misc]
+
+    def _all_resumed(self) -> bool:
+        for name, state in self._states().items():
+            if state.startswith(("down", "drain")):
+                try:
+                    self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+                except RuntimeError as error:
+                    if "Invalid node state" not in str(error):  # it has come back by itself since it was asked
+                        raise
+        return self._all_idle()
 
     def _all_idle(self) -> bool:
         try:
