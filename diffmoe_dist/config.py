@@ -77,6 +77,30 @@ class RouterSettings(MoEConfig):
         """Whether a loss depends on the batch as a whole, across images."""
         return False
 
+    def nominal_capacity(self) -> float:
+        """C as the settings mean it: experts that a token visits."""
+        return 1.0
+
+    def visits(self, pool_tokens: int) -> float:
+        """Experts that a routed token visits in training, in the mean over a pool of so many tokens."""
+        return self.nominal_capacity()
+
+    def score_kinds(self) -> int:
+        """How many scores of each token and expert compete in a pool; 0: experts choose no tokens."""
+        return 0
+
+    def has_predictor(self) -> bool:
+        """Whether the router learns how many tokens each expert needs, and proposes thresholds."""
+        return False
+
+    def batch_sum_bytes(self, hidden_size: int) -> int:
+        """What a layer sums over the ranks in a micro-step for losses of the batch."""
+        return 0
+
+    def saved_bytes(self, hidden_size: int, element: int) -> int:
+        """What the router keeps of each token for the backward pass, beside its scores: an estimate."""
+        return 0
+
     def resolve(self, config: Config) -> None:
         """Fill in defaults, and refuse what contradicts itself.
 

@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffmoe_dist.config import Config, RouterSettings, check_world, expert_slots, loss_weights
+from diffmoe_dist.config import Config, RouterSettings, check_world, loss_weights
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.accelerators import Accelerator, matmul_format
 from diffmoe_dist.model.accounting import Accounting, account, meta_model
-from diffmoe_dist.model.pool_choice import PoolChoiceSettings
 
 REDUCE_BUCKET = 200_000_000  # gradients that DeepSpeed reduces together, elements
 
@@ -173,16 +172,8 @@ def workload(config: Config, ranks: int, capacity: float | None = None) -> Workl
 
 def _visits(config: Config, experts: RouterSettings, ranks: int, tokens: int) -> float:
     """Visits to routed experts of a token that is routed, in training once a capacity schedule has ended."""
-    assert experts.num_experts is not None
-    sample = config.tokens_per_sample
-    if isinstance(experts, PoolChoiceSettings):
-        pools = {"global": ranks * tokens, "expert_parallel": config.parallel.expert * tokens, "rank": tokens}
-        pool = pools.get(experts.pool_kind(), sample)
-        return experts.num_experts * expert_slots(pool, experts.num_experts, experts.capacity) / pool
-    top_k = getattr(experts, "top_k", 1)
-    if getattr(experts, "variant", "token_choice") == "expert_choice":
-        return experts.num_experts * expert_slots(sample, experts.num_experts, top_k) / sample
-    return top_k
+    pools = {"global": ranks * tokens, "expert_parallel": config.parallel.expert * tokens, "rank": tokens}
+    return experts.visits(pools.get(experts.pool_kind(), config.tokens_per_sample))
 
 
 # Memory
@@ -281,11 +272,7 @@ def _moe_activation_bytes(config: Config, work: Workload) -> float:
     N, H = int(experts.num_experts or 0), int(D * experts.expert_mlp_ratio)
     hidden = (4 if experts.activation == "swiglu" else 2) * H * e
     fp32_copy = 4 * D if e < 4 else 0
-    router = work.tokens * (4 * N + fp32_copy)
-    if isinstance(experts, PoolChoiceSettings):
-        router += work.tokens * ((D * e + 4 * D + 8 * N) if experts.has_predictor() else 0)
-    elif experts.has_unconditional_expert:
-        router += work.tokens * (8 * D + 4 * N)  # normalised tokens, and those whose means the contrastive loss takes
+    router = work.tokens * (4 * N + fp32_copy + experts.saved_bytes(D, e))
     rows = work.assignments * (2 * D * e + hidden + 4 * 8)  # in and out of the experts, and four indices
     beside = work.tokens * experts.shared_experts * hidden + work.unconditional * (D * e + hidden)
     return router + rows + beside
@@ -334,36 +321,23 @@ def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups,
     ]
     if not _arrivals_are_known(config, experts, groups.ranks):
         transfers.append(groups.all_to_all("row counts", "expert", 8 * N, times, times))
-    if isinstance(experts, PoolChoiceSettings):
-        pool = {"global": "world", "expert_parallel": "expert"}.get(experts.pool_kind())
-        if pool is not None:
-            scores = 4 * N * work.tokens * (2 if experts.has_predictor() else 1)
-            if config.parallel.score_exchange == "all_to_all":
-                # And the answers: three numbers for each expert.
-                transfers.append(groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times))
-            else:
-                transfers.append(groups.all_gather("scores", pool, scores * groups.size(pool), times))
-    else:
-        transfers.append(groups.all_reduce("sums of the batch", "world", _batch_sum_bytes(experts, N, D), times))
+    pool = {"global": "world", "expert_parallel": "expert"}.get(experts.pool_kind())
+    if pool is not None:
+        scores = 4 * N * work.tokens * experts.score_kinds()
+        if config.parallel.score_exchange == "all_to_all":
+            # And the answers: three numbers for each expert.
+            transfers.append(groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times))
+        else:
+            transfers.append(groups.all_gather("scores", pool, scores * groups.size(pool), times))
+    transfers.append(groups.all_reduce("sums of the batch", "world", experts.batch_sum_bytes(D), times))
     return transfers
 
 
 def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int) -> bool:
     """Whether the dispatcher learns from the pool how many rows arrive; else ranks exchange their counts."""
-    if not isinstance(experts, PoolChoiceSettings):
+    if not experts.score_kinds():
         return False
-    kind = experts.pool_kind()
-    if kind == "global":
-        return ranks == config.parallel.expert
-    return True
-
-
-def _batch_sum_bytes(experts: RouterSettings, N: int, D: int) -> int:
-    if not experts.has_unconditional_expert:
-        return 8 * N  # how often each expert was picked
-    if getattr(experts, "variant", "token_choice") == "expert_choice":
-        return 8  # how many images have a condition
-    return 4 * N * (D + 1)  # the sum and the number of each prototype's tokens
+    return experts.pool_kind() != "global" or ranks == config.parallel.expert
 
 
 def _report_bytes(config: Config) -> int:
@@ -373,8 +347,7 @@ def _report_bytes(config: Config) -> int:
     numbers, experts = 3 + len(losses), config.experts
     if experts is not None:
         N = int(experts.num_experts or 0)
-        proposes = isinstance(experts, PoolChoiceSettings) and experts.has_predictor()
-        numbers += len(config.moe_blocks) * (N * (2 if proposes else 1) + 1)
+        numbers += len(config.moe_blocks) * (N * (2 if experts.has_predictor() else 1) + 1)
     return 8 * numbers
 
 

@@ -119,16 +119,8 @@ def account(config: Config) -> Accounting:
         expert_macs=visit_of_all // max(num_experts, 1),
         attention_macs=config.model.depth * 2 * tokens**2 * config.model.hidden_size,
         num_experts=num_experts,
-        nominal_capacity=nominal_capacity(config),
+        nominal_capacity=0.0 if experts is None else experts.nominal_capacity(),
     )
-
-
-def nominal_capacity(config: Config) -> float:
-    """C as the settings mean it: `moe.top_k` where there is one, `moe.capacity` else, 0 without experts."""
-    if config.experts is None:
-        return 0.0
-    top_k = getattr(config.experts, "top_k", None)
-    return float(getattr(config.experts, "capacity", 0.0) if top_k is None else top_k)
 
 
 def part_of(name: str) -> str:

@@ -30,8 +30,21 @@ class PoolChoiceSettings(RouterSettings):
     threshold_decay: float | None = None
 
     def has_predictor(self) -> bool:
-        """Whether the router learns how many tokens each expert needs."""
         raise NotImplementedError
+
+    def nominal_capacity(self) -> float:
+        return self.capacity
+
+    def visits(self, pool_tokens: int) -> float:
+        assert self.num_experts is not None
+        return self.num_experts * expert_slots(pool_tokens, self.num_experts, self.capacity) / pool_tokens
+
+    def score_kinds(self) -> int:
+        return 2 if self.has_predictor() else 1
+
+    def saved_bytes(self, hidden_size: int, element: int) -> int:
+        assert self.num_experts is not None
+        return hidden_size * element + 4 * hidden_size + 8 * self.num_experts if self.has_predictor() else 0
 
     def structure(self) -> dict[str, Any]:
         return {**super().structure(), "capacity_predictor": self.has_predictor()}

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from diffmoe_dist import config as configuration
+from diffmoe_dist.engine.planning import workload
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architecture.md"
@@ -39,6 +41,12 @@ def by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configuration, "router_names", lambda: names)
 
 
+def workload_of(config: configuration.Config) -> float:
+    """Visits to experts that are planned for a micro-batch of three images."""
+    config.train.global_batch_size = config.train.micro_batch_size = 3
+    return workload(config, ranks=1).assignments
+
+
 @pytest.mark.usefixtures("by_place")
 def test_the_documented_example_trains_and_its_settings_are_checked() -> None:
     config = configuration.build_config(*LAYERS, {"moe": {"gate_loss_weight": 0.1}})
@@ -52,6 +60,7 @@ def test_the_documented_example_trains_and_its_settings_are_checked() -> None:
     (output.prediction.square().mean() + output.losses["gate"]).backward()
     assert all(p.grad is not None and p.grad.any() for layer in model.moe_layers for p in layer.router.parameters())
     assert [stats.tokens_per_expert.tolist() for stats in output.routing] == [[12] * 4] * 2  # 3 images of 16 tokens
+    assert account(config).nominal_capacity == 1.0 and workload_of(config) == 3 * 16  # one visit of each token
     with pytest.raises(UserError, match=r"moe\.top_k=2 has no effect with moe\.router=by_place"):
         configuration.build_config(*LAYERS, {"moe": {"top_k": 2}})
 

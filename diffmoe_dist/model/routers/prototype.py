@@ -44,6 +44,25 @@ class Settings(RouterSettings):
         names = ("variant", "top_k", "scores")
         return {**super().structure(), **{name: getattr(self, name) for name in names}}
 
+    def nominal_capacity(self) -> float:
+        return float(self.top_k)
+
+    def visits(self, pool_tokens: int) -> float:
+        assert self.num_experts is not None
+        if self.variant == "token_choice":
+            return float(self.top_k)
+        return self.num_experts * expert_slots(pool_tokens, self.num_experts, self.top_k) / pool_tokens
+
+    def batch_sum_bytes(self, hidden_size: int) -> int:
+        assert self.num_experts is not None
+        if self.variant == "expert_choice":
+            return 8  # how many images have a condition
+        return 4 * self.num_experts * (hidden_size + 1)  # the sum and the number of each prototype's tokens
+
+    def saved_bytes(self, hidden_size: int, element: int) -> int:
+        assert self.num_experts is not None
+        return 8 * hidden_size + 4 * self.num_experts  # normalised tokens, and those whose means the loss takes
+
     def resolve(self, config: Config) -> None:
         super().resolve(config)
         require(self, "moe", "contrastive_loss_weight", lambda value: value >= 0, "0 or more")

@@ -28,6 +28,13 @@ class Settings(RouterSettings):
     def shares_batch(self) -> bool:
         return self.balance_loss_weight > 0
 
+    def nominal_capacity(self) -> float:
+        return float(self.top_k)
+
+    def batch_sum_bytes(self, hidden_size: int) -> int:
+        assert self.num_experts is not None
+        return 8 * self.num_experts  # how often each was picked
+
     def resolve(self, config: Config) -> None:
         super().resolve(config)
         require(self, "moe", "balance_loss_weight", lambda value: value >= 0, "0 or more")
