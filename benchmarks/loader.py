@@ -119,7 +119,7 @@ class Drawn:
         """The array of the next image; draws the numbers of its sample."""
         if self.drawing:
             if number % BATCH == 0:
-                self.buffer.batch(None)
+                self.buffer.batch()
                 self.buffer = BatchBuffer(*self.shape)
             generator = sample_generator(0, Stream.TRAINING, 0, number)
             self.buffer.draw(number % BATCH, generator)

@@ -35,7 +35,12 @@ class ModelConfig:
     patch_size: int = 2
     input_size: int = 32  # height and width of what the model sees: latents or pixels
     in_channels: int = 4
-    num_classes: int = 1000
+    condition: Literal["class", "text"] = "class"
+    num_classes: int = 1000  # 0 with condition=text
+    text_hidden_size: int | None = None  # with condition=text: width of the encoder's tokens
+    text_max_length: int | None = None  # tokens that captions are padded to
+    text_pooled_size: int | None = None  # width of the encoder's pooled vector; default: 0, it has none
+    text_encoder_sha256: str | None = None  # the encoder's fingerprint; default: that of data.text
     learn_sigma: bool = False  # twice the output channels; the second half is the learned variance
 
 
@@ -313,6 +318,7 @@ def build_config(*layers: DictConfig | dict[str, Any], training: bool = True) ->
         raise UserError(f"{where}: {str(error).splitlines()[0]}; give a value of the right type") from None
     assert isinstance(config, Config)
     _resolve_model(config.model)
+    _resolve_condition(config.model)
     if config.experts is not None:
         config.experts.resolve(config)
     _resolve_objective(config)
@@ -425,6 +431,30 @@ def _resolve_model(model: ModelConfig) -> None:
             raise UserError(f"model.{name} is not set; give it a value or choose model.size from {list(MODEL_SIZES)}")
 
 
+def _resolve_condition(model: ModelConfig) -> None:
+    names = ("text_hidden_size", "text_max_length", "text_pooled_size", "text_encoder_sha256")
+    if model.condition == "class":
+        require(model, "model", "num_classes", lambda value: value >= 1, "at least 1")
+        for name in names:
+            if getattr(model, name) is not None:
+                raise UserError(
+                    f"model.{name}={getattr(model, name)} has no effect with model.condition=class; remove it"
+                )
+        return
+    if model.num_classes != 0:
+        raise UserError(f"model.num_classes={model.num_classes}: with model.condition=text there are no classes; use 0")
+    for name, meaning in {
+        "text_hidden_size": "the width of the text encoder's tokens, such as 768",
+        "text_max_length": "the number of tokens that captions were encoded to, such as 77",
+    }.items():
+        if getattr(model, name) is None:
+            raise UserError(f"model.{name} is not set; give {meaning}")
+        require(model, "model", name, lambda value: value >= 1, "at least 1")
+    if model.text_pooled_size is None:
+        model.text_pooled_size = 0
+    require(model, "model", "text_pooled_size", lambda value: value >= 0, "0 (none) or more")
+
+
 def _resolve_objective(config: Config) -> None:
     objective = config.objective
     defaults = OBJECTIVE_DEFAULTS[objective.name]
@@ -451,7 +481,7 @@ def _resolve_objective(config: Config) -> None:
 def _check(config: Config) -> None:
     model, parallel = config.model, config.parallel
     at_least_one = {
-        "model": ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_classes"),
+        "model": ("depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels"),
         "train": ("steps", "global_batch_size", "micro_batch_size"),
         "parallel": ("expert", "tensor"),
         "checkpoint": ("every", "keep"),

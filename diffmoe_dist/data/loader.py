@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from diffmoe_dist.data.images import ImageError, crop_image, decode_image
 from diffmoe_dist.data.latents import FLIP_VIEW, LatentReader
 from diffmoe_dist.data.order import MixtureOrder, batch_positions
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
-from diffmoe_dist.data.text import EncodedText, TextBatch, TextReader, pad_text
+from diffmoe_dist.data.text import EncodedText, TextReader, pad_text
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.condition import TextCondition
 
 logger = logging.getLogger("diffmoe_dist.data")
 _SMALLEST_UNIFORM = 2.0**-54  # stands in for the 0.0 that one draw in 2**53 gives
@@ -39,7 +41,8 @@ class Batch:
     sample_ids: Tensor  # (B,) int64, of the place in the order, also where another sample stands in
     epochs: Tensor  # (B,) int64
     bad: Tensor  # (B,) int64: how many samples that do not decode were passed over in this place
-    text: TextBatch | None = None
+    text: TextCondition | None = None
+    null_text: TextCondition | None = None  # one row: what a dropped caption becomes
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory without waiting for the copy."""
@@ -50,9 +53,12 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        text = values.pop("text")
-        return Batch(**{name: function(value) for name, value in values.items()}, text=text and text.map(function))
+        def mapped(value: Any) -> Any:
+            return (
+                value.map(function) if isinstance(value, TextCondition) else None if value is None else function(value)
+            )
+
+        return Batch(**{field.name: mapped(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
 
 class BatchBuffer:
@@ -72,7 +78,7 @@ class BatchBuffer:
     def flips(self, row: int) -> bool:
         return bool(self.uniforms[2, row] < 0.5)
 
-    def batch(self, text: TextBatch | None) -> Batch:
+    def batch(self, text: TextCondition | None = None, null_text: TextCondition | None = None) -> Batch:
         return Batch(
             images=torch.from_numpy(self.images),
             labels=torch.from_numpy(self.labels),
@@ -83,6 +89,7 @@ class BatchBuffer:
             epochs=torch.from_numpy(self.epochs),
             bad=torch.from_numpy(self.bad),
             text=text,
+            null_text=null_text,
         )
 
 
@@ -183,7 +190,9 @@ class TrainingDataset(Dataset[Batch]):
         self._readers = [_SampleReader(dataset, flip) for dataset in data.datasets]
         self._order = MixtureOrder([reader.base.num_samples for reader in self._readers], data.weights, seed)
         self._first_ids, self._channels = data.first_ids, data.channels
-        self._text_length = max((reader.text.spec.max_length for reader in self._readers if reader.text), default=0)
+        texts = [reader.text for reader in self._readers if reader.text]
+        self._text_length = max((text.spec.max_length for text in texts), default=0)
+        self._null_text = pad_text([texts[0].null], self._text_length) if texts else None
 
     def __getitem__(self, positions: range) -> Batch:
         buffer = BatchBuffer(len(positions), self._channels, self.data.image_size)
@@ -199,7 +208,7 @@ class TrainingDataset(Dataset[Batch]):
             buffer.bad[row], buffer.labels[row], caption = self._read(number, sample_id, draws, image)
             captions.append(caption)
         text = pad_text([caption for caption in captions if caption], self._text_length) if self._text_length else None
-        return buffer.batch(text)
+        return buffer.batch(text, self._null_text)
 
     def _read(
         self, number: int, sample_id: int, draws: _Draws, out_CHW: np.ndarray

@@ -106,7 +106,7 @@ class StreamedDataset(IterableDataset[Batch]):
             buffer = BatchBuffer(self.micro_batch_size, self.data.channels, self.data.image_size)
             for row in range(self.micro_batch_size):
                 self._fill(buffer, row, samples)
-            yield buffer.batch(None)
+            yield buffer.batch()
 
     def _fill(self, buffer: BatchBuffer, row: int, samples: Iterator[tuple[int, dict[str, Any]]]) -> None:
         for bad in range(_MAX_BAD_IN_A_ROW):

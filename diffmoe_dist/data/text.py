@@ -6,17 +6,17 @@ Shape legend: B samples, T tokens of one caption, L tokens after padding, D hidd
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffmoe_dist.data.format import ABSENT, POOLED_TEXT_FIELD, TEXT_FIELD, File
 from diffmoe_dist.data.index import ShardIndex, file_sha256
 from diffmoe_dist.data.latents import read_fp16
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.condition import TextCondition
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,7 @@ class EncodedText:
 
     tokens_TD: np.ndarray  # fp16
     pooled_P: np.ndarray | None  # fp16; None where the encoder has no pooled vector
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """The captions of a micro-batch."""
-
-    tokens: Tensor  # (B, L, D) fp16, zero where there is no token
-    mask: Tensor  # (B, L) bool, true where there is one
-    pooled: Tensor | None  # (B, P) fp16
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TextBatch:
-        pooled = None if self.pooled is None else function(self.pooled)
-        return TextBatch(function(self.tokens), function(self.mask), pooled)
+    is_null: bool = False  # the empty caption
 
 
 def text_field(caption: int) -> str:
@@ -56,7 +44,7 @@ class TextReader:
         assert index.text is not None, index.folder
         self.index, self.spec = index, index.text
         pooled = self.spec.null_pooled
-        self.null = EncodedText(self._null(self.spec.null), None if pooled is None else self._null(pooled))
+        self.null = EncodedText(self._null(self.spec.null), None if pooled is None else self._null(pooled), True)
 
     def num_captions(self, sample_id: int) -> int:
         """How many captions a sample has; they are numbered from 0."""
@@ -97,7 +85,7 @@ class TextReader:
         raise UserError(f"data.text={self.index.folder}: {file.name} is missing or another; encode the text again")
 
 
-def pad_text(captions: Sequence[EncodedText], max_length: int) -> TextBatch:
+def pad_text(captions: Sequence[EncodedText], max_length: int) -> TextCondition:
     """Captions as one batch, padded to `max_length`: one shape for every batch, however the samples are split."""
     hidden_size = captions[0].tokens_TD.shape[1]
     tokens_BLD = np.zeros((len(captions), max_length, hidden_size), dtype=np.float16)
@@ -106,6 +94,9 @@ def pad_text(captions: Sequence[EncodedText], max_length: int) -> TextBatch:
         length = len(caption.tokens_TD)
         tokens_BLD[row, :length], mask_BL[row, :length] = caption.tokens_TD, True
     pooled = [caption.pooled_P for caption in captions if caption.pooled_P is not None]
-    return TextBatch(
-        torch.from_numpy(tokens_BLD), torch.from_numpy(mask_BL), torch.from_numpy(np.stack(pooled)) if pooled else None
+    return TextCondition(
+        torch.from_numpy(tokens_BLD),
+        torch.from_numpy(mask_BL),
+        torch.from_numpy(np.stack(pooled)) if pooled else None,
+        torch.tensor([caption.is_null for caption in captions]),
     )

@@ -22,6 +22,7 @@ _PARTS = {
     "_embedder.": "embedders",
     "pos_embed": "position table",
     ".attn.": "attention",
+    ".cross_attn.": "cross-attention",
     "final_layer.": "final layer",
     ".adaLN_modulation.": "adaLN",
     ".mlp.router.capacity_predictor.": "capacity predictor",
@@ -31,8 +32,10 @@ _PARTS = {
     ".mlp.unconditional.": "unconditional expert",
     ".mlp.": "dense MLP",
 }
-PARTS = ("attention", "adaLN", "dense MLP", "routed experts", "shared experts", "unconditional expert", "router",
-         "capacity predictor", "embedders", "position table", "final layer")  # fmt: skip
+PARTS = (
+    "attention", "cross-attention", "adaLN", "dense MLP", "routed experts", "shared experts", "unconditional expert",
+    "router", "capacity predictor", "embedders", "position table", "final layer",
+)  # fmt: skip
 _FEED_FORWARD = ("dense MLP", "routed experts", "router", "capacity predictor")
 
 
@@ -107,17 +110,18 @@ def account(config: Config) -> Accounting:
     macs = dict.fromkeys(PARTS, 0)
     for name, parameter in [*model.named_parameters(), ("pos_embed", model.pos_embed)]:
         parameters[part_of(name)] += parameter.numel()
-        macs[part_of(name)] += _macs_of(name, parameter, tokens)
+        macs[part_of(name)] += _macs_of(name, parameter, tokens, config.model.text_max_length or 0)
     experts = config.experts
     num_experts = 0 if experts is None else int(experts.num_experts or 0)
     visit_of_all = macs.pop("routed experts")
     macs.pop("unconditional expert")  # a visit to it counts in C
+    keys = tokens + (config.model.text_max_length or 0)  # of self-attention and of cross-attention
     assert config.model.hidden_size is not None and config.model.depth is not None
     return Accounting(
         parameters=parameters,
         fixed_macs=macs,
         expert_macs=visit_of_all // max(num_experts, 1),
-        attention_macs=config.model.depth * 2 * tokens**2 * config.model.hidden_size,
+        attention_macs=config.model.depth * 2 * tokens * keys * config.model.hidden_size,
         num_experts=num_experts,
         nominal_capacity=0.0 if experts is None else experts.nominal_capacity(),
     )
@@ -131,11 +135,14 @@ def part_of(name: str) -> str:
     raise AssertionError(f"{name} belongs to no part; add it to _PARTS")
 
 
-def _macs_of(name: str, parameter: Tensor, tokens: int) -> int:
-    """Each weight of a linear layer is used once for each of its inputs: tokens, or the one condition of an image."""
-    if parameter.ndim < 2 or _is_bias_of_experts(name) or name == "pos_embed" or name.startswith("y_embedder."):
+def _macs_of(name: str, parameter: Tensor, tokens: int, text_tokens: int) -> int:
+    """Each weight of a linear layer is used once for each of its inputs: the tokens of the image, those of the caption
+    with its padding, or the one condition of an image."""
+    if parameter.ndim < 2 or _is_bias_of_experts(name) or name in ("pos_embed", "y_embedder.embedding_table.weight"):
         return 0
-    sees_condition = ".adaLN_modulation." in name or name.startswith("t_embedder.")
+    if ".cross_attn.kv." in name or name.startswith("y_embedder.tokens."):
+        return parameter.numel() * text_tokens
+    sees_condition = ".adaLN_modulation." in name or name.startswith(("t_embedder.", "y_embedder."))
     return parameter.numel() * (1 if sees_condition else tokens)
 
 

@@ -33,20 +33,57 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, width))
 
 
-class DiTBlock(nn.Module):
-    """Attention, then a feed-forward layer that is dense or a mixture of experts; both gated by the condition."""
+class CrossAttention(nn.Module):
+    """Multi-head attention from the tokens of each image to those of its caption."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp: Mlp | MoELayer) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, text_NLD: Tensor, mask_NL: Tensor) -> Tensor:
+        def heads(values: Tensor) -> Tensor:
+            return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, tokens, D / heads)
+
+        k, v = self.kv(text_NLD).chunk(2, dim=-1)
+        mixed = F.scaled_dot_product_attention(heads(self.q(x)), heads(k), heads(v), attn_mask=mask_NL[:, None, None])
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    """Attention, then a feed-forward layer that is dense or a mixture of experts; both gated by the condition.
+
+    With a caption there is cross-attention to it in between, whose output starts at zero: as if there were none.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp: Mlp | MoELayer, cross_attn: CrossAttention | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
+        self.cross_attn = cross_attn
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor, null_N: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, condition: Tensor, null_N: Tensor, text: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """
+        Args:
+            x: (N, T, D).
+            condition: (N, D).
+            null_N: bool, images whose condition is the null label or caption.
+            text: (N, L, D) tokens of the captions and (N, L) which of them are not padding.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
+        if self.cross_attn is not None:
+            assert text is not None
+            x = x + self.cross_attn(F.layer_norm(x, x.shape[-1:], eps=1e-6), *text)
         h = modulate(self.norm2(x), shift_m, scale_m)
         h, routing = self.mlp(h, null_N) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
         return x + gate_m[:, None] * h, routing

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config
-from diffmoe_dist.model.blocks import DiTBlock, FinalLayer
-from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_table
+from diffmoe_dist.config import Config, ModelConfig
+from diffmoe_dist.model.blocks import CrossAttention, DiTBlock, FinalLayer
+from diffmoe_dist.model.condition import Condition, TextCondition
+from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TextEmbedder, TimestepEmbedder, position_table
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.routing import Router, RoutingStats
@@ -30,7 +31,7 @@ class DiTOutput:
 
 
 class DiT(nn.Module):
-    """Predicts the objective's target from a noisy image, a time and a class label.
+    """Predicts the objective's target from a noisy image, a time and a class label or an encoded caption.
 
     The parameters are uninitialised until `initialize` fills them.
     """
@@ -48,10 +49,16 @@ class DiT(nn.Module):
         width = model.hidden_size
         self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = LabelEmbedder(model.num_classes, width)
+        self.y_embedder = _condition_embedder(model)
         self.register_buffer("pos_embed", torch.zeros(1, self.grid_size**2, width))
         self.blocks = nn.ModuleList(
-            DiTBlock(width, model.num_heads, _feed_forward(config, block)) for block in range(model.depth)
+            DiTBlock(
+                width,
+                model.num_heads,
+                _feed_forward(config, block),
+                CrossAttention(width, model.num_heads) if model.condition == "text" else None,
+            )
+            for block in range(model.depth)
         )
         self.final_layer = FinalLayer(width, model.patch_size, model.in_channels * (2 if model.learn_sigma else 1))
 
@@ -59,20 +66,25 @@ class DiT(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [block.mlp for block in self.blocks if isinstance(block.mlp, MoELayer)]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> DiTOutput:
+    def forward(self, x: Tensor, t: Tensor, y: Condition) -> DiTOutput:
         """
         Args:
             x: (N, C, H, W) noisy images or latents.
             t: (N,) times as the objective scales them.
-            y: (N,) int64 labels; `num_classes` is the null label.
+            y: (N,) int64 labels, `num_classes` is the null label; or the captions.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         x = x + self.pos_embed.to(x.dtype)
-        condition = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
-        null_N = y == self.num_classes
+        text: tuple[Tensor, Tensor] | None = None
+        if isinstance(y, TextCondition):
+            tokens, embedded = self.y_embedder(y)  # (N, L, D), (N, D)
+            text, null_N = (tokens, y.mask), y.null
+        else:
+            embedded, null_N = self.y_embedder(y), y == self.num_classes
+        condition = self.t_embedder(t) + embedded  # (N, D)
         routings = []
         for block in self.blocks:
-            x, routing = block(x, condition, null_N)  # (N, T, D)
+            x, routing = block(x, condition, null_N, text)  # (N, T, D)
             if routing is not None:
                 routings.append(routing)
         channels = self._unpatchify(self.final_layer(x, condition)).float()  # (N, C or 2 C, H, W)
@@ -88,6 +100,14 @@ class DiT(nn.Module):
         images, grid, p = len(x), self.grid_size, self.patch_size
         x = x.view(images, grid, grid, p, p, -1)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(images, -1, grid * p, grid * p)
+
+
+def _condition_embedder(model: ModelConfig) -> LabelEmbedder | TextEmbedder:
+    assert model.hidden_size is not None
+    if model.condition == "text":
+        assert model.text_hidden_size is not None and model.text_pooled_size is not None
+        return TextEmbedder(model.text_hidden_size, model.text_pooled_size, model.hidden_size)
+    return LabelEmbedder(model.num_classes, model.hidden_size)
 
 
 def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
@@ -113,7 +133,8 @@ def initialize(model: DiT, seed: int) -> None:
 
     So a device that holds some of the experts fills them as a device that holds all of them would. The rules are the
     published ones: linear layers xavier-uniform with zero bias; label table and time MLP N(0, 0.02); a router's own
-    weights as it says; all adaLN output layers and the final layer zero, so that every block starts as the identity.
+    weights as it says; zero for all adaLN output layers, the output of cross-attention and the final layer, so that
+    every block starts as the identity.
     """
     for name, parameter in model.named_parameters():
         _initialize_parameter(model, name, parameter, seed)
@@ -135,7 +156,8 @@ def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -
         return (torch.rand(shape, generator=generator(expert)) * 2 - 1) * bound
 
     owner: Any = model.get_submodule(name.rpartition(".")[0])
-    if parameter.ndim == 1 or "adaLN_modulation" in name or name.startswith("final_layer."):
+    zero = ("adaLN_modulation", "cross_attn.proj.", "final_layer.")
+    if parameter.ndim == 1 or any(part in name for part in zero):
         parameter.zero_()
     elif _is_stack_of_experts(name):
         parameter.zero_()
@@ -146,7 +168,7 @@ def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -
                 parameter[local].copy_(xavier_uniform(fan_in, fan_out, parameter[local].shape, expert))
     elif isinstance(owner, Router):
         parameter.copy_(owner.initial_weights(parameter.shape, generator()))
-    elif name.startswith(("t_embedder.", "y_embedder.")):
+    elif name.startswith(("t_embedder.", "y_embedder.embedding_table.")):
         parameter.copy_(normal(0.02))
     else:  # nn.Linear, and the patch embedding as the linear map that it is
         fan_out, fan_in = parameter.flatten(1).shape

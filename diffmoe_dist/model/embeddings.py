@@ -1,6 +1,7 @@
 """What turns images, timesteps and labels into vectors of the model's width.
 
-Shape legend: N images, C channels, H = W input size, p patch size, T = (H / p)^2 tokens, D width.
+Shape legend: N images, C channels, H = W input size, p patch size, T = (H / p)^2 tokens, D width; of a text encoder
+L tokens after padding, E their width, P the width of its pooled vector.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from diffmoe_dist.model.condition import TextCondition
 
 FREQUENCY_EMBEDDING_SIZE = 256
 
@@ -46,6 +49,28 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
+
+
+class TextEmbedder(nn.Module):
+    """Captions to what the image's tokens attend to, (N, L, D), and to a part of the time condition, (N, D)."""
+
+    def __init__(self, text_hidden_size: int, text_pooled_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(
+            nn.Linear(text_hidden_size, hidden_size), nn.GELU("tanh"), nn.Linear(hidden_size, hidden_size)
+        )
+        # Encoders without a pooled vector: the mean of the caption's tokens takes its place.
+        self.pooled = nn.Sequential(
+            nn.Linear(text_pooled_size or text_hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, text: TextCondition) -> tuple[Tensor, Tensor]:
+        weight_type = next(self.parameters()).dtype
+        tokens_NLE = text.tokens.to(weight_type).masked_fill(~text.mask[..., None], 0.0)
+        pooled = text.pooled
+        if pooled is None:
+            pooled = tokens_NLE.float().sum(dim=1) / text.mask.sum(dim=1, keepdim=True)
+        return self.tokens(tokens_NLE), self.pooled(pooled.to(weight_type))
 
 
 def sinusoidal_embedding(t: Tensor, size: int, max_period: float = 10_000.0) -> Tensor:

@@ -1,0 +1,60 @@
+"""What a model is told about each image: the number of its class, or its caption as a text encoder sees it.
+
+Shape legend: N images; of a text encoder L tokens after padding, E their width, P the width of its pooled vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """Encoded captions, in the place of class labels."""
+
+    tokens: Tensor  # (N, L, E)
+    mask: Tensor  # (N, L) bool, true where there is a token; at least one of every caption
+    pooled: Tensor | None  # (N, P)
+    null: Tensor  # (N,) bool, images whose caption is the empty one, which guidance calls unconditional
+
+    def __len__(self) -> int:
+        return len(self.null)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
+        pooled = None if self.pooled is None else function(self.pooled)
+        return TextCondition(function(self.tokens), function(self.mask), pooled, function(self.null))
+
+    def replaced(self, rows_N: Tensor, other: TextCondition) -> TextCondition:
+        """These captions, but `other`, one caption, in the rows that are true in `rows_N`, (N,) bool."""
+        pooled = None
+        if self.pooled is not None:
+            assert other.pooled is not None
+            pooled = torch.where(rows_N[:, None], other.pooled, self.pooled)
+        return TextCondition(
+            torch.where(rows_N[:, None, None], other.tokens, self.tokens),
+            torch.where(rows_N[:, None], other.mask, self.mask),
+            pooled,
+            torch.where(rows_N, other.null, self.null),
+        )
+
+
+Condition = Tensor | TextCondition  # (N,) int64 class labels, or captions
+
+
+def join(first: Condition, second: Condition) -> Condition:
+    """The conditions of two batches as those of one."""
+    if not isinstance(first, TextCondition):
+        assert not isinstance(second, TextCondition)
+        return torch.cat([first, second])
+    assert isinstance(second, TextCondition)
+    pooled = None
+    if first.pooled is not None and second.pooled is not None:
+        pooled = torch.cat([first.pooled, second.pooled])
+    tokens, mask, null = (
+        torch.cat([getattr(first, name), getattr(second, name)]) for name in ("tokens", "mask", "null")
+    )
+    return TextCondition(tokens, mask, pooled, null)
