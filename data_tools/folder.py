@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -316,11 +315,3 @@ def _split(out: Path, meta: FolderMeta) -> Iterator[ShardRecord]:
             image_size=meta.image_size,
             num_classes=meta.num_classes,
         )
-
-
-def text_sha256(parts: Iterator[str]) -> str:
-    """One SHA-256 over many strings, each closed by a zero byte; two different lists never share it."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()

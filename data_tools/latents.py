@@ -6,7 +6,6 @@ Shape legend: N images, V views, C latent channels, h x w latent pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_tools.folder import PackedFolder, ShardFolder, ShardSlot, text_sha256
+from data_tools.folder import PackedFolder, ShardFolder, ShardSlot
 from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, ShardRecord, write_shard
+from diffmoe_dist.data.encoding import model_sha256, reproducible_arithmetic, to_fp16
 from diffmoe_dist.data.format import LATENT_FIELD, MEAN_LOGVAR, QUARANTINE_NAME
 from diffmoe_dist.data.images import Crop, ImageError, crop_image, decode_image
-from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import VIEWS, Autoencoder, check_autoencoder, npy_bytes
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
@@ -130,12 +130,6 @@ def write_side(
     return written
 
 
-def model_sha256(folder: Path, *patterns: str) -> str:
-    """The fingerprint of the files that make a model: of their names and contents."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    return text_sha256(part for path in files for part in (path.name, file_sha256(path)))
-
-
 def choose_device(device: str, num_workers: int) -> str:
     """`auto`, `cpu` or `cuda` to a kind of device. Raises UserError for a GPU that is not there or would be shared."""
     if device == "auto":
@@ -153,27 +147,6 @@ def choose_device(device: str, num_workers: int) -> str:
 def worker_device(kind: str) -> torch.device:
     """The device of this process: of several GPUs on a node each MPI rank takes its own."""
     return torch.device("cpu" if kind == "cpu" else f"cuda:{detect_launch().local_rank % torch.cuda.device_count()}")
-
-
-@contextmanager
-def reproducible_arithmetic() -> Iterator[None]:
-    """One thread, no TF32, no choice of algorithm by timing: the same rounding in every process on a kind of device."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def to_fp16(array: np.ndarray, what: str) -> np.ndarray:
-    """Round to fp16. Raises UserError where a number does not fit."""
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise UserError(f"{what}: the encoder gives numbers that are not finite in fp16; check its weights")
-    return half
 
 
 def _check(vae: Autoencoder, settings: LatentSettings) -> None:

@@ -14,50 +14,10 @@ from diffmoe_dist.data.index import CorruptShardError, ShardIndex, file_sha256
 from diffmoe_dist.data.loader import Batch, TrainingDataset
 from diffmoe_dist.data.text import EncodedText, TextReader, pad_text
 from diffmoe_dist.errors import UserError
+from tests.data.encoders import CAPTIONS, save_encoder
 from tests.data.folders import png, random_images, write_folder
 
-CAPTIONS = [["a red square", "a square"], ["blue circle on a red square"], [], ["a circle"] * 3, ["green " * 40]]
 MAX_LENGTH = {"clip": 16, "t5": 12}
-
-
-def save_tokenizer(folder: Path, kind: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"clip": ["<pad>", "<|startoftext|>", "<|endoftext|>", "<unk>"], "t5": ["<pad>", "</s>", "<unk>"]}[kind]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    texts = [caption for captions in CAPTIONS for caption in captions]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, special_tokens=special))
-    end = "<|endoftext|>" if kind == "clip" else "</s>"
-    template = "<|startoftext|> $A <|endoftext|>" if kind == "clip" else "$A </s>"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(name, tokenizer.token_to_id(name)) for name in special]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=end, unk_token="<unk>", padding_side="right"
-    ).save_pretrained(folder)
-
-
-def save_encoder(folder: Path, kind: str) -> Path:
-    """A tiny one with random weights, and its tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    if kind == "clip":
-        config = CLIPTextConfig(
-            vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
-        CLIPTextModel(config).save_pretrained(folder)
-    else:
-        T5EncoderModel(
-            T5Config(
-                vocab_size=60, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-            )
-        ).save_pretrained(folder)
-    save_tokenizer(folder, kind)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["clip", "t5"])
@@ -218,7 +178,7 @@ def test_captions_of_another_width_than_the_index_says_are_damage(text: Path, tm
         (TextSettings(Path("nowhere")), "--encoder=nowhere: no config.json"),
         (TextSettings(Path("{encoder}"), max_length=1), "--max-length=1: must be at least 2"),
         (TextSettings(Path("{encoder}"), batch_size=0), "--batch-size=0"),
-        (TextSettings(Path("{encoder}"), tokenizer=Path("nowhere")), "--tokenizer=nowhere: no tokenizer loads"),
+        (TextSettings(Path("{encoder}"), tokenizer=Path("nowhere")), "--encoder=.*: no tokenizer loads from nowhere"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

@@ -1,0 +1,158 @@
+"""A CLIP or T5 text encoder from local folders: captions in, what a model is trained on out.
+
+Shape legend: B captions, T tokens of one caption, L tokens after padding, D hidden size, P size of the pooled vector.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffmoe_dist.data.encoding import model_sha256, reproducible_arithmetic, to_fp16
+from diffmoe_dist.data.text import EncodedText
+from diffmoe_dist.errors import UserError
+
+USUAL_LENGTH = {"clip": 77, "t5": 120}  # tokens
+_ENCODERS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}  # by the model_type of config.json
+_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+
+
+class TextEncoder:
+    """A text encoder and its tokenizer, in fp32. The vectors are those of the last layer, after its norm.
+
+    Made by `TextEncoder.open`.
+    """
+
+    def __init__(self, module: Any, tokenizer: Any, kind: str, max_length: int, folders: Sequence[Path], name: str):
+        self.module, self.tokenizer = module, tokenizer
+        self.kind, self.max_length = kind, max_length  # "clip" or "t5"; tokens
+        self.hidden_size = int(module.config.hidden_size)  # D
+        self.pooled_size = self.hidden_size if kind == "clip" else 0  # P; 0: no pooled vector
+        self._folders = folders  # of the encoder and, where it is another, of the tokenizer
+        self._name = name  # in an error
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        tokenizer: str | Path | None,
+        max_length: int | None,
+        device: torch.device | str,
+        setting: str,
+    ) -> TextEncoder:
+        """Load an encoder in fp32 from a local folder; `setting` is how the user named it.
+
+        Args:
+            folder: of a CLIPTextModel or T5EncoderModel.
+            tokenizer: the folder of its tokenizer; None: it lies beside the weights.
+            max_length: tokens of a caption at most, start and end included; None: 77 for CLIP, 120 for T5.
+            device: where to encode.
+
+        Raises UserError for folders that hold no such thing, and for more tokens than the encoder takes.
+        """
+        path = Path(folder)
+        kind = encoder_kind(path, setting)
+        module = _load_module(path, kind, setting).requires_grad_(False).eval().to(device)
+        folders = (path,) if tokenizer is None else (path, Path(tokenizer))
+        loaded = _load_tokenizer(folders[-1], path, setting)
+        length = USUAL_LENGTH[kind] if max_length is None else max_length
+        limit = getattr(module.config, "max_position_embeddings", math.inf)  # T5 has none
+        if not 2 <= length <= limit:
+            raise UserError(f"{setting}={folder}: takes captions of 2 to {limit} tokens, not of {length}")
+        return cls(module, loaded, kind, length, folders, f"{setting}={folder}")
+
+    @cached_property
+    def sha256(self) -> str:
+        """The fingerprint of the encoder's and the tokenizer's files, which are read for it."""
+        return encoder_sha256(*self._folders)
+
+    def encode(self, captions: Sequence[str], batch_size: int = 32) -> Iterator[EncodedText]:
+        """The captions in order, `batch_size` of them at a time. The last bits depend on which are encoded together."""
+        for start in range(0, len(captions), batch_size):
+            yield from self._encode_batch(captions[start : start + batch_size])
+
+    def encode_alone(self, caption: str) -> EncodedText:
+        """One caption as a batch of its own: to the last bit a function of the caption, on one kind of device."""
+        (encoded,) = self._encode_batch([caption])
+        return encoded
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has before it is cut to `max_length`, start and end included."""
+        if not captions:
+            return []
+        ids = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        return [len(tokens) for tokens in ids]
+
+    @torch.no_grad()
+    def _encode_batch(self, captions: Sequence[str]) -> Iterator[EncodedText]:
+        texts = [caption if caption.strip() else "" for caption in captions]
+        tokens = self.tokenizer(
+            texts, max_length=self.max_length, truncation=True, padding="max_length", return_tensors="pt"
+        )
+        device = self.module.device
+        ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        with reproducible_arithmetic():
+            output = self.module(input_ids=ids_BL, attention_mask=mask_BL)
+        hidden_BLD = to_fp16(output.last_hidden_state.cpu().numpy(), self._name)
+        pooled = getattr(output, "pooler_output", None)
+        pooled_BP = None if pooled is None else to_fp16(pooled.cpu().numpy(), self._name)
+        valid_BL = mask_BL.cpu().numpy().astype(bool)
+        for row, text in enumerate(texts):
+            tokens_TD = hidden_BLD[row, valid_BL[row]]
+            yield EncodedText(tokens_TD, None if pooled_BP is None else pooled_BP[row], is_null=not text)
+
+
+def encoder_kind(folder: Path, setting: str) -> str:
+    """`clip` or `t5`. Raises UserError for any other folder."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"{setting}={folder}: no config.json that can be read; give a model's local folder") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found not in _ENCODERS:
+        raise UserError(f"{setting}={folder}: is {found}; CLIP and T5 text encoders are known")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{setting}={folder}: no .safetensors weights; fetch the weights in that format")
+    return _ENCODERS[found]
+
+
+def encoder_sha256(encoder: Path, tokenizer: Path | None = None) -> str:
+    """The fingerprint of an encoder's files, and of its tokenizer's where they lie elsewhere."""
+    own = model_sha256(encoder, *_MODEL_FILES)
+    return own if tokenizer is None else own[:32] + model_sha256(tokenizer, *_MODEL_FILES)[:32]
+
+
+def _load_module(folder: Path, kind: str, setting: str) -> Any:
+    try:
+        from transformers import CLIPTextModel, T5EncoderModel
+    except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
+        raise UserError(
+            f"{setting}={folder}: transformers does not import ({error}); pip install transformers"
+        ) from error
+    architecture: Any = CLIPTextModel if kind == "clip" else T5EncoderModel
+    try:
+        module, report = architecture.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{setting}={folder}: does not load ({error}); fetch it again") from error
+    if report["missing_keys"]:  # would be random numbers
+        raise UserError(f"{setting}={folder}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch it again")
+    return module
+
+
+def _load_tokenizer(folder: Path, encoder: Path, setting: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{setting}={encoder}: no tokenizer loads from {folder} ({error}); name the tokenizer's folder"
+        ) from error
