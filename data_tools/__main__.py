@@ -96,6 +96,20 @@ example:
   python -m data_tools encode-text shards/coco shards/coco-t5 --encoder models/t5-v1_1-xxl --device cuda""",
 )
 
+_PROMPTS_HELP = (
+    "run a text encoder over the prompts of a sampler",
+    """\
+Encode prompts with a CLIP or T5 text encoder, as encode-text does captions, but each alone.
+
+PROMPTS is .txt, a prompt a line, or .jsonl, a line an object with the string `prompt`, which is kept whole. OUT becomes
+one file that the sampler takes as --prompts, and then needs no encoder: the same images, bit for bit on one kind of
+device. With the prompts it holds what guidance moves away from: the empty caption, or the negative prompt.""",
+    """\
+examples:
+  python -m data_tools encode-prompts prompts.txt prompts.npz --encoder models/t5-v1_1-xxl --device cuda
+  python -m diffmoe_dist.sample --checkpoint runs/t2i --out samples/t2i --prompts prompts.npz""",
+)
+
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m data_tools", description="Prepare data for training.")
@@ -126,20 +140,35 @@ def _parser() -> CommandParser:
     add("--size", type=int, metavar="PIXELS", help="side of the square that is encoded (default: the images')")
     add("--crop", choices=("adm", "center"), default="adm", help="of images of another size (default: %(default)s)")
     add("--no-flip", dest="flip", action="store_false", help="leave out the mirror images; halves the folder")
-    _add_encoder_options(add, batch_size=16)
+    _add_batch_size(add, 16)
+    _add_device(add)
     _add_max_bad(add)
     add = _command(commands, "encode-text", _encode_text, *_TEXT_HELP)
     add("base", metavar="BASE", type=Path, help="the folder with the captions")
     add("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same captions")
-    add("--encoder", type=Path, required=True, metavar="DIR", help="local folder of a CLIP or T5 text encoder")
-    add("--tokenizer", type=Path, metavar="DIR", help="local folder of its tokenizer (default: the encoder's)")
-    add("--max-length", type=int, metavar="N", help="tokens of a caption at most (default: CLIP 77, T5 120)")
-    _add_encoder_options(add, batch_size=32)
+    _add_text_encoder(add)
+    _add_batch_size(add, 32)
+    _add_device(add)
+    add = _command(commands, "encode-prompts", _encode_prompts, *_PROMPTS_HELP)
+    add("prompts", metavar="PROMPTS", type=Path, help="the prompts, .txt or .jsonl")
+    add("out", metavar="OUT", type=Path, help="the file to write, .npz")
+    _add_text_encoder(add)
+    add("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: the empty caption)")
+    _add_device(add)
     return parser
 
 
-def _add_encoder_options(add: Callable[..., Any], batch_size: int) -> None:
-    add("--batch-size", type=int, default=batch_size, metavar="N", help="encoded together (default: %(default)s)")
+def _add_text_encoder(add: Callable[..., Any]) -> None:
+    add("--encoder", type=Path, required=True, metavar="DIR", help="local folder of a CLIP or T5 text encoder")
+    add("--tokenizer", type=Path, metavar="DIR", help="local folder of its tokenizer (default: the encoder's)")
+    add("--max-length", type=int, metavar="N", help="tokens of a caption at most (default: CLIP 77, T5 120)")
+
+
+def _add_batch_size(add: Callable[..., Any], default: int) -> None:
+    add("--batch-size", type=int, default=default, metavar="N", help="encoded together (default: %(default)s)")
+
+
+def _add_device(add: Callable[..., Any]) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to encode (default: %(default)s)")
 
 
@@ -300,6 +329,23 @@ def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
     with _progress("encode-text", base.num_samples) as advance:
         written = encode_text(base, arguments.out, settings, workers=workers, on_shard=advance)
     _tell_encoded("text", written, arguments.out)
+    if written.num_cut:
+        sys.stdout.write(f"{written.num_cut} captions have more tokens than the encoder takes and were cut\n")
+
+
+def _encode_prompts(arguments: argparse.Namespace, workers: Workers) -> None:
+    from data_tools.latents import choose_device
+    from data_tools.prompts import write_prompts
+    from data_tools.text import TextSettings
+    from diffmoe_dist.data.prompts import read_prompts
+
+    prompts = read_prompts(arguments.prompts, "PROMPTS")
+    device = choose_device(arguments.device, arguments.workers)
+    settings = TextSettings(arguments.encoder, arguments.tokenizer, arguments.max_length, device=device)
+    with _progress("encode-prompts", len(prompts) + 2) as advance:
+        write_prompts(prompts, arguments.negative_prompt, arguments.out, settings, workers=workers, on_prompts=advance)
+    num_bytes = arguments.out.stat().st_size
+    sys.stdout.write(f"encoded {len(prompts)} prompts, {num_bytes} bytes: --prompts {arguments.out}\n")
 
 
 def _tell_encoded(kind: str, written: PackedFolder, out: Path) -> None:

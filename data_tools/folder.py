@@ -49,6 +49,7 @@ class PackedFolder:
     num_shards: int
     num_bytes: int
     num_bad: int
+    num_cut: int  # captions that were cut, without those of shards that a finished run had written
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def write_index(
     with atomic_file(out / INDEX_NAME) as file:
         file.write((json.dumps(index, indent=2) + "\n").encode())
     num_bytes = sum(shard.num_bytes for shard in summary.shards)
-    return PackedFolder(summary.num_samples, len(summary.shards), num_bytes, summary.num_bad)
+    return PackedFolder(summary.num_samples, len(summary.shards), num_bytes, summary.num_bad, summary.num_cut)
 
 
 def write_quarantine(out: Path, records: Iterator[ShardRecord]) -> None:
@@ -251,6 +252,7 @@ class _Summary:
 
     num_samples: int = 0
     num_bad: int = 0
+    num_cut: int = 0
     num_classes: int = 0
     longest_key: int = 1
     fields: set[str] = field(default_factory=set)
@@ -260,6 +262,7 @@ class _Summary:
     def add(self, record: ShardRecord) -> None:
         self.shards.append(record.shard)
         self.num_bad += len(record.bad)
+        self.num_cut += record.num_cut
         if not record.keys:
             return
         self.num_samples += len(record.keys)

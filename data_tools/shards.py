@@ -40,6 +40,7 @@ class ShardRecord:
     bad: list[BadItem] = field(default_factory=list)
     image_size: int | None = None  # of all images, where they are squares of one size
     num_classes: int = 0  # the largest label plus 1
+    num_cut: int = 0  # captions that were too long for the text encoder
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> ShardRecord:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -133,19 +133,24 @@ def _encode_shard(job: _Job) -> ShardRecord:
     """Write the captions of one shard, unless an earlier run did."""
     record = job.slot.finished()
     if record is None:
-        record = write_shard(job.slot.begin(), _samples(job))
+        cut: list[str] = []
+        record = write_shard(job.slot.begin(), _samples(job, cut))
+        record = replace(record, num_cut=len(cut))
         job.slot.save(record)
     job.base.close()
     return record
 
 
-def _samples(job: _Job) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    """(key, fields) of every sample of the shard, in order."""
+def _samples(job: _Job, cut: list[str]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """(key, fields) of every sample of the shard, in order. The captions that are too long are added to `cut`."""
     encoder, batch_size = open_encoder(job.settings), job.settings.batch_size
     ids = job.base.samples_of(job.shard)
     for start in range(0, len(ids), batch_size):
         captions = {sample_id: captions_of(job.base, sample_id) for sample_id in ids[start : start + batch_size]}
-        encoded = encoder.encode([caption for listed in captions.values() for caption in listed], batch_size)
+        together = [caption for listed in captions.values() for caption in listed]
+        lengths = zip(together, encoder.num_tokens(together), strict=True)
+        cut += [caption for caption, length in lengths if length > encoder.max_length]
+        encoded = encoder.encode(together, batch_size)
         for sample_id, listed in captions.items():
             fields: dict[str, bytes] = {}
             for number in range(len(listed)):

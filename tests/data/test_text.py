@@ -103,6 +103,27 @@ def test_a_long_caption_is_cut_and_keeps_its_end_token(text: Path, kind: str) ->
     assert TextReader(ShardIndex.open(text)).read(4, 0.0).tokens_TD.shape == (MAX_LENGTH[kind], 16)
 
 
+def test_captions_that_were_cut_are_counted_also_over_an_interruption(
+    base: ShardIndex, encoder: Path, kind: str, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer, longest = AutoTokenizer.from_pretrained(encoder), MAX_LENGTH[kind]
+    lengths = [len(tokenizer(caption)["input_ids"]) for captions in CAPTIONS for caption in captions]
+    expected = sum(length > longest for length in lengths)
+    assert 0 < expected < len(lengths)
+    settings, done = TextSettings(encoder, max_length=longest), []
+
+    def stop(num_samples: int) -> None:
+        done.append(num_samples)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_text(base, tmp_path / "out", settings, on_shard=stop)
+    assert len(done) == 1
+    assert encode_text(base, tmp_path / "out", settings).num_cut == expected
+
+
 def test_encoding_again_gives_the_same_bytes(
     text: Path, base: ShardIndex, encoder: Path, kind: str, tmp_path: Path
 ) -> None:
