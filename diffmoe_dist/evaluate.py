@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,43 +14,49 @@ from diffmoe_dist.launch import detect_launch
 if TYPE_CHECKING:
     import torch
 
-    from diffmoe_dist.evaluation.extractors import Extractor
     from diffmoe_dist.launch import Launch
 
 DESCRIPTION = """\
-FID, sFID, Inception score, precision and recall of samples, as ADM's evaluator computes them.
+FID, sFID, Inception score, precision and recall of samples, as ADM's evaluator computes them; CLIPScore with prompts.
 
   python -m diffmoe_dist.evaluate --samples samples/demo/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
       --inception pt_inception-2015-12-05-6726825d.pth
   torchrun --nproc-per-node 8 -m -- diffmoe_dist.evaluate --samples runs/b --num 50000 --steps 250 \\
       --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth --out evaluation/b/scores.json
   python -m diffmoe_dist.evaluate --make-reference digits.npz --shards shards/digits --inception FILE.pth
+  python -m diffmoe_dist.evaluate --samples samples/t2i/samples.npz --clip clip-vit-large-patch14
 
 Nothing is downloaded: --inception is pytorch-fid's or torch-fidelity's file of inception-2015-12-05. --features takes
 any other extractor, images (N, 3, H, W) uint8 to features (N, F): a torch.export program, whose operators are checked
 and which runs no code of its author's, or a function of yours as module:callable. It gives the Frechet distance of its
-features, precision and recall, against a reference made with it.
+features, precision and recall, against a reference made with it. --clip takes the local folder of a CLIP, as
+transformers writes it, and scores how well images fit their prompts (prompts.jsonl beside them), with or without a
+reference.
 
 With a run or a checkpoint as --samples the images are drawn first, into the folder of --out. The result says how the
 samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
 """
 SAMPLING_OPTIONS = ("num", "steps", "cfg_scale", "seed", "sampler", "sampling_batch_size")
+PROMPTS_NAME = "prompts.jsonl"  # what sampling with prompts writes beside the images
+CLIP_FILES = (
+    ("*.safetensors",),
+    ("tokenizer.json", "vocab.json"),
+    ("preprocessor_config.json", "processor_config.json"),
+)
 
 
 def main() -> None:
     arguments = parse()
     check(arguments)
 
-    from diffmoe_dist.evaluation.extractors import open_extractor
     from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
 
     device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)
-    extractor = open_extractor(arguments.inception, arguments.features, device)
     if arguments.make_reference:
-        text = make_reference_file(arguments, extractor, launch)
+        text = make_reference_file(arguments, launch, device)
     else:
-        text = score_samples(arguments, extractor, launch, device)
+        text = score_samples(arguments, launch, device)
     stop_process_group()
     if launch.rank == 0:
         sys.stdout.write(text)
@@ -61,7 +68,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--reference", metavar="FILE", help="an npz with mu, sigma, mu_s, sigma_s, arr_0")
     parser.add_argument("--inception", metavar="FILE", help="weights of FID's Inception network")
     parser.add_argument("--features", metavar="FILE.pt2|module:callable", help="another extractor")
-    parser.add_argument("--batch-size", type=int, default=64, help="images through the extractor at once (default 64)")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP, for CLIPScore with the prompts of the images")
+    parser.add_argument("--batch-size", type=int, default=64, help="images through a network at once (default 64)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the result (default: scores.json beside the npz)")
     parser.add_argument("--make-reference", type=Path, metavar="FILE", help="write one of --shards, score nothing")
     parser.add_argument("--shards", type=Path, metavar="DIR", help="the data set to make a reference of")
@@ -82,14 +90,15 @@ def check(arguments: argparse.Namespace) -> None:
     given = {name for name, value in vars(arguments).items() if value is not None}
     needed: tuple[str, ...]
     useless: tuple[str, ...]
+    compared = ("reference",) if arguments.clip is None else ()
     if arguments.make_reference:
-        needed, useless = ("shards",), ("samples", "reference", "out", *SAMPLING_OPTIONS)
+        needed, useless = ("shards",), ("samples", "reference", "clip", "out", *SAMPLING_OPTIONS)
         purpose = "--make-reference"
     elif arguments.samples and Path(arguments.samples).is_dir():
-        needed, useless = ("reference", "num", "out"), ("shards",)
+        needed, useless = (*compared, "num", "out"), ("shards",)
         purpose = f"--samples {arguments.samples} (a folder)"
     else:
-        needed, useless = ("samples", "reference"), ("shards", *SAMPLING_OPTIONS)
+        needed, useless = ("samples", *compared), ("shards", *SAMPLING_OPTIONS)
         purpose = f"--samples {arguments.samples} (a file)" if arguments.samples else "scoring"
     for name in needed:
         if name not in given:
@@ -97,16 +106,27 @@ def check(arguments: argparse.Namespace) -> None:
     for name in useless:
         if name in given:
             raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect with {purpose}; leave it out")
-    if len({"inception", "features"} & given) != 1:
-        raise UserError("give --inception FILE.pth or --features FILE.pt2|module:callable, one of them")
+    extractors = sorted({"inception", "features"} & given)
+    if arguments.make_reference or arguments.reference:
+        if len(extractors) != 1:
+            raise UserError("give --inception FILE.pth or --features FILE.pt2|module:callable, one of them")
+    elif extractors:
+        name = extractors[0]
+        raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect without --reference; leave it out")
+    if arguments.clip is not None:
+        _check_clip(arguments.clip)
+        if Path(arguments.samples).is_file():
+            _prompts_beside(Path(arguments.samples))
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: choose at least 1")
 
 
-def make_reference_file(arguments: argparse.Namespace, extractor: Extractor, launch: Launch) -> str:
+def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
+    from diffmoe_dist.evaluation.extractors import open_extractor
     from diffmoe_dist.evaluation.images import ShardImages
     from diffmoe_dist.evaluation.scores import make_reference
 
+    extractor = open_extractor(arguments.inception, arguments.features, device)
     path = arguments.make_reference
     _check_writable(path, "--make-reference")
     make_reference(
@@ -116,22 +136,37 @@ def make_reference_file(arguments: argparse.Namespace, extractor: Extractor, lau
     return f"reference:      {path}\n"
 
 
-def score_samples(arguments: argparse.Namespace, extractor: Extractor, launch: Launch, device: torch.device) -> str:
+def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
+    from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
+    from diffmoe_dist.evaluation.extractors import open_extractor
     from diffmoe_dist.evaluation.images import NpzImages, write_json
     from diffmoe_dist.evaluation.reference import read_reference
-    from diffmoe_dist.evaluation.scores import build_result, score, table
+    from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
 
-    reference = read_reference(Path(arguments.reference), extractor)
+    extractor = reference = clip = record = None
+    if arguments.reference:
+        extractor = open_extractor(arguments.inception, arguments.features, device)
+        reference = read_reference(Path(arguments.reference), extractor)
+    if arguments.clip:
+        clip = open_clip(arguments.clip, device)
     path = Path(arguments.samples)
     out = arguments.out or path.with_name("scores.json")
     _check_writable(out, "--out")
     if path.is_dir():
         path = draw_samples(arguments, out.parent, launch, device)
     samples = NpzImages(path, "--samples")
-    scores = score(
-        samples, reference, extractor, batch_size=arguments.batch_size, rank=launch.rank, ranks=launch.world_size
-    )
-    result = build_result(scores, samples, reference, extractor)
+    if clip:  # before anything is scored
+        prompts_file = _prompts_beside(path)
+        prompts = read_prompts(prompts_file, samples.num_images)
+    options = {"batch_size": arguments.batch_size, "rank": launch.rank, "ranks": launch.world_size}
+    scores = {}
+    if reference and extractor:
+        scores = score(samples, reference, extractor, **options)
+    if clip:
+        found = clip_score(samples, prompts, clip, **options)
+        scores[f"clip_score_{count_name(samples.num_images)}"] = found.score
+        record = {"model": clip.name, "sha256": clip.sha256, "prompts": str(prompts_file), "cut": found.cut}
+    result = build_result(scores, samples, reference, extractor, record)
     if launch.rank == 0:
         write_json(out, result)
     return f"{table(result)}\nresult: {out}\n"
@@ -153,6 +188,26 @@ def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, de
     settings.check()
     sample_to_folder(settings, folder, device, launch)
     return folder / "samples.npz"
+
+
+def _check_clip(folder: Path) -> None:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        raise UserError(f"--clip {folder}: no config.json that can be read; give a CLIP's local folder") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != "clip":
+        raise UserError(f"--clip {folder}: is {found}; give the folder of a whole CLIP, both of its towers")
+    for names in CLIP_FILES:
+        if not any(path for name in names for path in folder.glob(name)):
+            raise UserError(f"--clip {folder}: no {' or '.join(names)}; fetch it too")
+
+
+def _prompts_beside(samples: Path) -> Path:
+    path = samples.with_name(PROMPTS_NAME)
+    if not path.is_file():
+        raise UserError(f"--samples {samples}: no {PROMPTS_NAME} beside it; draw with diffmoe_dist.sample --prompts")
+    return path
 
 
 def _check_writable(path: Path, option: str) -> None:

@@ -196,23 +196,34 @@ def make_reference(
 
 
 def build_result(
-    scores: dict[str, float], samples: NpzImages, reference: Reference, extractor: Extractor
+    scores: dict[str, float],
+    samples: NpzImages,
+    reference: Reference | None,
+    extractor: Extractor | None,
+    clip: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything a reader needs beside the scores to compare them with others."""
+    """Everything a reader needs beside the scores to compare them with others.
+
+    Args:
+        reference, extractor: None where nothing was compared with a reference.
+        clip: which CLIP saw which prompts, where one did.
+    """
     recorded = read_sampling_record(samples)
-    return {
+    result: dict[str, Any] = {
         "scores": scores,
         "samples": {"file": str(samples.path), "images": samples.num_images, "size": _size(samples)},
-        "reference": {
+    }
+    if reference is not None and extractor is not None:
+        result["reference"] = {
             "file": str(reference.path),
             "statistics": "stored" if reference.pooled is not None else "of its images",
             "images": reference.images.num_images if reference.images is not None else 0,
             "size": _size(reference.images) if reference.images is not None else None,
-        },
-        "extractor": describe(extractor),
-        "neighbours": NEIGHBOURS,
-        "sampling": {name: recorded.get(name, NOT_RECORDED) for name in SAMPLING_FACTS},
-    }
+        }
+        result |= {"extractor": describe(extractor), "neighbours": NEIGHBOURS}
+    if clip is not None:
+        result["clip"] = clip
+    return {**result, "sampling": {name: recorded.get(name, NOT_RECORDED) for name in SAMPLING_FACTS}}
 
 
 def read_sampling_record(samples: NpzImages) -> dict[str, Any]:
@@ -227,23 +238,27 @@ def read_sampling_record(samples: NpzImages) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result for a reader."""
-    samples, reference = result["samples"], result["reference"]
+    samples, reference, clip = result["samples"], result.get("reference"), result.get("clip")
     num = samples["images"]
     titles = {
         "fid": "FID", "sfid": "sFID", "frechet_distance": "Frechet distance", "inception_score": "Inception score",
-        "precision": "precision", "recall": "recall",
+        "precision": "precision", "recall": "recall", "clip_score": "CLIPScore",
     }  # fmt: skip
-    lines = [
-        ("samples", f"{samples['file']}: {num:,} images, {samples['size']}"),
-        ("reference", f"{reference['file']}: statistics {reference['statistics']}, {reference['images']:,} images"),
-        ("extractor", result["extractor"]),
-        *(
-            (f"{titles[key.rpartition('_')[0]]} of {num:,} samples", f"{value:.4f}")
-            for key, value in result["scores"].items()
-        ),
-        *((key, value) for key, value in result["sampling"].items()),
+    lines = [("samples", f"{samples['file']}: {num:,} images, {samples['size']}")]
+    if reference is not None:
+        facts = f"statistics {reference['statistics']}, {reference['images']:,} images"
+        lines += [("reference", f"{reference['file']}: {facts}"), ("extractor", result["extractor"])]
+    if clip is not None:
+        lines += [("CLIP", f"{clip['model']} ({clip['sha256'][:12]})")]
+        lines += [("prompts", f"{clip['prompts']}: {clip['cut']:,} longer than CLIP reads, cut")]
+    lines += [
+        (f"{titles[key.rpartition('_')[0]]} of {num:,} samples", f"{value:.4f}")
+        for key, value in result["scores"].items()
     ]
-    if num != FULL_SAMPLES:
+    lines += list(result["sampling"].items())
+    if (
+        reference is not None and num != FULL_SAMPLES
+    ):  # a mean of each image's own score does not shift with their number
         lines.append(("note", f"scores of {num:,} samples do not compare with those of {FULL_SAMPLES:,}"))
     width = max(len(title) for title, _ in lines)
     return "".join(f"{title:<{width}}  {value}\n" for title, value in lines)

@@ -1,0 +1,175 @@
+"""CLIPScore: how well images fit the prompts that they were drawn from, by the cosine of CLIP's two embeddings.
+
+The score is the mean over images of 100 * max(cos(image, prompt), 0), as torchmetrics defines it. (Its code takes the
+maximum of the mean, which is the same where no cosine is negative.) Hessel et al. (2021) define 2.5 * max(cos, 0): this
+divided by 40, with "A photo depicts" before each caption, where nothing is put before a prompt here.
+
+Shape legend: N images, C channels, H, W image size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from diffmoe_dist.data.index import file_sha256
+from diffmoe_dist.engine.metrics import logger
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.images import ImageSource
+from diffmoe_dist.evaluation.scores import add_up, share
+
+_MODEL_FILES = ("*.json", "*.txt", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    score: float
+    cut: int  # prompts that are longer than what CLIP reads
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Both towers of a CLIP from transformers on `device` in fp32, with what prepares their inputs."""
+
+    name: str
+    sha256: str
+    device: torch.device
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    max_tokens: int
+
+    @torch.no_grad()
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of each image, (N, C, H, W) uint8 with one channel or three, and its prompt: (N,) fp64."""
+        arrays = list(images.expand(-1, 3, -1, -1).numpy())
+        pixels = self.image_processor(arrays, input_data_format="channels_first", return_tensors="pt")
+        tokens = self.tokenizer(
+            list(prompts), truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
+        )
+        inputs = {**pixels, **{name: tokens[name] for name in ("input_ids", "attention_mask")}}
+        output = self.model(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        return (output.image_embeds.double() * output.text_embeds.double()).sum(dim=1)  # both have length 1
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many have more tokens than CLIP reads."""
+        return sum(len(ids) > self.max_tokens for ids in self.tokenizer(list(prompts), verbose=False)["input_ids"])
+
+
+def open_clip(folder: Path, device: torch.device) -> Clip:
+    """A CLIP from a local folder.
+
+    Raises:
+        UserError: it does not load, lacks weights, or its pictures are of another size than its weights are for.
+    """
+    try:
+        # Pillow's resizing is that of CLIP's authors; the processor of the plain name would need torchvision.
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+        from transformers.utils import logging as transformers_logging
+    except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
+        raise UserError(f"--clip {folder}: transformers does not import ({error}); pip install transformers") from error
+    transformers_logging.disable_progress_bar()  # one of every rank, also where nobody looks
+    options: Any = {"local_files_only": True}
+    architecture: Any = CLIPModel
+    try:
+        model, report = architecture.from_pretrained(
+            str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        image_processor = CLIPImageProcessorPil.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--clip {folder}: does not load ({reason}); fetch the folder again") from error
+    if report["missing_keys"]:  # would be random numbers
+        raise UserError(f"--clip {folder}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch both towers")
+    model = model.requires_grad_(False).eval().to(device)
+    clip = Clip(
+        name=folder.resolve().name,
+        sha256=_fingerprint(folder),
+        device=device,
+        model=model,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        max_tokens=model.config.text_config.max_position_embeddings,
+    )
+    try:
+        clip.cosines(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [""])
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            f"--clip {folder}: its files do not fit each other ({error}); fetch the folder again"
+        ) from error
+    return clip
+
+
+def read_prompts(path: Path, num_images: int) -> list[str]:
+    """The prompt of each image, from the `prompts.jsonl` that sampling writes: a JSON object a line.
+
+    Raises:
+        UserError: a line has no prompt, or there are more or fewer lines than images.
+    """
+    try:
+        lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); draw the images again") from None
+    if len(lines) != num_images:
+        raise UserError(f"{path}: has {len(lines)} lines for {num_images} images; draw the images again")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise UserError(f'{path} line {number}: no prompt; each line is a JSON object with a "prompt"')
+        prompts.append(prompt)
+    return prompts
+
+
+def clip_score(
+    samples: ImageSource, prompts: Sequence[str], clip: Clip, *, batch_size: int, rank: int, ranks: int
+) -> ClipScore:
+    """The mean score of all images with their prompts; collective. The first rank warns of prompts that were cut.
+
+    Raises:
+        UserError: CLIP returned numbers that are not finite.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=clip.device)  # of the scores, and prompts that were cut
+    rows = share(samples.num_images, rank, ranks)
+    done = rows.start
+    hidden = rank != 0 or not sys.stderr.isatty()
+    with tqdm(total=len(rows), unit="image", desc=f"CLIPScore (1 of {ranks} shares)", disable=hidden) as bar:
+        for images in samples.batches(rows, batch_size):
+            of_batch = prompts[done : done + len(images)]
+            sums[0] += 100 * clip.cosines(images, of_batch).clamp(min=0).sum()
+            sums[1] += clip.count_cut(of_batch)
+            done += len(images)
+            bar.update(len(images))
+    add_up([sums])
+    if not sums.isfinite().all():
+        raise UserError(f"--clip {clip.name}: it returned numbers that are not finite; fetch its weights again")
+    cut = round(sums[1].item())
+    if cut and rank == 0:
+        logger.warning(
+            "the prompts of %d of %d images are longer than the %d tokens that CLIP reads, and were cut",
+            cut, samples.num_images, clip.max_tokens,
+        )  # fmt: skip
+    return ClipScore(sums[0].item() / samples.num_images, cut)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the names and contents of the model's files."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
+        for part in (path.name, file_sha256(path)):
+            digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
