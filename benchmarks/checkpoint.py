@@ -55,7 +55,7 @@ def make_trainer(config: Config) -> Trainer:
     index = open_data(config)
     launch = start_process_group(device)
     topology = create_topology(launch, device, config.parallel.expert)
-    return build_trainer(config, topology, index, find_start(config, index, 1), draw_samples=lambda model: None)  # type: ignore
+    return build_trainer(config, topology, index, find_start(config, index, 1))
 
 
 def seconds(trainer: Trainer, steps: int, save: bool, wait: bool) -> tuple[float, float]:

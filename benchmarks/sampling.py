@@ -34,6 +34,7 @@ from benchmarks.moe_layer import machine
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
+from diffmoe_dist.evaluation.conditions import ClassLabels
 from diffmoe_dist.evaluation.generate import Generated, generate
 from diffmoe_dist.model.dit import DiT, initialize
 
@@ -130,8 +131,8 @@ def measure(arguments: argparse.Namespace) -> None:
 def draw(model: DiT, config: Config, batch: int, steps: int) -> Generated:
     numbers = list(range(batch))
     return generate(
-        model, build_objective(config.objective), numbers, numbers, seed=0, sampler="euler", steps=steps,
-        guidance=Guidance(),
+        model, build_objective(config.objective), numbers, ClassLabels(range(1000), 1000), seed=0,
+        sampler="euler", steps=steps, guidance=Guidance(),
     )  # fmt: skip
 
 

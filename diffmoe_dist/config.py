@@ -213,6 +213,7 @@ class LogConfig:
 class ValidationConfig:
     shards: str | None = None  # images held out from data.shards
     latents: str | None = None  # and their latents, where the model is trained on latents
+    text: str | None = None  # and their encoded captions, where it is told captions
     every: int = 0  # steps between validation losses; 0: none
     images: int = 1024  # the same ones every time
 
@@ -499,7 +500,7 @@ def _check(config: Config) -> None:
         for name in names:
             require(getattr(config, section), section, name, lambda value: 0 < value < math.inf, "above 0 and finite")
     require(config.optim, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)")
-    _check_data(config.data)
+    _check_data(config)
     require(config.sample, "sample", "every", lambda value: value >= 0, "0 (off) or more")
     require(config.validation, "validation", "every", lambda value: value >= 0, "0 (off) or more")
     require(config.score, "score", "every", lambda value: value >= 0, "0 (off) or more")
@@ -557,9 +558,13 @@ def _check_places(config: Config) -> None:
     if not config.run_dir:
         raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
     for number, entry in enumerate(data_sets(config.data)):
+        section = f"data.mixture[{number}]" if config.data.mixture else "data"
         if not entry.shards:
-            section = f"data.mixture[{number}]" if config.data.mixture else "data"
             raise UserError(f"{section}.shards is not set; give a folder made by `python -m data_tools pack`")
+        if config.model.condition == "text" and not entry.text:
+            raise UserError(
+                f"{section}.text is not set, but model.condition=text; make it with `python -m data_tools encode-text`"
+            )
 
 
 def _check_experts(config: Config) -> None:
@@ -589,15 +594,21 @@ def _check_experts(config: Config) -> None:
         )
 
 
-def _check_data(data: DataConfig) -> None:
+def _check_data(config: Config) -> None:
+    data, condition = config.data, config.model.condition
     require(data, "data", "workers", lambda value: value >= 0, "0 or more")
     if data.mixture and (data.shards or data.latents or data.text):
         raise UserError("data.mixture names its own shards, latents and text; remove data.shards, .latents and .text")
     for number, entry in enumerate(data_sets(data)):
         section = f"data.mixture[{number}]" if data.mixture else "data"
         require(entry, section, "weight", lambda value: 0 < value < math.inf, "above 0 and finite")
-        if entry.text:
-            raise UserError(f"{section}.text={entry.text}: the model is told classes and reads no captions; remove it")
+        if entry.text and condition == "class":
+            raise UserError(
+                f"{section}.text={entry.text} has no effect with model.condition=class; remove it or set "
+                "model.condition=text"
+            )
+        if data.stream and condition == "text":
+            raise UserError("data.stream=true reads images and classes, but model.condition=text; pack an index")
         if data.stream and (entry.latents or data.mixture):
             raise UserError("data.stream=true reads one stream of images; remove data.latents and data.mixture")
     if data.allow_pipe and not data.stream:

@@ -36,7 +36,17 @@ reference.
 With a run or a checkpoint as --samples the images are drawn first, into the folder of --out. The result says how the
 samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
 """
-SAMPLING_OPTIONS = ("num", "steps", "cfg_scale", "seed", "sampler", "sampling_batch_size")
+SAMPLING_OPTIONS = (
+    "num",
+    "steps",
+    "cfg_scale",
+    "seed",
+    "sampler",
+    "sampling_batch_size",
+    "prompts",
+    "encoder",
+    "tokenizer",
+)
 PROMPTS_NAME = "prompts.jsonl"  # what sampling with prompts writes beside the images
 CLIP_FILES = (
     ("*.safetensors",),
@@ -80,6 +90,9 @@ def parse() -> argparse.Namespace:
     drawn.add_argument("--seed", type=int)
     drawn.add_argument("--sampler")
     drawn.add_argument("--sampling-batch-size", type=int)
+    drawn.add_argument("--prompts", metavar="FILE")
+    drawn.add_argument("--encoder", metavar="DIR")
+    drawn.add_argument("--tokenizer", metavar="DIR")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
@@ -95,7 +108,8 @@ def check(arguments: argparse.Namespace) -> None:
         needed, useless = ("shards",), ("samples", "reference", "clip", "out", *SAMPLING_OPTIONS)
         purpose = "--make-reference"
     elif arguments.samples and Path(arguments.samples).is_dir():
-        needed, useless = (*compared, "num", "out"), ("shards",)
+        counted = () if arguments.prompts else ("num",)  # else one for each prompt
+        needed, useless = (*compared, *counted, "out"), ("shards",)
         purpose = f"--samples {arguments.samples} (a folder)"
     else:
         needed, useless = ("samples", *compared), ("shards", *SAMPLING_OPTIONS)
@@ -117,6 +131,8 @@ def check(arguments: argparse.Namespace) -> None:
         _check_clip(arguments.clip)
         if Path(arguments.samples).is_file():
             _prompts_beside(Path(arguments.samples))
+        elif arguments.prompts is None and Path(arguments.samples).is_dir():
+            raise UserError(f"--clip {arguments.clip}: scores images and their prompts; give --prompts to draw from")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: choose at least 1")
 
@@ -184,6 +200,9 @@ def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, de
         seed=arguments.seed or 0,
         sampler=arguments.sampler,
         batch_size=100 if arguments.sampling_batch_size is None else arguments.sampling_batch_size,
+        prompts=arguments.prompts,
+        encoder=arguments.encoder,
+        tokenizer=arguments.tokenizer,
     )
     settings.check()
     sample_to_folder(settings, folder, device, launch)

@@ -33,6 +33,9 @@ def main() -> None:
     add("--cfg-scale", type=float, default=1.0, help="guidance scale, 1: none (default)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--batch-size", type=int, default=100, help="images drawn together, which share a token pool (default 100)")
+    add("--prompts", metavar="FILE", help="for a model that is told captions; see diffmoe_dist.sample")
+    add("--encoder", metavar="DIR", help="of the prompts")
+    add("--tokenizer", metavar="DIR")
     add("--score", metavar="MODULE:CALLABLE", help="uint8 images (N, H, W, C) to a number, lower is better")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
@@ -58,6 +61,9 @@ def main() -> None:
         seed=arguments.seed,
         sampler=None,
         batch_size=arguments.batch_size,
+        prompts=arguments.prompts,
+        encoder=arguments.encoder,
+        tokenizer=arguments.tokenizer,
     )
     settings.check()
     score = None if arguments.score is None else find_score(arguments.score)

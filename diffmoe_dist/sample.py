@@ -18,6 +18,8 @@ images per second).
   torchrun --nproc-per-node 8 -m -- diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 50000
   deepspeed --num_gpus 8 --module -- diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 50000
 
+  python -m diffmoe_dist.sample --checkpoint runs/t2i --out samples/t2i --prompts FILE --encoder models/t5 --cfg-scale 4
+
 (The lone -- keeps these launchers from taking --num for an abbreviation of an option of their own.)
 
 A job that was interrupted goes on when the same command is given again, on any number of processes: blocks of
@@ -28,6 +30,11 @@ moe.inference=threshold. With count, constant or static the images of one block 
 experts, so a block is what is reproduced; on any number of processes. Another rule than the run's can be given:
 
   python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/static --num 100 moe.inference=static
+
+A model that is told captions takes --prompts: a .txt file with one a line, a .jsonl file with a "prompt" in each line
+(GenEval's evaluation_metadata.jsonl), or the .npz of `python -m data_tools encode-prompts`; and the --encoder that its
+captions were encoded with. Prompts are drawn from in turn, and prompts.jsonl says from which each image is. The noise
+of an image belongs to its prompt: it does not change with the order of the prompts, or with others in the file.
 
 Thresholds follow the weights in training; --recalibrate finds those of the averaged weights, so that the measured
 capacity comes closer to the one trained for. It reads data.shards of the run, or those given.
@@ -59,6 +66,12 @@ def main() -> None:
         classes=None if arguments.classes is None else read_classes(arguments.classes),
         expert=arguments.expert,
         png=arguments.png,
+        prompts=arguments.prompts,
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        encoder=arguments.encoder,
+        tokenizer=arguments.tokenizer,
+        geneval=arguments.geneval,
     )
     settings.check()
     device = choose_device(arguments.device, detect_launch())
@@ -75,7 +88,7 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a run, step or weights folder")
     add("--out", required=True, metavar="DIR", help="where the pictures go")
-    add("--num", required=True, type=int, help="how many images")
+    add("--num", type=int, help="how many images (default with prompts: one of each)")
     add("--steps", type=int, help="sampler steps (default 50; dopri5 chooses its own)")
     add("--seed", type=int, default=0, help="of the noise and of random labels (default 0)")
     add(
@@ -97,7 +110,7 @@ def build_parser() -> CommandParser:
         action="store_true",
         help="guide with conditional and null tokens in one batch, and so in one pool",
     )
-    add("--labels", choices=["balanced", "random"], default="balanced", help="the classes in turn (default) or drawn")
+    add("--labels", choices=["balanced", "random"], help="the classes in turn (default) or drawn")
     add("--classes", metavar="A,B,...", help="only these classes")
     add("--batch-size", type=int, default=100, help="images drawn together, a block (default 100)")
     add("--decoder", metavar="DIR", help="the autoencoder of a model of latents (default: the run's sample.decoder)")
@@ -105,6 +118,12 @@ def build_parser() -> CommandParser:
         "--recalibrate", type=int, default=0, metavar="BATCHES",
         help="first find the capacity thresholds of the averaged weights on this many batches of training data",
     )  # fmt: skip
+    add("--prompts", metavar="FILE", help="for a model that is told captions: .txt, .jsonl, or encoded .npz")
+    add("--prompt", metavar="TEXT", help="or one prompt")
+    add("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: the empty caption)")
+    add("--encoder", metavar="DIR", help="local folder of the text encoder that the model was trained with")
+    add("--tokenizer", metavar="DIR", help="and of its tokenizer, where it lies elsewhere")
+    add("--geneval", action="store_true", help="also write the images into OUT/geneval as GenEval reads them")
     add("--expert", type=int, default=1, metavar="RANKS", help="ranks that share one set of experts (default 1: none)")
     add("--png", action="store_true", help="also write every image as png/NUMBER.png")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")

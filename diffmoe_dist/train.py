@@ -93,13 +93,22 @@ def train(config: Config, stop: StopSignals) -> int:
     from diffmoe_dist.engine.run_folder import claim_run_dir
     from diffmoe_dist.engine.trainer import Supervision
     from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout, shared_fate
+    from diffmoe_dist.evaluation.conditions import run_conditions
     from diffmoe_dist.evaluation.generate import open_decoder, training_grid
     from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     data = open_data(config)
     held_out = open_held_out(config, data)
-    decode = open_decoder(config, config.sample.decoder, "sample.decoder", device) if config.sample.every else None
+    draw_samples = None
+    if config.sample.every:
+        decode = open_decoder(config, config.sample.decoder, "sample.decoder", device)
+        draw_samples = partial(training_grid, config=config, conditions=run_conditions(config), decode=decode)
+    draw_figures = None
+    if config.log.figures_every:
+        from diffmoe_dist.evaluation.training_figures import training_figures  # imports matplotlib
+
+        draw_figures = partial(training_figures, config=config, conditions=run_conditions(config))
     score_samples = open_training_scores(config, device)
     prepare_run_dir(config)
     run_dir = Path(str(config.run_dir))
@@ -110,14 +119,6 @@ def train(config: Config, stop: StopSignals) -> int:
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size))
         topology = create_topology(launch, device, config.parallel.expert)
-        draw_samples = partial(
-            training_grid, config=config, decode=decode, rank=launch.rank, world_size=launch.world_size
-        )
-        draw_figures = None
-        if config.log.figures_every:
-            from diffmoe_dist.evaluation.training_figures import training_figures  # imports matplotlib
-
-            draw_figures = partial(training_figures, config=config, rank=launch.rank, world_size=launch.world_size)
         supervision = Supervision(claim, stop.asked, watchdog)
         trainer = build_trainer(
             config, topology, data, start, draw_samples, held_out, score_samples, draw_figures, supervision

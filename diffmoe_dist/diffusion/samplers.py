@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE, Objective, Rectifie
 
 Prediction = tuple[Tensor, Tensor | None]  # the objective's target and, where the objective learns one, the variance
 Denoiser = Callable[[Tensor, Tensor], Prediction]
+Y = TypeVar("Y")  # what a model is told about images, of which samplers know nothing
 
 # The objective each sampler is for; the first of an objective is its default.
 SAMPLERS = {
@@ -175,29 +177,33 @@ class Guidance:
 
 
 def with_guidance(
-    denoise: Callable[[Tensor, Tensor, Tensor], Prediction], labels: Tensor, null_label: int, guidance: Guidance
+    denoise: Callable[[Tensor, Tensor, Y], Prediction], given: Y, null: Y, both: Y, guidance: Guidance
 ) -> Denoiser:
-    """A denoiser of these labels that guides as `guidance` says.
+    """A denoiser of images with the condition `given` that guides as `guidance` says.
+
+    Args:
+        denoise: (images, times, conditions) to a prediction.
+        null: what guidance moves away from, as many conditions as `given`.
+        both: `given` and then `null`, for one pass.
 
     Two passes by default, so that a token pool never mixes conditional and null tokens; one where there is no guidance.
     The variance is the conditional pass's: it is a fraction of a range, which nothing may be extrapolated from. (The
     published DDPM sampling takes it there too, but has both in one batch and guides three of the four channels.)
     """
-    nulls = torch.full_like(labels, null_label)
 
-    def both(z: Tensor, t: Tensor) -> tuple[Prediction, Tensor]:
+    def predictions(z: Tensor, t: Tensor) -> tuple[Prediction, Tensor]:
         """The conditional prediction with its variance, and the null prediction."""
         if not guidance.one_pass:
-            unconditional, _ = denoise(z, t, nulls)
-            return denoise(z, t, labels), unconditional
-        prediction, variance = denoise(torch.cat([z, z]), torch.cat([t, t]), torch.cat([labels, nulls]))
+            unconditional, _ = denoise(z, t, null)
+            return denoise(z, t, given), unconditional
+        prediction, variance = denoise(torch.cat([z, z]), torch.cat([t, t]), both)
         conditional, unconditional = prediction.chunk(2)
         return (conditional, None if variance is None else variance.chunk(2)[0]), unconditional
 
     def guided(z: Tensor, t: Tensor) -> Prediction:
         if not _guides_at(guidance, t):
-            return denoise(z, t, labels)
-        (conditional, variance), unconditional = both(z, t)
+            return denoise(z, t, given)
+        (conditional, variance), unconditional = predictions(z, t)
         prediction = unconditional + guidance.scale * (conditional - unconditional)
         if guidance.channels is not None:
             prediction = torch.cat([prediction[:, : guidance.channels], conditional[:, guidance.channels :]], dim=1)

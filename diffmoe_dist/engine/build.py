@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffmoe_dist.config import Config, DataConfig, data_sets, pool_samples, save_config
+from diffmoe_dist.config import Config, DataConfig, ModelConfig, data_sets, pool_samples, save_config
 from diffmoe_dist.data.dataset import DataSet, TrainingData
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.diffusion.objectives import build_objective
@@ -38,10 +39,11 @@ from diffmoe_dist.parallel.topology import Topology
 
 
 def open_data(config: Config) -> TrainingData | StreamedData:
-    """Open the data and check that they fit the model.
+    """Open the data and check that they fit the model; fill in `model.text_encoder_sha256`.
 
     Raises:
-        UserError: an index is missing or damaged, or holds other images or classes than the model is made for.
+        UserError: an index is missing or damaged, or holds other images, classes or captions than the model is made
+            for.
     """
     model, settings = config.model, config.data
     if settings.stream:
@@ -61,14 +63,35 @@ def _check_fit(config: Config, dataset: DataSet) -> None:
     expected = {
         "input_size": (model.input_size, dataset.image_size or model.input_size),
         "in_channels": (model.in_channels, dataset.channels),
-        "num_classes": (model.num_classes, dataset.base.num_classes),
     }
+    if model.condition == "class":
+        expected["num_classes"] = (model.num_classes, dataset.base.num_classes)
     for name, (setting, found) in expected.items():
         if found != setting:
             raise UserError(f"model.{name}={setting}, but {dataset.where} has {found}; set it to {found}")
     spec = dataset.latents.latents if dataset.latents else None
     if spec and spec.width != spec.height:
         raise UserError(f"{dataset.where}: latents of {spec.height}x{spec.width}; the model takes squares")
+    if dataset.text is not None:
+        _check_text(model, dataset.text)
+
+
+def _check_text(model: ModelConfig, index: ShardIndex) -> None:
+    spec = index.text
+    assert spec is not None, index.folder
+    if model.text_encoder_sha256 is None:
+        model.text_encoder_sha256 = spec.encoder_sha256
+    if model.text_encoder_sha256 != spec.encoder_sha256:
+        raise UserError(
+            f"data.text={index.folder}: its encoder (SHA-256 {spec.encoder_sha256[:12]}...) is not the model's "
+            f"(model.text_encoder_sha256={model.text_encoder_sha256[:12]}...); encode the captions with that one"
+        )
+    found = {
+        "text_hidden_size": spec.hidden_size, "text_max_length": spec.max_length, "text_pooled_size": spec.pooled_size,
+    }  # fmt: skip
+    for name, value in found.items():
+        if getattr(model, name) != value:
+            raise UserError(f"model.{name}={getattr(model, name)}, but data.text={index.folder} has {value}; set that")
 
 
 def open_held_out(config: Config, data: TrainingData | StreamedData) -> TrainingData | None:
@@ -79,16 +102,19 @@ def open_held_out(config: Config, data: TrainingData | StreamedData) -> Training
     """
     if not config.validation.every:
         return None
-    shards = config.validation.shards
+    settings = config.validation
+    held_out = DataConfig(shards=settings.shards, latents=settings.latents, text=settings.text)
     try:
-        held_out = open_data(replace(config, data=DataConfig(shards=shards, latents=config.validation.latents)))
+        opened = open_data(replace(config, data=held_out))
     except UserError as error:
-        told = str(error).replace("data.shards=", "validation.shards=")
-        raise UserError(told.replace("data.latents=", "validation.latents=")) from None
-    assert isinstance(held_out, TrainingData), "only data.stream=true streams"
-    if held_out.fingerprint == data.fingerprint:
-        raise UserError(f"validation.shards={shards} holds the images that are trained on; pack others")
-    return held_out
+        told = str(error)
+        for kind in ("shards", "latents", "text"):
+            told = told.replace(f"data.{kind}=", f"validation.{kind}=")
+        raise UserError(told) from None
+    assert isinstance(opened, TrainingData), "only data.stream=true streams"
+    if opened.fingerprint == data.fingerprint:
+        raise UserError(f"validation.shards={settings.shards} holds the images that are trained on; pack others")
+    return opened
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -161,7 +187,7 @@ def build_trainer(
     topology: Topology,
     data: TrainingData | StreamedData,
     start: Start,
-    draw_samples: DrawSamples,
+    draw_samples: DrawSamples | None = None,
     held_out: TrainingData | None = None,
     score_samples: ScoreSamples | None = None,
     draw_figures: DrawFigures | None = None,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, ModelConfig
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import MicroBatchSampler
 from diffmoe_dist.data.stream import StreamedData
@@ -25,6 +25,7 @@ from diffmoe_dist.engine.build import open_data, progress_from
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
 from diffmoe_dist.engine.planning import held_bytes
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import ExpertInput, Experts, MoELayer
 from diffmoe_dist.model.routing import Routing
@@ -94,9 +95,21 @@ def _check_forward(model: DiT, config: Config) -> None:
         if isinstance(block.mlp, MoELayer):
             block.mlp.forward = _ShapesOfExperts(block.mlp)  # type: ignore
     images = torch.empty(micro, settings.in_channels, settings.input_size, settings.input_size, device=META)
-    labels = torch.empty(micro, dtype=torch.int64, device=META)
-    output = model(images, torch.empty(micro, device=META), labels)
+    output = model(images, torch.empty(micro, device=META), _conditions(settings, micro))
     assert output.prediction.shape == images.shape
+
+
+def _conditions(settings: ModelConfig, images: int) -> Condition:
+    if settings.condition == "class":
+        return torch.empty(images, dtype=torch.int64, device=META)
+    length, width, pooled = settings.text_max_length, settings.text_hidden_size, settings.text_pooled_size
+    assert length is not None and width is not None
+    return TextCondition(
+        tokens=torch.empty(images, length, width, device=META),
+        mask=torch.empty(images, length, dtype=torch.bool, device=META),
+        pooled=torch.empty(images, pooled, device=META) if pooled else None,
+        null=torch.empty(images, dtype=torch.bool, device=META),
+    )
 
 
 class _ShapesOfExperts:

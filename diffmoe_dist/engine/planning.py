@@ -262,7 +262,20 @@ def activation_bytes(config: Config, work: Workload) -> float:
     moe_layers = len(config.moe_blocks)
     last = work.tokens * 3 * D * e
     moe = _moe_activation_bytes(config, work) if moe_layers else 0.0
-    return model.depth * block + (model.depth - moe_layers) * dense + moe_layers * moe + last
+    text = _text_activation_bytes(config, work) if model.condition == "text" else 0.0
+    return model.depth * block + (model.depth - moe_layers) * dense + moe_layers * moe + last + text
+
+
+def _text_activation_bytes(config: Config, work: Workload) -> float:
+    """Of the captions' embedder and of cross-attention in all blocks."""
+    model, e = config.model, _element_bytes(config)
+    assert model.depth is not None and model.hidden_size is not None and model.num_heads is not None
+    assert model.text_hidden_size is not None and model.text_max_length is not None
+    D, text_tokens = model.hidden_size, work.images * model.text_max_length
+    # The residual stream before it and its norm, q, the output; then k and v; statistics of norm and attention.
+    block = work.tokens * (4 * D * e + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
+    embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
+    return model.depth * block + embedder
 
 
 def _moe_activation_bytes(config: Config, work: Workload) -> float:

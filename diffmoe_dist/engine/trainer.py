@@ -33,6 +33,7 @@ from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout
 from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.condition import Condition
 from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.model.routing import RoutingStats
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
@@ -86,8 +87,8 @@ class Trainer:
         loader: BatchLoader,
         progress: Progress,
         log: Log,
-        draw_samples: DrawSamples,
         supervision: Supervision,
+        draw_samples: DrawSamples | None = None,
         validate: Validate | None = None,
         score_samples: ScoreSamples | None = None,
         draw_figures: DrawFigures | None = None,
@@ -209,6 +210,7 @@ class Trainer:
 
     def sample(self) -> None:
         """Draw a grid of images with the averaged weights; collective."""
+        assert self.draw_samples is not None, "sample.every is set"
         self.expect("sampling", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
@@ -271,8 +273,8 @@ class Trainer:
 
     def _losses(self, batch: Batch, model: Callable[..., DiTOutput]) -> tuple[dict[str, Tensor], list[RoutingStats]]:
         """`loss`, then its parts, unweighted; and the statistics of the layers."""
-        z, t, labels = noisy_inputs(batch, self.objective, self.config)
-        output = model(z, self.objective.model_time(t), labels)
+        z, t, y = noisy_inputs(batch, self.objective, self.config)
+        output = model(z, self.objective.model_time(t), y)
         of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
         parts = {name: of_images[name].mean() for name in self.objective.loss_names}
         loss = torch.stack(list(parts.values())).sum()
@@ -376,12 +378,15 @@ def _relative(load_LN: Tensor) -> Tensor:
     return load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
 
 
-def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """What a training step shows the model: noisy images (N, C, H, W), the objective's times and the labels, (N,)."""
+def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Condition]:
+    """What a training step shows the model: noisy images (N, C, H, W), the objective's times (N,), the condition."""
     t = objective.times(batch.time_uniform)
+    z = objective.corrupt(batch.images, batch.noise, t)
     dropped = batch.drop_uniform < config.train.label_dropout
-    labels = torch.where(dropped, config.model.num_classes, batch.labels)
-    return objective.corrupt(batch.images, batch.noise, t), t, labels
+    if config.model.condition == "class":
+        return z, t, torch.where(dropped, config.model.num_classes, batch.labels)
+    assert batch.text is not None and batch.null_text is not None
+    return z, t, batch.text.replaced(dropped, batch.null_text)
 
 
 class StepTimer:

@@ -54,8 +54,8 @@ class Validation:
         for start in range(0, images, together):
             first = start + self.topology.rank * micro
             batch = next(loader).to(self.topology.device)
-            z, t, labels = noisy_inputs(batch, self.objective, self.config)
-            output = model(z, self.objective.model_time(t), labels)
+            z, t, y = noisy_inputs(batch, self.objective, self.config)
+            output = model(z, self.objective.model_time(t), y)
             of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
             counts_N = (first + torch.arange(micro, device=t.device) < images).double()
             losses_N = of_images["diffusion"].double() * counts_N

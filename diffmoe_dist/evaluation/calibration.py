@@ -64,8 +64,8 @@ def recalibrate(model: DiT, config: Config, batches: Iterable[Batch]) -> None:
         layer.router.end_schedule()
     model.train()
     for batch in batches:
-        z, t, labels = noisy_inputs(batch.to(device), objective, config)
-        output = model(z, objective.model_time(t), labels)
+        z, t, y = noisy_inputs(batch.to(device), objective, config)
+        output = model(z, objective.model_time(t), y)
         proposals.append([stats.proposed_threshold for stats in output.routing])
     model.eval()
     for layer, of_layer in zip(model.moe_layers, zip(*proposals, strict=True), strict=True):

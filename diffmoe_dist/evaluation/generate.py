@@ -1,4 +1,4 @@
-"""Images from a model: each a function of (weights, seed, its number, its label).
+"""Images from a model: each a function of (weights, seed, its number, its class or caption).
 
 With the batch-independent inference rule `threshold` nothing else plays a part. With `count`, `constant` and `static`
 the images of one call compete for the experts, and an adaptive sampler gives them common steps: there the reproducible
@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.config import Config, data_sets
@@ -25,6 +25,8 @@ from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, sample, with_guidance
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import Conditions
+from diffmoe_dist.model.condition import Condition, join, on_device
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather
 
@@ -52,14 +54,14 @@ def generate(
     model: DiT,
     objective: Objective,
     numbers: list[int],
-    labels: list[int],
+    conditions: Conditions,
     *,
     seed: int,
     sampler: str,
     steps: int | None,
     guidance: Guidance,
 ) -> Generated:
-    """Draw the images with these numbers and labels, together in one batch.
+    """Draw the images with these numbers, together in one batch.
 
     Args:
         model: in eval mode; with experts spread over ranks, every rank makes the same number of calls.
@@ -67,11 +69,12 @@ def generate(
         steps: None for the adaptive sampler.
     """
     device = model.pos_embed.device
-    noise = torch.stack([initial_noise(model, seed, number) for number in numbers]).to(device)
+    names = [conditions.noise_name(number) for number in numbers]
+    noise = torch.stack([initial_noise(model, seed, name) for name in names]).to(device)
     slots: list[Tensor] = []
     tokens = evaluations = 0
 
-    def denoise(z: Tensor, t: Tensor, y: Tensor) -> Prediction:
+    def denoise(z: Tensor, t: Tensor, y: Condition) -> Prediction:
         nonlocal tokens
         output = model(z, objective.model_time(t), y)
         here = len(z) * model.grid_size**2
@@ -79,27 +82,29 @@ def generate(
         tokens += here * len(output.routing)
         return output.prediction, output.variance
 
-    guided = with_guidance(denoise, torch.tensor(labels, device=device), model.num_classes, guidance)
+    given = on_device(conditions.of(numbers), device)
+    null = on_device(conditions.null(len(numbers)), device)
+    guided = with_guidance(denoise, given, null, join(given, null), guidance)
 
     def counted(z: Tensor, t: Tensor) -> Prediction:
         nonlocal evaluations
         evaluations += 1
         return guided(z, t)
 
-    images = sample(sampler, counted, noise, objective, steps, [step_generator(seed, number) for number in numbers])
+    images = sample(sampler, counted, noise, objective, steps, [step_generator(seed, name) for name in names])
     return Generated(images, evaluations, float(torch.stack(slots).sum()) if slots else 0.0, tokens)
 
 
-def initial_noise(model: DiT, seed: int, number: int) -> Tensor:
-    """(C, H, W) standard normal, the start of image `number` of a seed."""
+def initial_noise(model: DiT, seed: int, name: int) -> Tensor:
+    """(C, H, W) standard normal, the start of the image of a seed that `Conditions.noise_name` calls so."""
     size = model.grid_size * model.patch_size
-    generator = sample_generator(seed, Stream.SAMPLING, 0, number)
+    generator = sample_generator(seed, Stream.SAMPLING, 0, name)
     return torch.from_numpy(generator.standard_normal((model.in_channels, size, size), dtype=np.float32))
 
 
-def step_generator(seed: int, number: int) -> torch.Generator:
-    """Of the noise that a sampler adds on the way to image `number` of a seed."""
-    return torch.Generator().manual_seed(int(philox(seed, Stream.SAMPLING, 1, number).random_raw()))
+def step_generator(seed: int, name: int) -> torch.Generator:
+    """Of the noise that a sampler adds on the way to that image."""
+    return torch.Generator().manual_seed(int(philox(seed, Stream.SAMPLING, 1, name).random_raw()))
 
 
 def default_sampler(objective: str) -> str:
@@ -129,14 +134,6 @@ def choose_sampler(name: str | None, steps: int | None, objective: str) -> tuple
     if name == "dpm-solver++" and steps >= DDPM_STEPS:
         raise UserError(f"--steps {steps}: --sampler dpm-solver++ takes 1 to {DDPM_STEPS - 1}; 20 are many")
     return name, steps
-
-
-def draw_labels(rule: Literal["balanced", "random"], num: int, classes: list[int], seed: int) -> list[int]:
-    """The labels of images 0 to num - 1: every class in turn, or each a function of (seed, its number)."""
-    if rule == "balanced":
-        return [classes[number % len(classes)] for number in range(num)]
-    draws = (int(philox(seed, Stream.SAMPLING, 2, number).random_raw()) for number in range(num))
-    return [classes[draw % len(classes)] for draw in draws]
 
 
 def open_decoder(config: Config, folder: str | None, setting: str, device: torch.device) -> Decode:
@@ -187,18 +184,16 @@ def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
     )
 
 
-def training_grid(model: DiT, config: Config, decode: Decode | None, rank: int, world_size: int) -> np.ndarray:
+def training_grid(model: DiT, config: Config, conditions: Conditions, decode: Decode) -> np.ndarray:
     """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Each rank draws an equal share."""
-    settings = config.sample
+    settings, rank, world_size = config.sample, dist.get_rank(), dist.get_world_size()
     share = -(-settings.num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
-    labels = draw_labels("balanced", share * world_size, list(range(config.model.num_classes)), config.seed)
     drawn = generate(
-        model, build_objective(config.objective), numbers, labels[numbers[0] : numbers[-1] + 1],
+        model, build_objective(config.objective), numbers, conditions,
         seed=config.seed, sampler=default_sampler(config.objective.name), steps=settings.steps,
         guidance=Guidance(settings.cfg_scale),
     )  # fmt: skip
-    assert decode is not None, "sample.every opens it"
     pixels = decode(drawn.images)
     everyone = pixels.new_empty(world_size * share, *pixels.shape[1:])
     all_gather(everyone, pixels.contiguous())
@@ -207,4 +202,4 @@ def training_grid(model: DiT, config: Config, decode: Decode | None, rank: int, 
 
 def grid_columns(config: Config, num: int) -> int:
     """A column for each class where that makes a handsome grid, else a square."""
-    return min(num, config.model.num_classes) if config.model.num_classes <= 16 else int(np.ceil(num**0.5))
+    return min(num, config.model.num_classes) if 1 <= config.model.num_classes <= 16 else int(np.ceil(num**0.5))

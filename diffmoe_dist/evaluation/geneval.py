@@ -24,6 +24,18 @@ from diffmoe_dist.evaluation.generate import image_grid
 _READ_BY_GENEVAL = ("tag", "prompt")
 
 
+def check_metadata(metadata: Sequence[dict[str, Any]]) -> None:
+    """Refuse prompts that GenEval could not score.
+
+    Raises:
+        UserError: one of them lacks what GenEval reads.
+    """
+    for number, described in enumerate(metadata):
+        for key in _READ_BY_GENEVAL:
+            if key not in described:
+                raise UserError(f'--geneval: prompt {number} has no "{key}"; give GenEval\'s evaluation_metadata.jsonl')
+
+
 def write_geneval(folder: Path, images_NHWC: np.ndarray, metadata: Sequence[dict[str, Any]], copies: int) -> None:
     """Write the folders of all prompts; the same call again writes the same files.
 
@@ -45,10 +57,7 @@ def write_geneval(folder: Path, images_NHWC: np.ndarray, metadata: Sequence[dict
             f"--geneval: {len(images_NHWC)} images are not {copies} of each of {prompts} prompts; "
             f"draw {prompts * copies}"
         )
-    for number, described in enumerate(metadata):
-        for key in _READ_BY_GENEVAL:
-            if key not in described:
-                raise UserError(f'--geneval: prompt {number} has no "{key}"; give GenEval\'s evaluation_metadata.jsonl')
+    check_metadata(metadata)
     _check_no_others(folder, prompts, copies)
 
     def write_images(number: int) -> None:

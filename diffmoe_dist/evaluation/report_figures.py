@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
+from textwrap import shorten, wrap
 from typing import Any
 
 import matplotlib
@@ -109,7 +110,9 @@ def capacity_map_figure(passes: Passes, blocks: list[int]) -> Figure:
     return _picture(draw)
 
 
-def pictures_figure(passes: Passes, images_NHWC: np.ndarray, labels: Sequence[int]) -> Figure:
+def pictures_figure(
+    passes: Passes, images_NHWC: np.ndarray, labels: Sequence[int], name: Callable[[int], str]
+) -> Figure:
     """The experts that each token took, laid over the finished picture, at several steps; mean over the layers."""
     chosen = _first_of_each(labels)[:PICTURES]
     steps = _spread(len(passes.progress_P), PICTURE_STEPS)
@@ -124,7 +127,7 @@ def pictures_figure(passes: Passes, images_NHWC: np.ndarray, labels: Sequence[in
             picture = images_NHWC[image].squeeze()
             underlay = picture if picture.ndim == 2 else picture.mean(axis=2)
             _picture_axes(axes[row, 0]).imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axes[row, 0].set_ylabel(f"class {labels[image]}", fontsize=10)
+            axes[row, 0].set_ylabel(_wrapped(name(labels[image])), fontsize=10 if len(name(labels[image])) <= 16 else 7)
             for column in range(len(steps)):
                 panel = _picture_axes(axes[row, column + 1])
                 extent = (-0.5, underlay.shape[1] - 0.5, underlay.shape[0] - 0.5, -0.5)
@@ -142,8 +145,8 @@ def pictures_figure(passes: Passes, images_NHWC: np.ndarray, labels: Sequence[in
     return _drawn(draw, (9.2, 0.6 + 1.3 * len(chosen)))
 
 
-def class_figure(passes: Passes, labels: Sequence[int]) -> Figure:
-    """C of each class, a dot for each image; of many classes the ends."""
+def class_figure(passes: Passes, labels: Sequence[int], name: Callable[[int], str]) -> Figure:
+    """C of each class or caption, a dot for each image; of many the ends."""
     of_class = {label: passes.capacity_by_image[np.array(labels) == label] for label in sorted(set(labels))}
     ordered = sorted(of_class, key=lambda label: of_class[label].mean())
     if len(ordered) > MOST_CLASSES:
@@ -154,7 +157,7 @@ def class_figure(passes: Passes, labels: Sequence[int]) -> Figure:
         axes.barh(range(len(ordered)), means, color="#7fa7d6", height=0.72)
         for place, label in enumerate(ordered):
             axes.plot(of_class[label], [place] * len(of_class[label]), ".", color="#1f3b63", markersize=4, alpha=0.7)
-        axes.set_yticks(range(len(ordered)), [f"class {label}" for label in ordered])
+        axes.set_yticks(range(len(ordered)), [shorten(name(label), 40, placeholder=" ...") for label in ordered])
         everything = np.concatenate(list(of_class.values()))
         margin = max(0.15 * float(np.ptp(everything)), 0.01)
         axes.set(xlabel="experts a token", xlim=(max(everything.min() - margin, 0), everything.max() + margin))
@@ -189,12 +192,12 @@ def expert_times_figure(passes: Passes, blocks: list[int]) -> Figure:
     return _expert_rows(_over_own_mean(values_LEP)[..., columns], blocks, labels, NOISE_TO_IMAGE)
 
 
-def expert_classes_figure(passes: Passes, blocks: list[int], labels: Sequence[int]) -> Figure:
-    """Which classes each expert works on, beside its own mean."""
+def expert_classes_figure(passes: Passes, blocks: list[int], labels: Sequence[int], kind: str) -> Figure:
+    """Which classes or captions each expert works on, beside its own mean."""
     classes = sorted(set(labels))[:MOST_COLUMNS]
     values_LNE = passes.assignments_PLNE.sum(axis=0, dtype=np.float64)
     values_LEC = np.stack([values_LNE[:, np.array(labels) == label].mean(axis=1) for label in classes], axis=2)
-    return _expert_rows(_over_own_mean(values_LEC), blocks, [str(label) for label in classes], "class")
+    return _expert_rows(_over_own_mean(values_LEC), blocks, [str(label) for label in classes], kind)
 
 
 def overlap_figure(trace: RoutingTrace, blocks: list[int]) -> Figure:
@@ -286,6 +289,10 @@ def _first_of_each(labels: Sequence[int]) -> list[int]:
     first = {label: place for place, label in reversed(list(enumerate(labels)))}
     begin = sorted(first.values())
     return begin + [place for place in range(len(labels)) if place not in begin]
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(wrap(text, 18, max_lines=4, placeholder=" ..."))
 
 
 def _plain(axes: Axes) -> None:

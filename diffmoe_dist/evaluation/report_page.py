@@ -21,9 +21,9 @@ from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint
 from diffmoe_dist.engine.metrics import read_metrics
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation import report_figures as figures
+from diffmoe_dist.evaluation.conditions import Conditions, run_conditions
 from diffmoe_dist.evaluation.generate import (
     choose_sampler,
-    draw_labels,
     generate,
     grid_columns,
     image_grid,
@@ -31,7 +31,7 @@ from diffmoe_dist.evaluation.generate import (
 )
 from diffmoe_dist.evaluation.loss_curve import read_run_metrics
 from diffmoe_dist.evaluation.routing_report import RoutingTrace, recorded
-from diffmoe_dist.evaluation.sampling_job import weights_fingerprint
+from diffmoe_dist.evaluation.sampling_job import job_classes, weights_fingerprint
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 
@@ -77,9 +77,13 @@ class Drawn:
     """Images drawn for the page, and what happened meanwhile."""
 
     images_NHWC: np.ndarray  # uint8
-    labels: list[int]
+    conditions: Conditions
     settings: dict[str, Any]
     trace: RoutingTrace | None  # None: no experts
+
+    @property
+    def labels(self) -> list[int]:
+        return [self.conditions.label(number) for number in range(len(self.images_NHWC))]
 
 
 def write_report(run_dir: Path, samples: Path | None, num_images: int, device: torch.device) -> Path:
@@ -123,7 +127,6 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
 
         recalibrate_on_training_data(model, config, record["recalibrate"], record["batch_size"])
     sampler, steps = choose_sampler(record.get("sampler"), record.get("steps"), config.objective.name)
-    classes = record.get("classes", "all")
     channels = record.get("cfg_channels", "all")
     guidance = Guidance(
         record.get("cfg_scale", 1.0),
@@ -132,15 +135,14 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
         record.get("one_pass", False),
     )
     seed, num = record.get("seed", 0), min(num_images, record.get("num", num_images))
-    labels = draw_labels(
-        record.get("labels", "balanced"), num, list(range(config.model.num_classes)) if classes == "all" else classes,
-        seed,
-    )  # fmt: skip
+    conditions = run_conditions(config)
+    if "labels" in record:
+        conditions = job_classes(record, config)
     objective = build_objective(config.objective)
 
     def drawn_images() -> Tensor:
         return generate(
-            model, objective, list(range(num)), labels, seed=seed, sampler=sampler, steps=steps, guidance=guidance
+            model, objective, list(range(num)), conditions, seed=seed, sampler=sampler, steps=steps, guidance=guidance
         ).images
 
     if model.moe_layers:
@@ -157,7 +159,7 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
         "seed": seed,
         "thresholds": "found anew for the averaged weights" if record.get("recalibrate") else "as trained",
     }
-    return model, Drawn(_visible(images), labels, settings, trace)
+    return model, Drawn(_visible(images), conditions, settings, trace)
 
 
 def _read_record(samples: Path) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def _drawn_sections(drawn: Drawn, config: Config, samples: Path | None, step: in
     if config.model.in_channels not in (1, 3):
         about += " They are latents: their first three channels are shown as red, green and blue."
     grid = _figure(
-        "Pictures", figures.grid_picture(image_grid(drawn.images_NHWC, columns)), _grid_caption(drawn.labels, columns),
+        "Pictures", figures.grid_picture(image_grid(drawn.images_NHWC, columns)), _grid_caption(drawn, columns),
         "grid",
     )  # fmt: skip
     first = _section("What it draws", about, [grid, _table("How they were drawn", drawn.settings)])
@@ -231,7 +233,10 @@ def _drawn_sections(drawn: Drawn, config: Config, samples: Path | None, step: in
     return [first, _compute_section(drawn, drawn.trace, config), _experts_section(drawn, drawn.trace, config)]
 
 
-def _grid_caption(labels: list[int], columns: int) -> str:
+def _grid_caption(drawn: Drawn, columns: int) -> str:
+    labels, conditions = drawn.labels, drawn.conditions
+    if conditions.kind != "class":
+        return "; ".join(f"{label}: {conditions.name(label)}" for label in labels)
     if len(labels) > columns and all(label == labels[place % columns] for place, label in enumerate(labels)):
         return f"A column for each class: {', '.join(map(str, labels[:columns]))}."
     return f"Classes, row by row: {', '.join(map(str, labels[:60]))}{' ...' if len(labels) > 60 else ''}."
@@ -239,6 +244,7 @@ def _grid_caption(labels: list[int], columns: int) -> str:
 
 def _compute_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
     passes, blocks = trace.conditional, config.moe_blocks
+    kind, name = drawn.conditions.kind, drawn.conditions.name
     of_step = passes.capacity_by_layer.mean(axis=1)
     low, high = int(of_step.argmin()), int(of_step.argmax())
     by_step = (
@@ -252,7 +258,7 @@ def _compute_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
     dearest, cheapest = max(means, key=lambda label: means[label]), min(means, key=lambda label: means[label])
     text = (
         "C is the number of experts that a token takes, averaged over tokens, images and layers (DiffMoE eq. 8-9). "
-        "The passes without a class, which guidance needs, are left out but for the dashed line."
+        f"The passes without a {drawn.conditions.kind}, which guidance needs, are left out but for the dashed line."
     )
     pictures = [
         _figure("Capacity over the sampling steps", figures.capacity_figure(trace, blocks, trained_for), by_step),
@@ -260,14 +266,14 @@ def _compute_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
             "Capacity by layer and step", figures.capacity_map_figure(passes, blocks), "The same numbers as a map."
         ),
         _figure(
-            "Capacity by class",
-            figures.class_figure(passes, drawn.labels),
-            f"A bar for each class, a dot for each image. Class {dearest} takes most ({means[dearest]:.3f}), class "
-            f"{cheapest} least ({means[cheapest]:.3f}). The axis does not begin at zero.",
+            f"Capacity by {kind}",
+            figures.class_figure(passes, drawn.labels, name),
+            f"A bar for each {kind}, a dot for each image. Most takes {name(dearest)} ({means[dearest]:.3f}), least "
+            f"{name(cheapest)} ({means[cheapest]:.3f}). The axis does not begin at zero.",
         ),
         _figure(
             "Where in the picture",
-            figures.pictures_figure(passes, drawn.images_NHWC, drawn.labels),
+            figures.pictures_figure(passes, drawn.images_NHWC, drawn.labels, name),
             "Experts that each token took, mean over the layers, laid over the finished picture; the numbers on top "
             "are the way gone from noise (0) to image (1).",
             "wide",
@@ -290,9 +296,10 @@ def _experts_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
             "A row for each expert; red where it takes more tokens than on the mean of its way, blue where fewer.",
         ),
         _figure(
-            "Which classes they like",
-            figures.expert_classes_figure(passes, blocks, drawn.labels),
-            "A row for each expert; red for classes of which it takes more tokens than of the mean class.",
+            f"Which {drawn.conditions.kinds} they like",
+            figures.expert_classes_figure(passes, blocks, drawn.labels, drawn.conditions.kind),
+            f"A row for each expert; red for {drawn.conditions.kinds} of which it takes more tokens than of the mean "
+            f"{drawn.conditions.kind}.",
         ),
     ]
     if trace.overlap_PL is not None:
@@ -355,11 +362,12 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 def _page(name: str, config: Config, cards: dict[str, str], sections: Sequence[str]) -> str:
     model = config.model
     experts = config.experts
+    told = "text" if model.condition == "text" else f"{model.num_classes} classes"
     kind = "dense" if experts is None else f"{experts.router}, {experts.num_experts} experts"
     subtitle = (
         f"{kind}; depth {model.depth}, width {model.hidden_size}, {model.num_heads} heads, patches of "
         f"{model.patch_size}; {model.input_size} x {model.input_size} x {model.in_channels}, "
-        f"{model.num_classes} classes; {config.objective.name}"
+        f"{told}; {config.objective.name}"
     )
     shown = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(key)}</span></div>' for key, value in cards.items()

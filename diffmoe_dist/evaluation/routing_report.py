@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, RectifiedFlow
+from diffmoe_dist.model.condition import Condition, is_null
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
@@ -74,12 +75,12 @@ class Recorder:
             chosen_TE = torch.cat([chosen_TE, null_T[:, None]], dim=1)
         self.layers.append((chosen_TE, overlap_of_rules(layer.router, x_NSD.flatten(0, 1), null_T)))
 
-    def _after_model(self, model: DiT, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
+    def _after_model(self, model: DiT, inputs: tuple[Tensor, Tensor, Condition], output: Any) -> None:
         _, t, y = inputs
         layers, self.layers = self.layers, []
         chosen_LNSE = torch.stack([chosen_TE.unflatten(0, (len(y), -1)) for chosen_TE, _ in layers])
-        is_null = y == model.num_classes
-        for kind, rows in (("conditional", ~is_null), ("null", is_null)):  # one pass may hold both
+        null_N = is_null(y, model.num_classes)
+        for kind, rows in (("conditional", ~null_N), ("null", null_N)):  # one pass may hold both
             if rows.any():
                 of_kind = chosen_LNSE[:, rows]
                 experts_LNS = of_kind.sum(dim=3).to(torch.uint8).cpu().numpy()

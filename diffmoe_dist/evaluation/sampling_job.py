@@ -3,7 +3,7 @@
 A job that was interrupted draws what is missing; the folder of another job is refused.
 
     OUT/blocks/job.json, block-*.npz    while the job runs
-    OUT/samples.npz, grid.png, sampling.json, png/
+    OUT/samples.npz, grid.png, sampling.json, prompts.jsonl, png/, geneval/
 
 Shape legend: N images, H = W image size, C channels.
 """
@@ -31,23 +31,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.prompts import EncodedPrompts, Prompt, encode_prompts, open_encoded_prompts, read_prompts
+from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
 from diffmoe_dist.engine.metrics import logger, make_writable
 from diffmoe_dist.engine.run_folder import write_durably
 from diffmoe_dist.engine.weights import find_model, read_model
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import ClassLabels, Conditions, PromptConditions, draw_labels
 from diffmoe_dist.evaluation.generate import (
     UINT8_RULE,
     Decode,
     choose_sampler,
-    draw_labels,
     generate,
     grid_columns,
     image_grid,
     open_decoder,
     to_uint8,
 )
+from diffmoe_dist.evaluation.geneval import check_metadata, write_geneval
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
@@ -60,7 +63,7 @@ SECONDS_BETWEEN_LINES = 10.0
 @dataclass(frozen=True)
 class SamplingSettings:
     checkpoint: str
-    num: int
+    num: int | None  # None: one for each prompt
     steps: int | None  # None: the default of the sampler
     cfg_scale: float
     seed: int
@@ -71,11 +74,17 @@ class SamplingSettings:
     cfg_channels: int | None = None  # None: all
     cfg_interval: tuple[float, float] | None = None  # in the objective's time
     one_pass: bool = False
-    labels: Literal["balanced", "random"] = "balanced"
+    labels: Literal["balanced", "random"] | None = None  # None: balanced, for a model that is told classes
     classes: tuple[int, ...] | None = None  # None: all
     expert: int = 1  # ranks that share one set of experts
     png: bool = False
     decoder: str | None = None  # of latents; default: the run's own
+    prompts: str | None = None  # a file of prompts, or of encoded ones
+    prompt: str | None = None  # or one prompt
+    negative_prompt: str | None = None
+    encoder: str | None = None  # the folder of the text encoder
+    tokenizer: str | None = None  # and of its tokenizer, where it lies elsewhere
+    geneval: bool = False
 
     @property
     def guidance(self) -> Guidance:
@@ -91,13 +100,18 @@ class SamplingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: choose at least 1")
+        self._check_prompts()
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
         if self.recalibrate < 0:
             raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
         if not self.guidance.active:
             unused = {"--cfg-channels": self.cfg_channels, "--cfg-interval": self.cfg_interval}
-            for name, value in {**unused, "--one-pass": self.one_pass or None}.items():
+            for name, value in {
+                **unused,
+                "--one-pass": self.one_pass or None,
+                "--negative-prompt": self.negative_prompt,
+            }.items():
                 if value is not None:
                     raise UserError(f"{name} has no effect without guidance; remove it or set --cfg-scale above 1")
         for override in self.overrides:
@@ -105,6 +119,20 @@ class SamplingSettings:
                 raise UserError(
                     f"{override}: sampling can change {', '.join(SAMPLING_OVERRIDES)} of a run, nothing else; remove it"
                 )
+
+    def _check_prompts(self) -> None:
+        if self.prompts is not None and self.prompt is not None:
+            raise UserError("--prompts and --prompt: give one of them")
+        if self.prompts is None and self.prompt is None:
+            if self.num is None:
+                raise UserError("--num is missing: how many images are to be drawn; or give --prompts, for one of each")
+            for name in ("negative_prompt", "encoder", "tokenizer"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"--{name.replace('_', '-')} has no effect without --prompts or --prompt; remove it"
+                    )
+        if self.geneval and self.prompts is None:
+            raise UserError("--geneval needs --prompts, a file such as GenEval's evaluation_metadata.jsonl")
 
 
 @dataclass(frozen=True)
@@ -136,20 +164,93 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     checkpoint = from_first_rank(find_model(settings.checkpoint))
     model, config, weights = _read_model(settings, checkpoint, device, launch)
     decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
-    job = describe_job(settings, config, weights)
+    conditions = open_conditions(settings, config, device)
+    job = describe_job(settings, config, weights, conditions)
     if _is_finished(out, job):
-        logger.info("%s has these %d images already", out, settings.num)
+        logger.info("%s has these %d images already", out, job["num"])
     else:
-        _draw_missing_blocks(out / "blocks", job, settings, model, config, decode, launch)
+        _draw_missing_blocks(out / "blocks", job, settings, model, config, conditions, decode, launch)
         if launch.rank == 0:
             logger.info("writing %s", out / "samples.npz")
-            _join_blocks(out, job, config, {"checkpoint": str(checkpoint), "overrides": list(settings.overrides)})
+            about = {"checkpoint": str(checkpoint), "overrides": list(settings.overrides)}
+            _join_blocks(out, job, config, conditions, about)
     if settings.png and launch.rank == 0:
         _write_png(out)
+    if settings.geneval and launch.rank == 0:
+        assert isinstance(conditions, PromptConditions)
+        _write_geneval(out, conditions)
     dist.barrier()
 
 
-def describe_job(settings: SamplingSettings, config: Config, weights: str) -> dict[str, Any]:
+def open_conditions(settings: SamplingSettings, config: Config, device: torch.device) -> Conditions:
+    """What the images of a job are drawn from.
+
+    Raises:
+        UserError: classes for a model that is told captions, or the other way round; or a text encoder that is not the
+            model's.
+    """
+    prompts = settings.prompts or settings.prompt
+    if config.model.condition == "class":
+        if prompts is not None:
+            given = f"--prompts {settings.prompts}" if settings.prompts else f"--prompt {settings.prompt}"
+            raise UserError(f"{given}: this model is told classes; give --num, and --classes for some of them")
+        assert settings.num is not None
+        classes = list(range(config.model.num_classes)) if settings.classes is None else list(settings.classes)
+        for label in classes:
+            if not 0 <= label < config.model.num_classes:
+                raise UserError(f"--classes {label}: this model knows the classes 0 to {config.model.num_classes - 1}")
+        labels = draw_labels(settings.labels or "balanced", settings.num, classes, settings.seed)
+        return ClassLabels(labels, config.model.num_classes)
+    for name in ("labels", "classes"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"--{name} {getattr(settings, name)}: this model is told captions; give --prompts FILE")
+    if settings.prompts is None and settings.prompt is None:
+        raise UserError("--prompts is missing: this model is told captions; give a FILE of them, or --prompt TEXT")
+    assert config.model.text_max_length is not None
+    conditions = PromptConditions(_open_prompts(settings, config, device), config.model.text_max_length)
+    if settings.geneval:
+        check_metadata(conditions.every_metadata)
+        if (settings.num or 0) % len(conditions.every_metadata):
+            raise UserError(
+                f"--num {settings.num}: GenEval wants as many images of each of the {len(conditions.every_metadata)} "
+                "prompts; choose a multiple"
+            )
+    return conditions
+
+
+def _open_prompts(settings: SamplingSettings, config: Config, device: torch.device) -> EncodedPrompts:
+    if settings.prompts is not None and settings.prompts.endswith(".npz"):
+        for name in ("encoder", "tokenizer", "negative_prompt"):
+            if getattr(settings, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} has no effect with --prompts {settings.prompts}, whose prompts are "
+                    "encoded; give it to encode-prompts"
+                )
+        encoded = open_encoded_prompts(settings.prompts)
+        named = f"--prompts {settings.prompts}"
+    else:
+        if settings.encoder is None:
+            raise UserError("--encoder is missing: the folder of the text encoder that the model was trained with")
+        if settings.prompts is not None:
+            prompts = read_prompts(settings.prompts)
+        else:
+            prompts = [Prompt(str(settings.prompt))]
+        encoder = TextEncoder.open(
+            settings.encoder, settings.tokenizer, config.model.text_max_length, device, "--encoder"
+        )
+        encoded = encode_prompts(prompts, settings.negative_prompt, encoder)
+        named = f"--encoder {settings.encoder}"
+    expected = config.model.text_encoder_sha256
+    if encoded.encoder_sha256 != expected or encoded.max_length != config.model.text_max_length:
+        raise UserError(
+            f"{named}: is not the encoder that the model was trained with: SHA-256 {encoded.encoder_sha256[:12]}..., "
+            f"{encoded.max_length} tokens, the model's {str(expected)[:12]}..., {config.model.text_max_length} tokens; "
+            "use that"
+        )
+    return encoded
+
+
+def describe_job(settings: SamplingSettings, config: Config, weights: str, conditions: Conditions) -> dict[str, Any]:
     """What decides the images: two jobs with the same description draw the same.
 
     Args:
@@ -159,14 +260,25 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str) -> di
         UserError: a setting does not fit the model.
     """
     sampler, steps = choose_sampler(settings.sampler, settings.steps, config.objective.name)
-    classes = list(range(config.model.num_classes)) if settings.classes is None else list(settings.classes)
-    _check_for_model(settings, config, sampler, classes)
+    num = settings.num
+    told: dict[str, Any] = {"labels": settings.labels or "balanced"}
+    told["classes"] = "all" if settings.classes is None else list(settings.classes)
+    if isinstance(conditions, PromptConditions):
+        num = num or len(conditions.encoded.prompts)
+        told = {
+            "prompts": conditions.encoded.fingerprint,
+            "num_prompts": len(conditions.encoded.prompts),
+            "negative_prompt": conditions.encoded.negative_prompt,
+            "text_encoder_sha256": conditions.encoded.encoder_sha256,
+        }
+    assert num is not None
+    _check_for_model(settings, config, sampler, num)
     experts = config.experts
     inference = getattr(config.moe, "inference", None)
     alone = experts is None or experts.pool_kind() == "sample" or inference == "threshold"
     return {
         "weights": weights,
-        "num": settings.num,
+        "num": num,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
         "sampler": sampler,
@@ -176,8 +288,7 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str) -> di
         "cfg_channels": settings.cfg_channels or "all",
         "cfg_interval": None if settings.cfg_interval is None else list(settings.cfg_interval),
         "one_pass": settings.one_pass,
-        "labels": settings.labels,
-        "classes": "all" if settings.classes is None else classes,
+        **told,
         "inference": inference,
         "constant_threshold": getattr(config.moe, "constant_threshold", None),
         "recalibrate": settings.recalibrate,
@@ -187,10 +298,7 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str) -> di
     }
 
 
-def _check_for_model(settings: SamplingSettings, config: Config, sampler: str, classes: list[int]) -> None:
-    for label in classes:
-        if not 0 <= label < config.model.num_classes:
-            raise UserError(f"--classes {label}: this model knows the classes 0 to {config.model.num_classes - 1}")
+def _check_for_model(settings: SamplingSettings, config: Config, sampler: str, num: int) -> None:
     channels, interval, expert = settings.cfg_channels, settings.cfg_interval, settings.expert
     if channels is not None and channels >= config.model.in_channels:
         raise UserError(f"--cfg-channels {channels}: this model has {config.model.in_channels}; use --cfg-channels all")
@@ -205,9 +313,9 @@ def _check_for_model(settings: SamplingSettings, config: Config, sampler: str, c
             f"--expert {expert}: ranks that share experts must take the same steps, and {sampler} chooses its own; "
             "use euler or heun"
         )
-    if settings.num % settings.batch_size:
+    if num % settings.batch_size:
         raise UserError(
-            f"--expert {expert}: ranks that share experts draw blocks of one size; make --num {settings.num} a "
+            f"--expert {expert}: ranks that share experts draw blocks of one size; make --num {num} a "
             f"multiple of --batch-size {settings.batch_size}"
         )
 
@@ -302,6 +410,7 @@ def _draw_missing_blocks(
     settings: SamplingSettings,
     model: DiT,
     config: Config,
+    conditions: Conditions,
     decode: Decode,
     launch: Launch,
 ) -> None:
@@ -310,20 +419,19 @@ def _draw_missing_blocks(
         blocks.mkdir(exist_ok=True)
         write_durably(blocks / ".job.json", json.dumps(job, indent=2) + "\n")
         (blocks / ".job.json").replace(blocks / "job.json")
-    starts = list(range(0, settings.num, settings.batch_size))
+    starts = list(range(0, job["num"], job["batch_size"]))
     missing = from_first_rank(_missing(blocks, starts))
-    labels = job_labels(job, config)
     objective = build_objective(config.objective)
-    with Watch(settings.num, settings.num - _images(missing, settings), launch.rank == 0) as watch:
+    with Watch(job["num"], job["num"] - _images(missing, job), launch.rank == 0) as watch:
         for begin in range(0, len(missing), launch.world_size):
             at_once = missing[begin : begin + launch.world_size]
             if launch.rank < len(at_once):
                 start = at_once[launch.rank]
-                block = draw_block(model, objective, decode, job, labels, start, len(at_once))
+                block = draw_block(model, objective, decode, job, conditions, start, len(at_once))
                 _write_block(blocks / _block_name(start), block)
             elif settings.expert > 1:  # the others need this rank's experts: it goes through the motions
-                draw_block(model, objective, decode, job, labels, at_once[0], len(at_once))
-            watch.advance(_images(at_once, settings))
+                draw_block(model, objective, decode, job, conditions, at_once[0], len(at_once))
+            watch.advance(_images(at_once, job))
     dist.barrier()
     left = from_first_rank(_missing(blocks, starts))
     if left:
@@ -331,14 +439,20 @@ def _draw_missing_blocks(
 
 
 def draw_block(
-    model: DiT, objective: Objective, decode: Decode, job: dict[str, Any], labels: list[int], start: int, ranks: int
+    model: DiT,
+    objective: Objective,
+    decode: Decode,
+    job: dict[str, Any],
+    conditions: Conditions,
+    start: int,
+    ranks: int,
 ) -> Block:
     """The images `start` to `start` + batch_size of a job, as far as it has them."""
     numbers = list(range(start, min(start + job["batch_size"], job["num"])))
     channels = None if job["cfg_channels"] == "all" else job["cfg_channels"]
     begun = time.perf_counter()
     drawn = generate(
-        model, objective, numbers, [labels[number] for number in numbers],
+        model, objective, numbers, conditions,
         seed=job["seed"], sampler=job["sampler"], steps=job["steps"],
         guidance=Guidance(job["cfg_scale"], channels, job["cfg_interval"], job["one_pass"]),
     )  # fmt: skip
@@ -347,14 +461,14 @@ def draw_block(
     return Block(pixels, drawn.evaluations, drawn.slots, drawn.tokens, seconds)
 
 
-def job_labels(job: dict[str, Any], config: Config) -> list[int]:
-    """The label of each image of a job."""
+def job_classes(job: dict[str, Any], config: Config) -> ClassLabels:
+    """The classes that the images of a job were drawn from."""
     classes = list(range(config.model.num_classes)) if job["classes"] == "all" else job["classes"]
-    return draw_labels(job["labels"], job["num"], classes, job["seed"])
+    return ClassLabels(draw_labels(job["labels"], job["num"], classes, job["seed"]), config.model.num_classes)
 
 
-def _images(starts: list[int], settings: SamplingSettings) -> int:
-    return sum(min(settings.batch_size, settings.num - start) for start in starts)
+def _images(starts: list[int], job: dict[str, Any]) -> int:
+    return sum(min(job["batch_size"], job["num"] - start) for start in starts)
 
 
 def _block_name(start: int) -> str:
@@ -390,7 +504,7 @@ def _savez(path: Path, **arrays: np.ndarray) -> None:
     unfinished.replace(path)
 
 
-def _join_blocks(out: Path, job: dict[str, Any], config: Config, about: dict[str, Any]) -> None:
+def _join_blocks(out: Path, job: dict[str, Any], config: Config, conditions: Conditions, about: dict[str, Any]) -> None:
     """From the blocks, all of which are there, to what a user looks at; sampling.json last, for it says finished."""
     starts = range(0, job["num"], job["batch_size"])
     first = _read_block(out / "blocks" / _block_name(0))
@@ -401,7 +515,12 @@ def _join_blocks(out: Path, job: dict[str, Any], config: Config, about: dict[str
         images[start : start + len(block.images)] = block.images
         slots, tokens, seconds = slots + block.slots, tokens + block.tokens, seconds + block.seconds
         evaluations += block.evaluations * len(block.images)
-    _savez(out / "samples.npz", arr_0=images, arr_1=np.asarray(job_labels(job, config), dtype=np.int64))
+    labels = [conditions.label(number) for number in range(job["num"])]
+    _savez(out / "samples.npz", arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
+    if isinstance(conditions, PromptConditions):
+        lines = [json.dumps(conditions.every_metadata[label], ensure_ascii=False) + "\n" for label in labels]
+        write_durably(out / ".prompts.jsonl", "".join(lines))
+        (out / ".prompts.jsonl").replace(out / "prompts.jsonl")
     columns = grid_columns(config, job["num"])
     Image.fromarray(image_grid(images[: 10 * columns], columns).squeeze()).save(out / "grid.png")
     capacity = slots / tokens if tokens else None
@@ -432,6 +551,13 @@ def _write_png(out: Path) -> None:
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(write, range(len(images_NHWC))))
+
+
+def _write_geneval(out: Path, conditions: PromptConditions) -> None:
+    prompts = conditions.every_metadata
+    with np.load(out / "samples.npz") as file:
+        images_NHWC = file["arr_0"]
+    write_geneval(out / "geneval", images_NHWC, prompts, len(images_NHWC) // len(prompts))
 
 
 class Watch:

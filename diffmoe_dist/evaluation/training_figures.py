@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import numpy as np
+import torch.distributed as dist
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.evaluation import report_figures as figures
-from diffmoe_dist.evaluation.generate import default_sampler, draw_labels, generate
+from diffmoe_dist.evaluation.conditions import Conditions
+from diffmoe_dist.evaluation.generate import default_sampler, generate
 from diffmoe_dist.evaluation.routing_report import recorded
 from diffmoe_dist.model.dit import DiT
 
 
-def training_figures(model: DiT, config: Config, rank: int, world_size: int) -> dict[str, np.ndarray]:
+def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict[str, np.ndarray]:
     """Figures of the report by name, (H, W, C) uint8 each, on the first rank; nothing on the others; collective.
 
     Every rank draws its share of `sample.num` images, and the figures are of the first rank's.
     """
-    settings = config.sample
+    settings, rank, world_size = config.sample, dist.get_rank(), dist.get_world_size()
     share = -(-settings.num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
-    labels = draw_labels("balanced", share * world_size, list(range(config.model.num_classes)), config.seed)
-    mine = [labels[number] for number in numbers]
     objective = build_objective(config.objective)
     with recorded(model, objective) as recorder:
         generate(
-            model, objective, numbers, mine, seed=config.seed, sampler=default_sampler(config.objective.name),
+            model, objective, numbers, conditions, seed=config.seed, sampler=default_sampler(config.objective.name),
             steps=settings.steps, guidance=Guidance(settings.cfg_scale),
         )  # fmt: skip
     if rank != 0:
         return {}
     trace, blocks = recorder.trace(), config.moe_blocks
+    labels = [conditions.label(number) for number in numbers]
     drawn = {
         "capacity_over_steps": figures.capacity_figure(trace, blocks, getattr(config.moe, "capacity", None)),
-        "capacity_by_class": figures.class_figure(trace.conditional, mine),
+        f"capacity_by_{conditions.kind}": figures.class_figure(trace.conditional, labels, conditions.name),
         "expert_load": figures.load_in_sampling_figure(trace.conditional, blocks),
         "experts_and_steps": figures.expert_times_figure(trace.conditional, blocks),
-        "experts_and_classes": figures.expert_classes_figure(trace.conditional, blocks, mine),
+        f"experts_and_{conditions.kinds}": figures.expert_classes_figure(
+            trace.conditional, blocks, labels, conditions.kind
+        ),
     }
     if trace.overlap_PL is not None:
         drawn["count_and_threshold"] = figures.overlap_figure(trace, blocks)

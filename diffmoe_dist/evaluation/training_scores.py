@@ -12,8 +12,9 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import Conditions, run_conditions
 from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
-from diffmoe_dist.evaluation.generate import Decode, default_sampler, draw_labels, generate, open_decoder, to_uint8
+from diffmoe_dist.evaluation.generate import Decode, default_sampler, generate, open_decoder, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
 from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
@@ -28,6 +29,7 @@ class TrainingScores:
     extractor: Extractor
     reference: Statistics
     decode: Decode
+    conditions: Conditions
 
     def __call__(self, model: DiT) -> dict[str, float]:
         """The score by the name it has in metrics.jsonl; collective. Every rank makes the same forward passes."""
@@ -35,13 +37,12 @@ class TrainingScores:
         num, batch = config.score.num, config.train.micro_batch_size
         assert batch is not None, "check_world fills it in"
         share = -(-num // ranks)
-        labels = draw_labels("balanced", share * ranks, list(range(config.model.num_classes)), config.seed)
         objective = build_objective(config.objective)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
         for start in range(rank * share, (rank + 1) * share, batch):
             numbers = list(range(start, min(start + batch, (rank + 1) * share)))
             drawn = generate(
-                model, objective, numbers, [labels[number] for number in numbers],
+                model, objective, numbers, self.conditions,
                 seed=config.seed, sampler=default_sampler(config.objective.name), steps=config.sample.steps,
                 guidance=Guidance(config.sample.cfg_scale),
             )  # fmt: skip
@@ -82,4 +83,4 @@ def open_training_scores(config: Config, device: torch.device) -> TrainingScores
             f"score.reference={path}: its statistics are of {len(reference.mean_F)} features, but "
             f"score.features={features} gives {probe.shape[1]}; make one of it with --make-reference"
         )
-    return TrainingScores(config, extractor, reference.to(device), decode)
+    return TrainingScores(config, extractor, reference.to(device), decode, run_conditions(config))

@@ -45,6 +45,17 @@ class TextCondition:
 Condition = Tensor | TextCondition  # (N,) int64 class labels, or captions
 
 
+def is_null(condition: Condition, null_label: int) -> Tensor:
+    """(N,) bool: images that are told nothing."""
+    return condition.null if isinstance(condition, TextCondition) else condition == null_label
+
+
+def on_device(condition: Condition, device: torch.device) -> Condition:
+    if isinstance(condition, TextCondition):
+        return condition.map(lambda tensor: tensor.to(device))
+    return condition.to(device)
+
+
 def join(first: Condition, second: Condition) -> Condition:
     """The conditions of two batches as those of one."""
     if not isinstance(first, TextCondition):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffmoe_dist.config import Config, ModelConfig
 from diffmoe_dist.model.blocks import CrossAttention, DiTBlock, FinalLayer
-from diffmoe_dist.model.condition import Condition, TextCondition
+from diffmoe_dist.model.condition import Condition, TextCondition, is_null
 from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TextEmbedder, TimestepEmbedder, position_table
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import Experts, MoELayer
@@ -78,9 +78,10 @@ class DiT(nn.Module):
         text: tuple[Tensor, Tensor] | None = None
         if isinstance(y, TextCondition):
             tokens, embedded = self.y_embedder(y)  # (N, L, D), (N, D)
-            text, null_N = (tokens, y.mask), y.null
+            text = (tokens, y.mask)
         else:
-            embedded, null_N = self.y_embedder(y), y == self.num_classes
+            embedded = self.y_embedder(y)
+        null_N = is_null(y, self.num_classes)
         condition = self.t_embedder(t) + embedded  # (N, D)
         routings = []
         for block in self.blocks:

@@ -62,7 +62,7 @@ def test_a_stream_opens_without_looking_at_its_shards() -> None:
         ({"mixture": [{"shards": "b"}, {"weight": 2}]}, r"data.mixture\[1\].shards is not set"),
         ({"mixture": [{"shards": "b", "weight": 0}]}, r"data.mixture\[0\].weight=0.0 must be above 0"),
         ({"mixture": [{"shards": "b", "wait": 1}]}, "wait"),
-        ({"shards": "a", "text": "b"}, "data.text=b: the model is told classes and reads no captions"),
+        ({"shards": "a", "text": "b"}, "data.text=b has no effect with model.condition=class"),
         ({"shards": "a", "latents": "b", "stream": True}, "data.stream=true reads one stream of images"),
         ({"shards": "a", "allow_pipe": True}, "data.allow_pipe=true has no effect without data.stream=true"),
     ],

@@ -166,11 +166,16 @@ class FakeModel:
         return z * (1 + y)[:, None, None, None] + t[:, None, None, None], y[:, None, None, None].expand_as(z)
 
 
+def guided_denoiser(model: FakeModel, labels: Tensor, guidance: Guidance) -> Denoiser:
+    nulls = torch.full_like(labels, 10)
+    return with_guidance(model, labels, nulls, torch.cat([labels, nulls]), guidance)
+
+
 def test_guidance_of_scale_one_is_one_pass_with_the_labels() -> None:
     model, labels = FakeModel(), torch.tensor([3, 7])
     z, t = torch.ones(2, 1, 2, 2), torch.tensor([0.1, 0.2])
 
-    prediction, variance = with_guidance(model, labels, null_label=10, guidance=Guidance(1.0))(z, t)
+    prediction, variance = guided_denoiser(model, labels, Guidance(1.0))(z, t)
 
     assert model.labels == [[3, 7]]
     assert torch.equal(prediction, FakeModel()(z, t, labels)[0])
@@ -182,7 +187,7 @@ def test_guidance_goes_from_the_null_prediction_past_the_conditional_one(scale: 
     model, labels = FakeModel(), torch.tensor([3, 7])
     z, t = torch.full((2, 1, 2, 2), 2.0), torch.tensor([0.1, 0.2])
 
-    prediction, variance = with_guidance(model, labels, null_label=10, guidance=Guidance(scale))(z, t)
+    prediction, variance = guided_denoiser(model, labels, Guidance(scale))(z, t)
 
     # By hand: null 2 * 11 + t, conditional 2 * 4 + t and 2 * 8 + t.
     expected = [22.1 + scale * (8.1 - 22.1), 22.2 + scale * (16.2 - 22.2)]
@@ -196,7 +201,7 @@ def test_guidance_acts_on_every_channel() -> None:
     z, t = torch.rand(2, 4, 2, 2, generator=torch.Generator().manual_seed(0)) + 1, torch.zeros(2)
     labels = torch.tensor([3, 7])
 
-    guided, _ = with_guidance(FakeModel(), labels, null_label=10, guidance=Guidance(2.0))(z, t)
+    guided, _ = guided_denoiser(FakeModel(), labels, Guidance(2.0))(z, t)
 
     assert torch.allclose(guided, z * torch.tensor([11 - 2 * 7, 11 - 2 * 3.0])[:, None, None, None], atol=1e-5)
 
@@ -205,8 +210,8 @@ def test_of_the_channels_that_are_not_guided_the_conditional_prediction_is_taken
     z, t = torch.rand(2, 4, 2, 2, generator=torch.Generator().manual_seed(0)) + 1, torch.zeros(2)
     labels = torch.tensor([3, 7])
 
-    guided, _ = with_guidance(FakeModel(), labels, 10, Guidance(2.0, channels=3))(z, t)
-    everywhere, _ = with_guidance(FakeModel(), labels, 10, Guidance(2.0))(z, t)
+    guided, _ = guided_denoiser(FakeModel(), labels, Guidance(2.0, channels=3))(z, t)
+    everywhere, _ = guided_denoiser(FakeModel(), labels, Guidance(2.0))(z, t)
 
     assert torch.equal(guided[:, :3], everywhere[:, :3])
     assert torch.equal(guided[:, 3:], FakeModel()(z, t, labels)[0][:, 3:])
@@ -215,7 +220,7 @@ def test_of_the_channels_that_are_not_guided_the_conditional_prediction_is_taken
 @pytest.mark.parametrize(("time", "guides"), [(0.0, False), (0.3, True), (0.5, True), (0.7, True), (0.75, False)])
 def test_outside_its_interval_guidance_is_one_conditional_pass(time: float, guides: bool) -> None:
     model, labels, z = FakeModel(), torch.tensor([3, 7]), torch.ones(2, 1, 2, 2)
-    denoise = with_guidance(model, labels, 10, Guidance(2.0, interval=(0.3, 0.7)))
+    denoise = guided_denoiser(model, labels, Guidance(2.0, interval=(0.3, 0.7)))
 
     denoise(z, torch.full((2,), time))
 
@@ -224,7 +229,7 @@ def test_outside_its_interval_guidance_is_one_conditional_pass(time: float, guid
 
 def test_an_interval_in_the_integer_times_of_a_ddpm_holds_its_ends() -> None:
     model = FakeModel()
-    denoise = with_guidance(model, torch.tensor([3]), 10, Guidance(2.0, interval=(200, 700)))
+    denoise = guided_denoiser(model, torch.tensor([3]), Guidance(2.0, interval=(200, 700)))
 
     for time in (199, 200, 700, 701):
         denoise(torch.ones(1, 1, 2, 2), torch.tensor([time]))
@@ -236,8 +241,8 @@ def test_guidance_in_one_pass_is_that_of_two_where_no_pool_mixes_them() -> None:
     model, labels = FakeModel(), torch.tensor([3, 7])
     z, t = torch.rand(2, 4, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.2])
 
-    prediction, variance = with_guidance(model, labels, 10, Guidance(1.5, one_pass=True))(z, t)
-    two, variance_of_two = with_guidance(FakeModel(), labels, 10, Guidance(1.5))(z, t)
+    prediction, variance = guided_denoiser(model, labels, Guidance(1.5, one_pass=True))(z, t)
+    two, variance_of_two = guided_denoiser(FakeModel(), labels, Guidance(1.5))(z, t)
 
     assert model.labels == [[3, 7, 10, 10]]
     assert torch.equal(prediction, two)

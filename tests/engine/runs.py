@@ -59,7 +59,7 @@ def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     topology = create_topology(launch, torch.device("cpu"), config.parallel.expert)
     index = open_data(config)
     start = find_start(config, index, world_size)
-    return build_trainer(config, topology, index, start, draw_samples=lambda model: None)  # type: ignore
+    return build_trainer(config, topology, index, start)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from diffmoe_dist.engine.planning import (
     workload,
 )
 from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT, initialize
 from tests.distributed import run_ranks
 from tests.engine.runs import make_trainer, tiny_config
@@ -206,13 +207,22 @@ def test_every_kind_of_bytes_is_sent_in_some_case(measured: Any) -> None:
 # Estimates
 
 
+TEXT = {
+    "model": {
+        "condition": "text", "num_classes": 0, "text_hidden_size": 32, "text_max_length": 16, "text_pooled_size": 24
+    },
+    "data": {"text": "unused"},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         DENSE, {}, {"moe": {"router": "token_choice"}}, {"moe": {"router": "prototype"}},
         {"moe": {"router": "token_choice", "activation": "swiglu", "shared_experts": 1}}, {"precision": "bf16"},
+        TEXT, {**TEXT, "precision": "bf16"},
     ],
-    ids=["dense", "global pool", "token choice", "prototype", "swiglu", "bf16"],
+    ids=["dense", "global pool", "token choice", "prototype", "swiglu", "bf16", "text", "text in bf16"],
 )  # fmt: skip
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings: Case) -> None:
     shape = {"model": {"depth": 4, "hidden_size": 64, "num_heads": 4, "input_size": 16, "in_channels": 1}}
@@ -226,11 +236,15 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings: Case)
         model.bfloat16()
     labels = torch.zeros(images, dtype=torch.int64)
     labels[: round(images * config.train.label_dropout)] = 10  # the null label
-    kept = _saved_bytes(model, torch.randn(images, 1, 16, 16), torch.rand(images), labels)
+    told: Condition = labels
+    if config.model.condition == "text":
+        mask = torch.arange(16) < torch.randint(1, 17, (images, 1))
+        told = TextCondition(torch.randn(images, 16, 32).half(), mask, torch.randn(images, 24).half(), labels == 10)
+    kept = _saved_bytes(model, torch.randn(images, 1, 16, 16), torch.rand(images), told)
     assert activation_bytes(config, work) == pytest.approx(kept, rel=0.03)
 
 
-def _saved_bytes(model: DiT, *inputs: Tensor) -> int:
+def _saved_bytes(model: DiT, *inputs: Any) -> int:
     storages: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

@@ -17,6 +17,7 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import ClassLabels
 from diffmoe_dist.evaluation.generate import generate
 from diffmoe_dist.evaluation.report_page import write_report
 from diffmoe_dist.evaluation.routing_report import RoutingTrace, overlap_of_rules, recorded
@@ -59,7 +60,14 @@ def trace_of(model: DiT, config: Any, guidance: Guidance, labels: list[int]) -> 
     objective = build_objective(config.objective)
     with recorded(model, objective) as recorder:
         generate(
-            model, objective, list(range(len(labels))), labels, seed=0, sampler="euler", steps=4, guidance=guidance
+            model,
+            objective,
+            list(range(len(labels))),
+            ClassLabels(labels, 10),
+            seed=0,
+            sampler="euler",
+            steps=4,
+            guidance=guidance,
         )
     return recorder.trace()
 

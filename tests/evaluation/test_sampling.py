@@ -9,11 +9,11 @@ from diffmoe_dist.config import build_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import ClassLabels, draw_labels
 from diffmoe_dist.evaluation.generate import (
     UINT8_RULE,
     Generated,
     choose_sampler,
-    draw_labels,
     generate,
     to_uint8,
 )
@@ -42,10 +42,12 @@ def model() -> DiT:
     return model.eval()
 
 
+DIGITS = ClassLabels(list(range(10)), null_label=10)
+
+
 def draw(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
     objective = build_objective(build_config(CONFIG).objective)
-    labels = [number % 10 for number in numbers]
-    return generate(model, objective, numbers, labels, seed=seed, sampler=sampler, steps=10, guidance=Guidance(2.0))
+    return generate(model, objective, numbers, DIGITS, seed=seed, sampler=sampler, steps=10, guidance=Guidance(2.0))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])

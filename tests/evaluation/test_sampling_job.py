@@ -23,10 +23,12 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import ClassLabels
 from diffmoe_dist.evaluation.generate import generate
 from diffmoe_dist.evaluation.sampling_job import (
     SamplingSettings,
     describe_job,
+    open_conditions,
     sample_to_folder,
     share_experts,
     weights_fingerprint,
@@ -68,7 +70,7 @@ def draw_share(rank: int, ranks: int, run: Path, cases: list[tuple[int, int]]) -
             numbers = blocks[place] if place < len(blocks) else blocks[0]
             if place < len(blocks) or expert > 1:
                 result = generate(
-                    model, build_objective(config.objective), numbers, [LABELS[number] for number in numbers],
+                    model, build_objective(config.objective), numbers, ClassLabels(LABELS, 10),
                     seed=3, sampler="euler", steps=10, guidance=Guidance(2.0),
                 )  # fmt: skip
                 if place < len(blocks):
@@ -297,4 +299,5 @@ def test_a_setting_that_would_be_ignored_or_does_not_fit_is_refused(
 
     with pytest.raises(UserError, match=message):
         settings.check()
-        describe_job(settings, load_config(trained / "config.yaml"), weights="")
+        config = load_config(trained / "config.yaml")
+        describe_job(settings, config, weights="", conditions=open_conditions(settings, config, CPU))

@@ -14,6 +14,7 @@ from diffmoe_dist.config import check_world
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import ClassLabels
 from diffmoe_dist.evaluation.generate import generate, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics, frechet_distance
 from diffmoe_dist.evaluation.training_scores import open_training_scores
@@ -75,7 +76,7 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
     config = tiny_config(runs / "alone", digits)
     numbers = list(range(21))
     drawn = generate(
-        load_model(runs / "alone"), build_objective(config.objective), numbers, [number % 10 for number in numbers],
+        load_model(runs / "alone"), build_objective(config.objective), numbers, ClassLabels(range(10), 10),
         seed=0, sampler="euler", steps=3, guidance=Guidance(1.5),
     )  # fmt: skip
     moments = Moments(12, CPU)

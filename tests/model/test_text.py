@@ -28,7 +28,7 @@ def make_config(moe: dict[str, Any], **model: Any) -> Config:
         "condition": "text", "num_classes": 0, "text_hidden_size": TEXT_WIDTH, "text_max_length": LENGTH,
         "text_pooled_size": POOLED, **model,
     }  # fmt: skip
-    return build_config({"run_dir": "r", "data": {"shards": "s"}, "model": settings, "moe": moe})
+    return build_config({"run_dir": "r", "data": {"shards": "s", "text": "t"}, "model": settings, "moe": moe})
 
 
 def make_model(moe: dict[str, Any], **model: Any) -> DiT:

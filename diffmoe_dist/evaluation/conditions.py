@@ -1,0 +1,161 @@
+"""What images are drawn from, by their number: classes, captions of the training data, or prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+
+from diffmoe_dist.config import Config, data_sets
+from diffmoe_dist.data.dataset import DataSet
+from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
+from diffmoe_dist.data.prompts import EncodedPrompts
+from diffmoe_dist.data.randomness import Stream, philox
+from diffmoe_dist.data.text import TextReader, pad_text
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.condition import Condition
+
+
+class Conditions(Protocol):
+    kind: str  # what `label` counts, such as class
+    kinds: str  # many of them
+
+    def of(self, numbers: Sequence[int]) -> Condition:
+        """What the model is told about the images with these numbers."""
+        ...
+
+    def null(self, count: int) -> Condition:
+        """What guidance moves away from, for so many images."""
+        ...
+
+    def noise_name(self, number: int) -> int:
+        """What the noise of an image is called, from 0 to 2**64 - 1: under one name there is one noise."""
+        ...
+
+    def label(self, number: int) -> int:
+        """The same number for images with the same condition."""
+        ...
+
+    def name(self, label: int) -> str:
+        """For people."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    labels: Sequence[int]  # of image 0, 1, ..., and then again from the first
+    null_label: int
+    kind, kinds = "class", "classes"
+
+    def of(self, numbers: Sequence[int]) -> Condition:
+        return torch.tensor([self.label(number) for number in numbers])
+
+    def null(self, count: int) -> Condition:
+        return torch.full((count,), self.null_label)
+
+    def noise_name(self, number: int) -> int:
+        return number
+
+    def label(self, number: int) -> int:
+        return self.labels[number % len(self.labels)]
+
+    def name(self, label: int) -> str:
+        return f"class {label}"
+
+
+class DataCaptions:
+    """The first captions of a data set's samples, in their order; guided away from the empty caption."""
+
+    kind, kinds = "caption", "captions"
+
+    def __init__(self, dataset: DataSet, max_length: int) -> None:
+        assert dataset.text is not None, dataset.where
+        self.base, self.reader, self.max_length = dataset.base, TextReader(dataset.text), max_length
+
+    def of(self, numbers: Sequence[int]) -> Condition:
+        return pad_text([self.reader.read(self.label(number), uniform=0.0) for number in numbers], self.max_length)
+
+    def null(self, count: int) -> Condition:
+        return pad_text([self.reader.null] * count, self.max_length)
+
+    def noise_name(self, number: int) -> int:
+        return number
+
+    def label(self, number: int) -> int:
+        return number % self.base.num_samples
+
+    def name(self, label: int) -> str:
+        payloads = self.base.read(label, (CAPTION_FIELD, METADATA_FIELD))
+        described = json.loads(payloads.get(METADATA_FIELD, b"{}"))
+        listed = described.get("captions") if isinstance(described, dict) else None
+        return str(listed[0]) if isinstance(listed, list) and listed else payloads.get(CAPTION_FIELD, b"").decode()
+
+
+class PromptConditions:
+    """Prompts in turn. The noise of an image belongs to its prompt: neither their order nor other prompts matter."""
+
+    kind, kinds = "prompt", "prompts"
+
+    def __init__(self, encoded: EncodedPrompts, max_length: int) -> None:
+        self.encoded, self.max_length = encoded, max_length
+        texts = [prompt.text for prompt in encoded.prompts]
+        self._times = Counter(texts)
+        seen: Counter[str] = Counter()
+        self._before = []  # how often a prompt stands above itself
+        for text in texts:
+            self._before.append(seen[text])
+            seen[text] += 1
+
+    def of(self, numbers: Sequence[int]) -> Condition:
+        return pad_text([self.encoded.caption(self.label(number)) for number in numbers], self.max_length)
+
+    def null(self, count: int) -> Condition:
+        return pad_text([self.encoded.negative] * count, self.max_length)
+
+    def noise_name(self, number: int) -> int:
+        label = self.label(number)
+        text = self.name(label)
+        copy = number // len(self.encoded.prompts) * self._times[text] + self._before[label]
+        return int.from_bytes(hashlib.sha256(f"{copy} {text}".encode()).digest()[:8], "little")
+
+    def label(self, number: int) -> int:
+        return number % len(self.encoded.prompts)
+
+    def name(self, label: int) -> str:
+        return self.encoded.prompts[label].text
+
+    @cached_property
+    def every_metadata(self) -> list[dict[str, Any]]:
+        """What their file says of the prompts; of each at least `prompt`."""
+        return [prompt.metadata or {"prompt": prompt.text} for prompt in self.encoded.prompts]
+
+
+def run_conditions(config: Config) -> Conditions:
+    """What a run draws images from for itself: its classes in turn, or the captions of its training data.
+
+    Raises:
+        UserError: the captions are not there.
+    """
+    if config.model.condition == "class":
+        return ClassLabels(list(range(config.model.num_classes)), config.model.num_classes)
+    entry = data_sets(config.data)[0]
+    if not entry.shards or not entry.text:
+        raise UserError(
+            "data.shards and data.text are not set, but captions are drawn from; give the run's own folders"
+        )
+    assert config.model.text_max_length is not None
+    return DataCaptions(DataSet.open(entry.shards, text=entry.text), config.model.text_max_length)
+
+
+def draw_labels(rule: Literal["balanced", "random"], num: int, classes: list[int], seed: int) -> list[int]:
+    """The labels of images 0 to num - 1: every class in turn, or each a function of (seed, its number)."""
+    if rule == "balanced":
+        return [classes[number % len(classes)] for number in range(num)]
+    draws = (int(philox(seed, Stream.SAMPLING, 2, number).random_raw()) for number in range(num))
+    return [classes[draw % len(classes)] for draw in draws]
