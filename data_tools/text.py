@@ -5,7 +5,6 @@ Shape legend: T tokens of a caption, padding excluded; D hidden size; P size of 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,7 +20,7 @@ from data_tools.shards import ShardRecord, atomic_file, write_shard
 from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
 from diffmoe_dist.data.index import ShardIndex, file_sha256
 from diffmoe_dist.data.latents import npy_bytes
-from diffmoe_dist.data.text import EncodedText, pooled_field, text_field
+from diffmoe_dist.data.text import EncodedText, captions_of, pooled_field, text_field
 from diffmoe_dist.data.text_encoder import USUAL_LENGTH, TextEncoder, encoder_kind, encoder_sha256
 from diffmoe_dist.errors import UserError
 
@@ -103,16 +102,8 @@ def describe_encoder(settings: TextSettings) -> dict[str, str | int]:
     }
 
 
-def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
-    """All captions of a sample, of which there may be none. Raises CorruptShardError for a `json` that is none."""
-    payloads = base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD))
-    try:
-        described = json.loads(payloads.get(METADATA_FIELD, b"{}"))
-        listed = described.get("captions") if isinstance(described, dict) else None
-        captions = listed if isinstance(listed, list) else [payloads.get(CAPTION_FIELD, b"").decode()]
-    except ValueError as error:
-        raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
-    found = [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+def _captions(base: ShardIndex, sample_id: int) -> list[str]:
+    found = captions_of(base, sample_id)
     if len(found) > _MAX_CAPTIONS:
         problem = f"key {base.key(sample_id)} has {len(found)} captions"
         raise UserError(f"BASE={base.folder}: {problem}; at most {_MAX_CAPTIONS} of an image are encoded")
@@ -146,7 +137,7 @@ def _samples(job: _Job, cut: list[str]) -> Iterator[tuple[str, Mapping[str, byte
     encoder, batch_size = open_encoder(job.settings), job.settings.batch_size
     ids = job.base.samples_of(job.shard)
     for start in range(0, len(ids), batch_size):
-        captions = {sample_id: captions_of(job.base, sample_id) for sample_id in ids[start : start + batch_size]}
+        captions = {sample_id: _captions(job.base, sample_id) for sample_id in ids[start : start + batch_size]}
         together = [caption for listed in captions.values() for caption in listed]
         lengths = zip(together, encoder.num_tokens(together), strict=True)
         cut += [caption for caption, length in lengths if length > encoder.max_length]

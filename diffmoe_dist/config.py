@@ -188,6 +188,11 @@ class DataConfig:
     shards: str | None = None
     latents: str | None = None  # a folder made from the shards by `encode-latents`; takes the place of their images
     text: str | None = None  # a folder made from the shards by `encode-text`
+    autoencoder: str | None = (
+        None  # in the place of latents: a local AutoencoderKL that encodes images as they are read
+    )
+    text_encoder: str | None = None  # in the place of text: a local CLIP or T5 that encodes captions as they are read
+    tokenizer: str | None = None  # of the text encoder, where it lies elsewhere
     mixture: list[MixtureConfig] = field(default_factory=list)  # several data sets, in place of the three above
     workers: int = 0
     flip: bool = False
@@ -561,9 +566,10 @@ def _check_places(config: Config) -> None:
         section = f"data.mixture[{number}]" if config.data.mixture else "data"
         if not entry.shards:
             raise UserError(f"{section}.shards is not set; give a folder made by `python -m data_tools pack`")
-        if config.model.condition == "text" and not entry.text:
+        if config.model.condition == "text" and not (entry.text or config.data.text_encoder):
             raise UserError(
-                f"{section}.text is not set, but model.condition=text; make it with `python -m data_tools encode-text`"
+                f"{section}.text is not set, but model.condition=text; make it with `python -m data_tools encode-text` "
+                "or give data.text_encoder"
             )
 
 
@@ -611,8 +617,26 @@ def _check_data(config: Config) -> None:
             raise UserError("data.stream=true reads images and classes, but model.condition=text; pack an index")
         if data.stream and (entry.latents or data.mixture):
             raise UserError("data.stream=true reads one stream of images; remove data.latents and data.mixture")
+    _check_online(config)
     if data.allow_pipe and not data.stream:
         raise UserError("data.allow_pipe=true has no effect without data.stream=true; remove it")
+
+
+def _check_online(config: Config) -> None:
+    """Encoders that run while the data are read take the place of folders, and of folders only."""
+    data, held_out = config.data, config.validation
+    if data.text_encoder and config.model.condition == "class":
+        raise UserError(f"data.text_encoder={data.text_encoder} has no effect with model.condition=class; remove it")
+    if data.tokenizer and not data.text_encoder:
+        raise UserError(f"data.tokenizer={data.tokenizer} has no effect without data.text_encoder; remove it")
+    for encoder, kind in (("autoencoder", "latents"), ("text_encoder", "text")):
+        folder = getattr(data, encoder)
+        if folder is None:
+            continue
+        if data.stream:
+            raise UserError(f"data.{encoder}={folder}: data.stream=true encodes nothing; pack an index, or remove it")
+        if getattr(held_out, kind) or any(getattr(entry, kind) for entry in data_sets(data)):
+            raise UserError(f"data.{encoder}={folder} encodes what data.{kind} holds already; give one of them")
 
 
 def data_sets(data: DataConfig) -> list[MixtureConfig]:

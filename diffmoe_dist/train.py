@@ -98,18 +98,19 @@ def train(config: Config, stop: StopSignals) -> int:
     from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
-    data = open_data(config)
+    data = open_data(config, device)
     held_out = open_held_out(config, data)
+    conditions = run_conditions(config, data)
     draw_samples = None
     if config.sample.every:
         decode = open_decoder(config, config.sample.decoder, "sample.decoder", device)
-        draw_samples = partial(training_grid, config=config, conditions=run_conditions(config), decode=decode)
+        draw_samples = partial(training_grid, config=config, conditions=conditions, decode=decode)
     draw_figures = None
     if config.log.figures_every:
         from diffmoe_dist.evaluation.training_figures import training_figures  # imports matplotlib
 
-        draw_figures = partial(training_figures, config=config, conditions=run_conditions(config))
-    score_samples = open_training_scores(config, device)
+        draw_figures = partial(training_figures, config=config, conditions=conditions)
+    score_samples = open_training_scores(config, conditions, device)
     prepare_run_dir(config)
     run_dir = Path(str(config.run_dir))
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")

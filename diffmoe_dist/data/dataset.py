@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.online import OnlineEncoders
 from diffmoe_dist.errors import UserError
 
 
@@ -64,6 +65,7 @@ class TrainingData:
     datasets: tuple[DataSet, ...]
     image_size: int  # height and width of what the model is given
     weights: tuple[float, ...] = (1.0,)
+    encoders: OnlineEncoders | None = None  # of what is not encoded yet
 
     def __post_init__(self) -> None:
         assert len(self.datasets) == len(self.weights) > 0, (self.datasets, self.weights)
@@ -88,6 +90,11 @@ class TrainingData:
             raise UserError(f"{self.datasets[0].where}: holds no images; give a folder that does, or its latents")
         return channels
 
+    @property
+    def read_size(self) -> int:
+        """Height and width of what is read: of pixels, or of stored latents."""
+        return self.image_size * (self.encoders.downsampling if self.encoders else 1)
+
     @cached_property
     def first_ids(self) -> tuple[int, ...]:
         """The sample id of each data set's sample 0."""
@@ -97,9 +104,11 @@ class TrainingData:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with every byte of the data and with the weights: what a run that is resumed must find again."""
-        if len(self.datasets) == 1 and self.datasets[0].fingerprints[1:] == [None, None]:
+        if len(self.datasets) == 1 and self.datasets[0].fingerprints[1:] == [None, None] and self.encoders is None:
             return self.datasets[0].base.fingerprint
+        parts: list[Any]
         parts = [[*dataset.fingerprints, weight] for dataset, weight in zip(self.datasets, self.weights, strict=True)]
+        parts += [] if self.encoders is None else [self.encoders.fingerprints]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def name_of(self, sample_id: int) -> str:

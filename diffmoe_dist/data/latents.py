@@ -145,6 +145,16 @@ class Autoencoder:
         return self.module.encode(images_NCHW).latent_dist.parameters  # type: ignore[no-any-return]
 
     @torch.no_grad()
+    def draw(self, images_NCHW: Tensor, noise_NChw: Tensor) -> Tensor:
+        """Latents (N, C, h, w) to train on, drawn with standard normal numbers as `LatentReader` draws stored ones."""
+        device = self.module.device
+        moments = self.moments(images_NCHW.to(device)).half().float()  # as they are stored
+        mean, logvar = moments.chunk(2, dim=1)
+        logvar = logvar.clamp(float(_LEAST_LOGVAR), float(_LARGEST_LOGVAR))
+        scale, shift = (mean.new_tensor(values)[:, None, None] for values in (self.scale, self.shift))
+        return (mean + torch.exp(0.5 * logvar) * noise_NChw.to(device) - shift) * scale
+
+    @torch.no_grad()
     def decode(self, latents_NChw: Tensor) -> Tensor:
         """Images (N, C, H, W), about [-1, 1], of scaled latents; a few at a time, for decoding needs much memory."""
         scale, shift = (latents_NChw.new_tensor(values)[:, None, None] for values in (self.scale, self.shift))

@@ -18,9 +18,10 @@ from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.format import LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, crop_image, decode_image
 from diffmoe_dist.data.latents import FLIP_VIEW, LatentReader
+from diffmoe_dist.data.online import OnlineEncoders
 from diffmoe_dist.data.order import MixtureOrder, batch_positions
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
-from diffmoe_dist.data.text import EncodedText, TextReader, pad_text
+from diffmoe_dist.data.text import EncodedText, TextReader, captions_of, choose_caption, pad_text
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.condition import TextCondition
 
@@ -43,6 +44,9 @@ class Batch:
     bad: Tensor  # (B,) int64: how many samples that do not decode were passed over in this place
     text: TextCondition | None = None
     null_text: TextCondition | None = None  # one row: what a dropped caption becomes
+    # What is not encoded yet, where that is done as it is read; `images` are pixels then.
+    latent_noise: Tensor | None = None  # (B, C, h, w) fp32, standard normal, of the autoencoder's posterior
+    captions: tuple[str, ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; from pinned memory without waiting for the copy."""
@@ -54,9 +58,9 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         def mapped(value: Any) -> Any:
-            return (
-                value.map(function) if isinstance(value, TextCondition) else None if value is None else function(value)
-            )
+            if isinstance(value, TextCondition):
+                return value.map(function)
+            return function(value) if isinstance(value, Tensor) else value
 
         return Batch(**{field.name: mapped(getattr(self, field.name)) for field in dataclasses.fields(self)})
 
@@ -64,9 +68,12 @@ class Batch:
 class BatchBuffer:
     """The arrays of a batch, filled row by row."""
 
-    def __init__(self, count: int, channels: int, image_size: int) -> None:
+    def __init__(
+        self, count: int, channels: int, image_size: int, latent_CHW: tuple[int, int, int] | None = None
+    ) -> None:
         self.images = np.empty((count, channels, image_size, image_size), dtype=np.float32)
-        self.noise = np.empty_like(self.images)
+        self.noise = np.empty((count, *(latent_CHW or self.images.shape[1:])), dtype=np.float32)
+        self.latent_noise = None if latent_CHW is None else np.empty_like(self.noise)
         self.uniforms = np.empty((3, count))  # time, drop, flip
         self.labels, self.sample_ids, self.epochs, self.bad = np.empty((4, count), dtype=np.int64)
 
@@ -78,7 +85,12 @@ class BatchBuffer:
     def flips(self, row: int) -> bool:
         return bool(self.uniforms[2, row] < 0.5)
 
-    def batch(self, text: TextCondition | None = None, null_text: TextCondition | None = None) -> Batch:
+    def batch(
+        self,
+        text: TextCondition | None = None,
+        null_text: TextCondition | None = None,
+        captions: tuple[str, ...] | None = None,
+    ) -> Batch:
         return Batch(
             images=torch.from_numpy(self.images),
             labels=torch.from_numpy(self.labels),
@@ -90,6 +102,8 @@ class BatchBuffer:
             bad=torch.from_numpy(self.bad),
             text=text,
             null_text=null_text,
+            latent_noise=None if self.latent_noise is None else torch.from_numpy(self.latent_noise),
+            captions=captions,
         )
 
 
@@ -119,6 +133,9 @@ def parse_label(payload: bytes, num_classes: int) -> int:
     return label
 
 
+Caption = EncodedText | str | None  # encoded before, to be encoded, or none
+
+
 @dataclass(frozen=True)
 class _Draws:
     """What is drawn for a place after what `BatchBuffer.draw` does; a sample that stands in is given the same."""
@@ -131,8 +148,9 @@ class _Draws:
 class _SampleReader:
     """Reads the samples of one data set."""
 
-    def __init__(self, dataset: DataSet, flip: bool) -> None:
+    def __init__(self, dataset: DataSet, flip: bool, draws_latents: bool, reads_captions: bool) -> None:
         self.base, self.flip = dataset.base, flip
+        self.draws_latents, self.reads_captions = draws_latents or dataset.latents is not None, reads_captions
         self.latents = None if dataset.latents is None else LatentReader(dataset.latents)
         self.text = None if dataset.text is None else TextReader(dataset.text)
         self._fields = {LABEL_FIELD, *(self.base.image_fields if self.latents is None else ())}
@@ -146,10 +164,11 @@ class _SampleReader:
             )
 
     def draw(self, generator: np.random.Generator, flip: bool, shape_CHW: tuple[int, ...]) -> _Draws:
-        noise = None if self.latents is None else generator.standard_normal(shape_CHW, dtype=np.float32)
-        return _Draws(self.flip and flip, noise, None if self.text is None else generator.random())
+        noise = generator.standard_normal(shape_CHW, dtype=np.float32) if self.draws_latents else None
+        uniform = generator.random() if self.text is not None or self.reads_captions else None
+        return _Draws(self.flip and flip, noise, uniform)
 
-    def read(self, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, EncodedText | None]:
+    def read(self, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, Caption]:
         """Write the image or the latent. Returns the label and the caption.
 
         Raises ImageError for a bad sample, CorruptShardError for damage.
@@ -160,8 +179,14 @@ class _SampleReader:
             self.latents.read(sample_id, draws.flip, draws.latent_noise_CHW, out_CHW)
         else:
             self._read_pixels(sample_id, payloads, draws.flip, out_CHW)
-        text = None if self.text is None else self.text.read(sample_id, draws.caption_uniform or 0.0)
-        return self._label(payloads, sample_id), text
+        return self._label(payloads, sample_id), self._caption(sample_id, draws.caption_uniform)
+
+    def _caption(self, sample_id: int, uniform: float | None) -> Caption:
+        if uniform is None:
+            return None
+        if self.text is None:
+            return choose_caption(captions_of(self.base, sample_id), uniform)
+        return self.text.read(sample_id, uniform)
 
     def _read_pixels(self, sample_id: int, payloads: dict[str, bytes], flip: bool, out_CHW: np.ndarray) -> None:
         payload = next((payloads[field] for field in self.base.image_fields if field in payloads), None)
@@ -186,33 +211,41 @@ class TrainingDataset(Dataset[Batch]):
     """Stream positions in, one `Batch` out. A whole micro-batch is one item, so that small images cost no collation."""
 
     def __init__(self, data: TrainingData, seed: int, flip: bool) -> None:
-        self.data, self.seed = data, seed
-        self._readers = [_SampleReader(dataset, flip) for dataset in data.datasets]
+        self.seed = seed
+        autoencoder = data.encoders.autoencoder if data.encoders else None
+        encodes_text = data.encoders is not None and data.encoders.text is not None
+        self._latent_CHW = None
+        if autoencoder is not None:
+            self._latent_CHW = (autoencoder.latent_channels, data.image_size, data.image_size)
+        self._readers = [
+            _SampleReader(dataset, flip, autoencoder is not None, encodes_text) for dataset in data.datasets
+        ]
         self._order = MixtureOrder([reader.base.num_samples for reader in self._readers], data.weights, seed)
-        self._first_ids, self._channels = data.first_ids, data.channels
+        self._first_ids, self._channels, self._read_size = data.first_ids, data.channels, data.read_size
         texts = [reader.text for reader in self._readers if reader.text]
         self._text_length = max((text.spec.max_length for text in texts), default=0)
         self._null_text = pad_text([texts[0].null], self._text_length) if texts else None
 
     def __getitem__(self, positions: range) -> Batch:
-        buffer = BatchBuffer(len(positions), self._channels, self.data.image_size)
-        captions = []
+        buffer = BatchBuffer(len(positions), self._channels, self._read_size, self._latent_CHW)
+        captions: list[Caption] = []
         for row, position in enumerate(positions):
             number, epoch, sample_id = self._order[position]
             name = self._first_ids[number] + sample_id
             generator = sample_generator(self.seed, Stream.TRAINING, epoch, name)
             buffer.draw(row, generator)
             image = buffer.images[row]
-            draws = self._readers[number].draw(generator, buffer.flips(row), image.shape)
+            draws = self._readers[number].draw(generator, buffer.flips(row), buffer.noise[row].shape)
+            if buffer.latent_noise is not None:
+                buffer.latent_noise[row] = draws.latent_noise_CHW
             buffer.epochs[row], buffer.sample_ids[row] = epoch, name
             buffer.bad[row], buffer.labels[row], caption = self._read(number, sample_id, draws, image)
             captions.append(caption)
-        text = pad_text([caption for caption in captions if caption], self._text_length) if self._text_length else None
-        return buffer.batch(text, self._null_text)
+        encoded = [caption for caption in captions if isinstance(caption, EncodedText)]
+        texts = tuple(caption for caption in captions if isinstance(caption, str))
+        return buffer.batch(pad_text(encoded, self._text_length) if encoded else None, self._null_text, texts or None)
 
-    def _read(
-        self, number: int, sample_id: int, draws: _Draws, out_CHW: np.ndarray
-    ) -> tuple[int, int, EncodedText | None]:
+    def _read(self, number: int, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, int, Caption]:
         """Read a sample, or another one in the place of a bad one. Returns how many were bad, label and caption."""
         reader, reason = self._readers[number], ""
         for bad, candidate in enumerate(self._candidates(number, sample_id)):
@@ -249,8 +282,9 @@ class MicroBatchSampler(Sampler[range]):
 class BatchLoader:
     """An endless iterator over a rank's micro-batches. Close it to end its worker processes."""
 
-    def __init__(self, loader: DataLoader[Batch]) -> None:
+    def __init__(self, loader: DataLoader[Batch], encoders: OnlineEncoders | None = None) -> None:
         self._batches: Iterator[Batch] | None = iter(loader)
+        self._encoders = encoders
 
     def __iter__(self) -> BatchLoader:
         return self
@@ -261,7 +295,7 @@ class BatchLoader:
         batch = next(self._batches)
         for sample_id in batch.sample_ids[batch.bad > 0].tolist():
             logger.warning("%s", self.describe_bad(sample_id))
-        return batch
+        return batch if self._encoders is None else self._encoders.encode(batch)
 
     def describe_bad(self, sample_id: int) -> str:
         raise NotImplementedError
@@ -296,7 +330,9 @@ class TrainingLoader(BatchLoader):
         pin_memory: bool = False,
     ) -> None:
         sampler = MicroBatchSampler(images_seen, global_batch_size, micro_batch_size, rank, world_size)
-        super().__init__(make_loader(TrainingDataset(data, seed, flip), sampler, num_workers, pin_memory))
+        super().__init__(
+            make_loader(TrainingDataset(data, seed, flip), sampler, num_workers, pin_memory), data.encoders
+        )
         self.data = data
 
     def describe_bad(self, sample_id: int) -> str:

@@ -6,13 +6,14 @@ Shape legend: B samples, T tokens of one caption, L tokens after padding, D hidd
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from diffmoe_dist.data.format import ABSENT, POOLED_TEXT_FIELD, TEXT_FIELD, File
+from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, METADATA_FIELD, POOLED_TEXT_FIELD, TEXT_FIELD, File
 from diffmoe_dist.data.index import ShardIndex, file_sha256
 from diffmoe_dist.data.latents import read_fp16
 from diffmoe_dist.errors import UserError
@@ -35,6 +36,23 @@ def text_field(caption: int) -> str:
 
 def pooled_field(caption: int) -> str:
     return f"{caption}.{POOLED_TEXT_FIELD}"
+
+
+def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
+    """All captions of a sample, of which there may be none. Raises CorruptShardError for a `json` that is none."""
+    payloads = base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD))
+    try:
+        described = json.loads(payloads.get(METADATA_FIELD, b"{}"))
+        listed = described.get("captions") if isinstance(described, dict) else None
+        captions = listed if isinstance(listed, list) else [payloads.get(CAPTION_FIELD, b"").decode()]
+    except ValueError as error:
+        raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
+def choose_caption(captions: Sequence[str], uniform: float) -> str:
+    """One of the captions, each as likely as the others, or the empty one; `uniform` in [0, 1) decides."""
+    return captions[int(uniform * len(captions))] if captions else ""
 
 
 class TextReader:

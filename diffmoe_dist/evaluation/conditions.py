@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 
-from diffmoe_dist.config import Config, data_sets
-from diffmoe_dist.data.dataset import DataSet
-from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
+from diffmoe_dist.config import Config
+from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.prompts import EncodedPrompts
 from diffmoe_dist.data.randomness import Stream, philox
-from diffmoe_dist.data.text import TextReader, pad_text
-from diffmoe_dist.errors import UserError
+from diffmoe_dist.data.stream import StreamedData
+from diffmoe_dist.data.text import EncodedText, TextReader, captions_of, choose_caption, pad_text
+from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.model.condition import Condition
 
 
@@ -74,15 +73,22 @@ class DataCaptions:
 
     kind, kinds = "caption", "captions"
 
-    def __init__(self, dataset: DataSet, max_length: int) -> None:
-        assert dataset.text is not None, dataset.where
-        self.base, self.reader, self.max_length = dataset.base, TextReader(dataset.text), max_length
+    def __init__(self, dataset: DataSet, encoder: TextEncoder | None, max_length: int) -> None:
+        self.base, self.max_length = dataset.base, max_length
+        self._read: Callable[[int], EncodedText]
+        if encoder is not None:
+            self._read = lambda label: encoder.encode_alone(self.name(label))
+            self._null = encoder.encode_alone("")
+        else:
+            assert dataset.text is not None, dataset.where
+            reader = TextReader(dataset.text)
+            self._read, self._null = lambda label: reader.read(label, uniform=0.0), reader.null
 
     def of(self, numbers: Sequence[int]) -> Condition:
-        return pad_text([self.reader.read(self.label(number), uniform=0.0) for number in numbers], self.max_length)
+        return pad_text([self._read(self.label(number)) for number in numbers], self.max_length)
 
     def null(self, count: int) -> Condition:
-        return pad_text([self.reader.null] * count, self.max_length)
+        return pad_text([self._null] * count, self.max_length)
 
     def noise_name(self, number: int) -> int:
         return number
@@ -91,10 +97,7 @@ class DataCaptions:
         return number % self.base.num_samples
 
     def name(self, label: int) -> str:
-        payloads = self.base.read(label, (CAPTION_FIELD, METADATA_FIELD))
-        described = json.loads(payloads.get(METADATA_FIELD, b"{}"))
-        listed = described.get("captions") if isinstance(described, dict) else None
-        return str(listed[0]) if isinstance(listed, list) and listed else payloads.get(CAPTION_FIELD, b"").decode()
+        return choose_caption(captions_of(self.base, label), uniform=0.0)
 
 
 class PromptConditions:
@@ -136,21 +139,17 @@ class PromptConditions:
         return [prompt.metadata or {"prompt": prompt.text} for prompt in self.encoded.prompts]
 
 
-def run_conditions(config: Config) -> Conditions:
+def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> Conditions:
     """What a run draws images from for itself: its classes in turn, or the captions of its training data.
 
-    Raises:
-        UserError: the captions are not there.
+    Args:
+        data: that it trains on; None will do for classes.
     """
     if config.model.condition == "class":
         return ClassLabels(list(range(config.model.num_classes)), config.model.num_classes)
-    entry = data_sets(config.data)[0]
-    if not entry.shards or not entry.text:
-        raise UserError(
-            "data.shards and data.text are not set, but captions are drawn from; give the run's own folders"
-        )
-    assert config.model.text_max_length is not None
-    return DataCaptions(DataSet.open(entry.shards, text=entry.text), config.model.text_max_length)
+    assert isinstance(data, TrainingData) and config.model.text_max_length is not None
+    encoder = data.encoders.text if data.encoders else None
+    return DataCaptions(data.datasets[0], encoder, config.model.text_max_length)
 
 
 def draw_labels(rule: Literal["balanced", "random"], num: int, classes: list[int], seed: int) -> list[int]:

@@ -144,8 +144,10 @@ def open_decoder(config: Config, folder: str | None, setting: str, device: torch
     Raises:
         UserError: latents without a decoder, pixels with one, or a decoder of other latents than the model's.
     """
+    folder = folder or config.data.autoencoder
     channels = config.model.in_channels
-    latents = channels not in (1, 3) or any(entry.latents for entry in data_sets(config.data))
+    latents = channels not in (1, 3) or config.data.autoencoder is not None
+    latents = latents or any(entry.latents for entry in data_sets(config.data))
     if not latents and folder is None:
         return lambda images: images
     if not latents:

@@ -135,9 +135,7 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
         record.get("one_pass", False),
     )
     seed, num = record.get("seed", 0), min(num_images, record.get("num", num_images))
-    conditions = run_conditions(config)
-    if "labels" in record:
-        conditions = job_classes(record, config)
+    conditions = job_classes(record, config) if "labels" in record else _run_conditions(config)
     objective = build_objective(config.objective)
 
     def drawn_images() -> Tensor:
@@ -160,6 +158,14 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
         "thresholds": "found anew for the averaged weights" if record.get("recalibrate") else "as trained",
     }
     return model, Drawn(_visible(images), conditions, settings, trace)
+
+
+def _run_conditions(config: Config) -> Conditions:
+    if config.model.condition == "class":
+        return run_conditions(config, None)
+    from diffmoe_dist.engine.build import open_data  # imports the training engine
+
+    return run_conditions(config, open_data(config))
 
 
 def _read_record(samples: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import Conditions, run_conditions
+from diffmoe_dist.evaluation.conditions import Conditions
 from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
 from diffmoe_dist.evaluation.generate import Decode, default_sampler, generate, open_decoder, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
@@ -53,7 +53,7 @@ class TrainingScores:
         return {f"{name}_{count_name(num)}": distance_on_all_ranks(moments, self.reference, rank)}
 
 
-def open_training_scores(config: Config, device: torch.device) -> TrainingScores | None:
+def open_training_scores(config: Config, conditions: Conditions, device: torch.device) -> TrainingScores | None:
     """The scores that a run asks for; None where it asks for none.
 
     Raises:
@@ -83,4 +83,4 @@ def open_training_scores(config: Config, device: torch.device) -> TrainingScores
             f"score.reference={path}: its statistics are of {len(reference.mean_F)} features, but "
             f"score.features={features} gives {probe.shape[1]}; make one of it with --make-reference"
         )
-    return TrainingScores(config, extractor, reference.to(device), decode, run_conditions(config))
+    return TrainingScores(config, extractor, reference.to(device), decode, conditions)

@@ -23,6 +23,7 @@ from diffmoe_dist.data.prompts import Prompt, encode_prompts
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
+from diffmoe_dist.engine.build import open_data
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.conditions import PromptConditions, run_conditions
 from diffmoe_dist.evaluation.generate import generate
@@ -94,7 +95,8 @@ def test_the_prompt_matters(folder: Path) -> None:
 
 def test_an_empty_prompt_is_the_null_condition(folder: Path) -> None:
     conditions = conditions_of(folder, TEXTS)
-    reader = run_conditions(load_config(folder / "run/config.yaml"))
+    config = load_config(folder / "run/config.yaml")
+    reader = run_conditions(config, open_data(config))
     empty, null, stored = conditions.of([2]), conditions.null(1), reader.null(1)
     for name in ("tokens", "mask", "pooled", "null"):
         assert torch.equal(getattr(empty, name), getattr(null, name)), name

@@ -24,6 +24,7 @@ from tests.engine.runs import metrics, tiny_config
 from tests.evaluation.colours import colours
 
 COLOURS = "tests.evaluation.colours:colours"
+DIGITS = ClassLabels(range(10), 10)
 CPU = torch.device("cpu")
 
 
@@ -37,7 +38,7 @@ def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[
         topology = create_topology(Launch(rank, world_size, rank, "environment"), CPU, config.parallel.expert)
         index = open_data(config)
         start = find_start(config, index, world_size)
-        scores = open_training_scores(config, CPU)
+        scores = open_training_scores(config, DIGITS, CPU)
         trainer = build_trainer(config, topology, index, start, lambda model: None, None, scores)  # type: ignore
         trainer.train()
         trainer.close()
@@ -76,7 +77,7 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
     config = tiny_config(runs / "alone", digits)
     numbers = list(range(21))
     drawn = generate(
-        load_model(runs / "alone"), build_objective(config.objective), numbers, ClassLabels(range(10), 10),
+        load_model(runs / "alone"), build_objective(config.objective), numbers, DIGITS,
         seed=0, sampler="euler", steps=3, guidance=Guidance(1.5),
     )  # fmt: skip
     moments = Moments(12, CPU)
@@ -92,7 +93,7 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
 
 def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference: Path, tmp_path: Path) -> None:
     def open_scores(**score: Any) -> None:
-        open_training_scores(tiny_config(Path("r"), digits, {"score": score}), CPU)
+        open_training_scores(tiny_config(Path("r"), digits, {"score": score}), DIGITS, CPU)
 
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3), extractor=np.array(COLOURS))
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((9, 8, 8, 1), dtype=np.uint8))
@@ -109,4 +110,4 @@ def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference:
     ):
         with pytest.raises(UserError, match=message):
             open_scores(**wrong)
-    assert open_training_scores(tiny_config(Path("r"), digits), CPU) is None
+    assert open_training_scores(tiny_config(Path("r"), digits), DIGITS, CPU) is None

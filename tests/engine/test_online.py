@@ -1,0 +1,151 @@
+"""Encoding images and captions as they are read, in the place of side folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_tools.latents import LatentSettings, encode_latents
+from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.engine.build import find_start, open_data
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation.conditions import run_conditions
+from diffmoe_dist.evaluation.generate import open_decoder
+from tests.data.test_latents import save_autoencoder
+from tests.data.test_text import save_encoder
+from tests.distributed import run_ranks
+from tests.engine.captions import save_captioned, text_settings
+from tests.engine.runs import TINY, curve, train_one
+
+MODEL = {"input_size": 4, "in_channels": 4}
+
+
+def online(folder: Path, **changes: Any) -> dict[str, Any]:
+    places = {"text": None, "text_encoder": str(folder / "encoder"), "autoencoder": str(folder / "vae"), "flip": True}
+    return {"model": MODEL, "data": {**places, **changes}}
+
+
+def side(folder: Path) -> dict[str, Any]:
+    return {"model": MODEL, "data": {"latents": str(folder / "latents"), "flip": True}}
+
+
+def config_of(folder: Path, settings: dict[str, Any], run: str = "unused") -> Config:
+    return build_config(TINY, text_settings(folder, run), {"train": {"steps": 5}}, settings)
+
+
+def train(rank: int, world_size: int, folder: Path) -> None:
+    for name, settings in {f"online-{world_size}": online(folder), f"side-{world_size}": side(folder)}.items():
+        train_one(rank, world_size, config_of(folder, settings, name))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = save_captioned(tmp_path_factory.mktemp("online"))
+    encode_latents(ShardIndex.open(out / "shards"), out / "latents", LatentSettings(save_autoencoder(out / "vae"), 8))
+    run_ranks(1, train, out)
+    run_ranks(2, train, out)
+    return out
+
+
+def first_batch(config: Config, workers: int = 0) -> Batch:
+    data = open_data(config)
+    assert isinstance(data, TrainingData)
+    loader = TrainingLoader(
+        data, seed=3, global_batch_size=30, micro_batch_size=30, rank=0, world_size=1, images_seen=0, flip=True,
+        num_workers=workers,
+    )  # fmt: skip
+    batch = next(loader)
+    loader.close()
+    return batch
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_is_the_one_that_side_folders_would_have_given(folder: Path, workers: int) -> None:
+    stored, read = first_batch(config_of(folder, side(folder))), first_batch(config_of(folder, online(folder)), workers)
+    for name in ("noise", "time_uniform", "drop_uniform", "sample_ids"):
+        assert torch.equal(getattr(read, name), getattr(stored, name)), name
+    assert read.images.shape == (30, 4, 4, 4)
+    # Images that are encoded together round the last bit before fp16 differently.
+    assert torch.allclose(read.images, stored.images, rtol=0, atol=2e-3 * float(stored.images.abs().max()))
+    for text in ("text", "null_text"):
+        for name in ("mask", "null"):
+            assert torch.equal(getattr(getattr(read, text), name), getattr(getattr(stored, text), name)), (text, name)
+        for name in ("tokens", "pooled"):
+            ours, theirs = (getattr(getattr(batch, text), name).float() for batch in (read, stored))
+            assert torch.allclose(ours, theirs, rtol=2e-3, atol=2e-3), (text, name)
+
+
+def test_one_seed_gives_one_loss_curve_on_any_ranks_also_when_encoding_as_it_reads(folder: Path) -> None:
+    one = curve(folder / "online-1")
+    assert len(one) == 5 and curve(folder / "online-2") == pytest.approx(one, abs=1e-6, rel=0)
+    assert one == pytest.approx(curve(folder / "side-1"), abs=1e-3)
+
+
+def test_what_a_sample_gives_does_not_depend_on_its_micro_batch(folder: Path) -> None:
+    data = open_data(config_of(folder, online(folder)))
+    assert isinstance(data, TrainingData)
+    parts = []
+    for micro in (30, 5):
+        loader = TrainingLoader(
+            data, seed=3, global_batch_size=30, micro_batch_size=micro, rank=0, world_size=1, images_seen=0, flip=True,
+            num_workers=0,
+        )  # fmt: skip
+        batches = [next(loader) for _ in range(30 // micro)]
+        parts.append([torch.cat([batch.images for batch in batches])])
+        parts[-1] += [torch.cat([batch.text.tokens for batch in batches])]  # type: ignore[union-attr]
+    assert all(torch.equal(whole, split) for whole, split in zip(*parts, strict=True))
+
+
+def test_pictures_that_a_run_draws_take_its_own_captions_and_autoencoder(folder: Path) -> None:
+    told = [run_conditions(config, open_data(config)) for config in (config_of(folder, online(folder)),
+                                                                    config_of(folder, side(folder)))]  # fmt: skip
+    assert [told[0].name(number) for number in range(4)] == [told[1].name(number) for number in range(4)]
+    ours, theirs = (conditions.of([0, 1, 2]) for conditions in told)
+    assert torch.allclose(ours.tokens.float(), theirs.tokens.float(), rtol=2e-3, atol=2e-3)  # type: ignore[union-attr]
+    decode = open_decoder(config_of(folder, online(folder)), None, "sample.decoder", torch.device("cpu"))
+    assert decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 8, 8)
+
+
+def test_a_run_does_not_go_on_with_another_encoder(folder: Path, tmp_path: Path) -> None:
+    def start(settings: dict[str, Any]) -> None:
+        config = config_of(folder, settings, "online-1")
+        check_world(config, 1)
+        find_start(config, open_data(config), 1)
+
+    start(online(folder))
+    other = save_autoencoder(tmp_path / "vae", scaling_factor=0.5)
+    with pytest.raises(UserError, match=r"data\.shards holds other data"):
+        start(online(folder, autoencoder=str(other)))
+    encoder = save_encoder(tmp_path / "encoder", "clip")
+    (encoder / "added.txt").write_text("a file more")  # of another download, say
+    with pytest.raises(UserError, match=r"model\.text_encoder_sha256=.* of another model"):
+        start(online(folder, text_encoder=str(encoder)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "t"}, r"data\.text_encoder=.*encoder encodes what data\.text holds already; give one of them"),
+        ({"latents": "l"}, r"data\.autoencoder=.*vae encodes what data\.latents holds already; give one of them"),
+        ({"text_encoder": None, "tokenizer": "k"}, r"data\.tokenizer=k has no effect without data\.text_encoder"),
+        ({"text_encoder": None}, r"data\.text is not set, but model\.condition=text; .* or give data\.text_encoder"),
+        ({"text_encoder": "nowhere"}, r"data\.text_encoder=nowhere: no config\.json that can be read"),
+        ({"autoencoder": "nowhere"}, r"data\.autoencoder=nowhere: no config\.json that can be read"),
+    ],
+)
+def test_encoders_that_contradict_folders_or_are_not_there_are_refused(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        open_data(config_of(folder, online(folder, **changes)))
+
+
+def test_an_autoencoder_that_does_not_fit_the_model_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.in_channels=3, but data\.shards=.* has 4; set it to 4"):
+        open_data(config_of(folder, {**online(folder), "model": {"input_size": 4, "in_channels": 3}}))
