@@ -34,6 +34,7 @@ _THUMBNAIL = 96  # pixels
 _SOURCES_HELP = """\
 SOURCE is the data to read; --source-format names its kind where the name does not tell:
   digits        scikit-learn's 1,797 handwritten digits, 8x8, gray; nothing is downloaded
+  shapes        2,880 drawn squares, triangles and crosses, 16x16, with captions; nothing is downloaded
   image-folder  a folder with a subfolder of images for each class, or of images alone
   ilsvrc-train  ILSVRC2012_img_train.tar, read in place
   ilsvrc-val    ILSVRC2012_img_val.tar, with --devkit
