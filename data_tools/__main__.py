@@ -97,6 +97,19 @@ example:
   python -m data_tools encode-text shards/coco shards/coco-t5 --encoder models/t5-v1_1-xxl --device cuda""",
 )
 
+_RANDOM_ENCODER_HELP = (
+    "a small text encoder with random weights, to try things out",
+    """\
+Write a CLIP text encoder of two layers, hidden size 64, whose weights are random numbers and whose tokens are the words
+in the captions of BASE. It tells captions apart and knows no meanings: to try out text-to-image training where no
+pretrained encoder is at hand.""",
+    """\
+example:
+  python -m data_tools pack shapes shards/shapes
+  python -m data_tools random-encoder shards/shapes models/random-clip
+  python -m data_tools encode-text shards/shapes shards/shapes-text --encoder models/random-clip --max-length 10""",
+)
+
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m data_tools", description="Prepare data for training.")
@@ -136,6 +149,9 @@ def _parser() -> CommandParser:
     add("--tokenizer", type=Path, metavar="DIR", help="local folder of its tokenizer (default: the encoder's)")
     add("--max-length", type=int, metavar="N", help="tokens of a caption at most (default: CLIP 77, T5 120)")
     _add_encoder_options(add, batch_size=32)
+    add = _command(commands, "random-encoder", _random_encoder, *_RANDOM_ENCODER_HELP)
+    add("base", metavar="BASE", type=Path, help="the folder with the captions")
+    add("out", metavar="OUT", type=Path, help="the folder to write, which must not be there")
     return parser
 
 
@@ -301,6 +317,15 @@ def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
     with _progress("encode-text", base.num_samples) as advance:
         written = encode_text(base, arguments.out, settings, workers=workers, on_shard=advance)
     _tell_encoded("text", written, arguments.out)
+
+
+def _random_encoder(arguments: argparse.Namespace, workers: Workers) -> None:
+    from data_tools.random_encoder import write_random_encoder
+
+    if arguments.workers != 1:
+        raise UserError(f"--workers={arguments.workers}: random-encoder is one small piece of work; leave it out")
+    words = write_random_encoder(ShardIndex.open(arguments.base), arguments.out)
+    sys.stdout.write(f"a random CLIP text encoder that knows {words} words: --encoder {arguments.out}\n")
 
 
 def _tell_encoded(kind: str, written: PackedFolder, out: Path) -> None:
