@@ -34,6 +34,7 @@ _THUMBNAIL = 96  # pixels
 _SOURCES_HELP = """\
 SOURCE is the data to read; --source-format names its kind where the name does not tell:
   digits        scikit-learn's 1,797 handwritten digits, 8x8, gray; nothing is downloaded
+  shapes        2,880 drawn squares, triangles and crosses, 16x16, with captions; nothing is downloaded
   image-folder  a folder with a subfolder of images for each class, or of images alone
   ilsvrc-train  ILSVRC2012_img_train.tar, read in place
   ilsvrc-val    ILSVRC2012_img_val.tar, with --devkit
@@ -110,6 +111,19 @@ examples:
   python -m diffmoe_dist.sample --checkpoint runs/t2i --out samples/t2i --prompts prompts.npz""",
 )
 
+_RANDOM_ENCODER_HELP = (
+    "a small text encoder with random weights, to try things out",
+    """\
+Write a CLIP text encoder of two layers, hidden size 64, whose weights are random numbers and whose tokens are the words
+in the captions of BASE. It tells captions apart and knows no meanings: to try out text-to-image training where no
+pretrained encoder is at hand.""",
+    """\
+example:
+  python -m data_tools pack shapes shards/shapes
+  python -m data_tools random-encoder shards/shapes models/random-clip
+  python -m data_tools encode-text shards/shapes shards/shapes-text --encoder models/random-clip --max-length 10""",
+)
+
 
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m data_tools", description="Prepare data for training.")
@@ -155,6 +169,9 @@ def _parser() -> CommandParser:
     _add_text_encoder(add)
     add("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: the empty caption)")
     _add_device(add)
+    add = _command(commands, "random-encoder", _random_encoder, *_RANDOM_ENCODER_HELP)
+    add("base", metavar="BASE", type=Path, help="the folder with the captions")
+    add("out", metavar="OUT", type=Path, help="the folder to write, which must not be there")
     return parser
 
 
@@ -346,6 +363,15 @@ def _encode_prompts(arguments: argparse.Namespace, workers: Workers) -> None:
         write_prompts(prompts, arguments.negative_prompt, arguments.out, settings, workers=workers, on_prompts=advance)
     num_bytes = arguments.out.stat().st_size
     sys.stdout.write(f"encoded {len(prompts)} prompts, {num_bytes} bytes: --prompts {arguments.out}\n")
+
+
+def _random_encoder(arguments: argparse.Namespace, workers: Workers) -> None:
+    from data_tools.random_encoder import write_random_encoder
+
+    if arguments.workers != 1:
+        raise UserError(f"--workers={arguments.workers}: random-encoder is one small piece of work; leave it out")
+    words = write_random_encoder(ShardIndex.open(arguments.base), arguments.out)
+    sys.stdout.write(f"a random CLIP text encoder that knows {words} words: --encoder {arguments.out}\n")
 
 
 def _tell_encoded(kind: str, written: PackedFolder, out: Path) -> None:

@@ -13,6 +13,7 @@ from data_tools.idx import IdxSource
 from data_tools.ilsvrc import train_source, validation_source
 from data_tools.image_folder import ImageFolderSource, image_paths
 from data_tools.pairs import PairsSource
+from data_tools.shapes import ShapesSource
 from data_tools.source import Source
 from data_tools.table import SUFFIXES, Columns, TableSource
 from data_tools.tars import TarFile
@@ -32,6 +33,7 @@ class SourceOptions:
 
 _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {
     "digits": lambda path, options: DigitsSource(),
+    "shapes": lambda path, options: ShapesSource(),
     "image-folder": lambda path, options: ImageFolderSource(path),
     "ilsvrc-train": lambda path, options: train_source(path),
     "ilsvrc-val": lambda path, options: validation_source(path, options.devkit),
@@ -45,6 +47,7 @@ _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {
 FORMATS = tuple(_READERS)
 _USES_IMAGES = ("coco", "table")
 _USES_COLUMNS = ("table", "hf-parquet")
+_MADE_HERE = ("digits", "shapes")  # named in the place of a path
 _FOLDERS = ("image-folder", "pairs")
 
 
@@ -52,9 +55,9 @@ def open_source(name: str, source_format: str | None, options: SourceOptions) ->
     """List the items of SOURCE. Raises UserError where it is not what its format says, or not to be guessed."""
     path = Path(name)
     if source_format is None:
-        source_format = "digits" if name == "digits" and not path.exists() else guess_format(path)
-    if source_format != "digits" and not path.exists():
-        raise UserError(f"SOURCE={name}: no such file or folder; give a path, or digits")
+        source_format = name if name in _MADE_HERE and not path.exists() else guess_format(path)
+    if source_format not in _MADE_HERE and not path.exists():
+        raise UserError(f"SOURCE={name}: no such file or folder; give a path, or {' or '.join(_MADE_HERE)}")
     if source_format in _FOLDERS and not path.is_dir():
         raise UserError(f"SOURCE={name}: {source_format} reads a folder; name one, or another --source-format")
     _refuse_unused(source_format, options)
@@ -66,7 +69,7 @@ def guess_format(path: Path) -> str:
     if path.is_dir():
         return _guess_folder(path)
     if not path.exists():
-        raise UserError(f"SOURCE={path}: no such file or folder; give a path, or digits")
+        raise UserError(f"SOURCE={path}: no such file or folder; give a path, or {' or '.join(_MADE_HERE)}")
     if path.suffix == ".tar":
         return _guess_tar(path)
     if "images-idx3" in path.name:
