@@ -1,4 +1,5 @@
 # make demo    train a small expert-parallel DiffMoE on digits, and look at what it draws
+# make demo-text    the same for text to image: shapes that are drawn as their prompts say; measures how many are
 # make test    every test, on CPU
 # make lint    formatting, lint rules, types
 # make venv    only the environment in .venv
@@ -12,7 +13,7 @@ DEMO_STEPS ?= 1000
 # other's way.
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv demo test lint
+.PHONY: venv demo demo-text test lint
 
 venv: .venv/ready
 
@@ -31,6 +32,18 @@ demo: .venv/ready
 	$(BIN)/python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 100 --cfg-scale 2 \
 		--recalibrate 4 --device cpu
 	$(BIN)/python -m diffmoe_dist.report --run runs/demo --samples samples/demo --device cpu
+
+demo-text: .venv/ready
+	$(BIN)/python -m data_tools pack shapes shards/shapes
+	test -d models/random-clip || $(BIN)/python -m data_tools random-encoder shards/shapes models/random-clip
+	$(BIN)/python -m data_tools encode-text shards/shapes shards/shapes-text --encoder models/random-clip --max-length 10
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 --module diffmoe_dist.train --config configs/t2i/debug.yaml \
+		device=cpu parallel.expert=2
+	rm -rf samples/shapes
+	$(BIN)/python -m diffmoe_dist.sample --checkpoint runs/shapes --out samples/shapes --device cpu --cfg-scale 2 \
+		--prompts configs/t2i/shapes_prompts.txt --encoder models/random-clip --recalibrate 4
+	$(BIN)/python -m diffmoe_dist.report --run runs/shapes --samples samples/shapes --device cpu
+	$(BIN)/python -m benchmarks.prompt_following samples/shapes --at-least 0.8
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,29 @@ def _load_module(folder: Path, kind: str, setting: str) -> Any:
         ) from error
     architecture: Any = CLIPTextModel if kind == "clip" else T5EncoderModel
     try:
-        module, report = architecture.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
+        with without_loading_bar():
+            module, report = architecture.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{setting}={folder}: does not load ({error}); fetch it again") from error
     if report["missing_keys"]:  # would be random numbers
         raise UserError(f"{setting}={folder}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch it again")
     return module
+
+
+@contextmanager
+def without_loading_bar() -> Iterator[None]:
+    """No progress bar of transformers' own, of which every process would show one."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_tokenizer(folder: Path, encoder: Path, setting: str) -> Any:

@@ -9,7 +9,6 @@ Shape legend: N images, C channels, H, W image size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -22,13 +21,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_dist.data.index import file_sha256
+from diffmoe_dist.data.encoding import model_sha256
+from diffmoe_dist.data.text_encoder import without_loading_bar
 from diffmoe_dist.engine.metrics import logger
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.images import ImageSource
 from diffmoe_dist.evaluation.scores import add_up, share
-
-_MODEL_FILES = ("*.json", "*.txt", "*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -75,16 +73,15 @@ def open_clip(folder: Path, device: torch.device) -> Clip:
     try:
         # Pillow's resizing is that of CLIP's authors; the processor of the plain name would need torchvision.
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
-        from transformers.utils import logging as transformers_logging
     except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
         raise UserError(f"--clip {folder}: transformers does not import ({error}); pip install transformers") from error
-    transformers_logging.disable_progress_bar()  # one of every rank, also where nobody looks
     options: Any = {"local_files_only": True}
     architecture: Any = CLIPModel
     try:
-        model, report = architecture.from_pretrained(
-            str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-        )
+        with without_loading_bar():
+            model, report = architecture.from_pretrained(
+                str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
         image_processor = CLIPImageProcessorPil.from_pretrained(str(folder), **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -95,7 +92,7 @@ def open_clip(folder: Path, device: torch.device) -> Clip:
     model = model.requires_grad_(False).eval().to(device)
     clip = Clip(
         name=folder.resolve().name,
-        sha256=_fingerprint(folder),
+        sha256=model_sha256(folder, "*.json", "*.txt", "*.safetensors"),
         device=device,
         model=model,
         tokenizer=tokenizer,
@@ -164,12 +161,3 @@ def clip_score(
             cut, samples.num_images, clip.max_tokens,
         )  # fmt: skip
     return ClipScore(sums[0].item() / samples.num_images, cut)
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of the names and contents of the model's files."""
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)}):
-        for part in (path.name, file_sha256(path)):
-            digest.update(part.encode() + b"\0")
-    return digest.hexdigest()

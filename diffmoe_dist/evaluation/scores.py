@@ -37,9 +37,10 @@ from diffmoe_dist.parallel.topology import all_gather
 FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
 # What scores depend on beside the weights, under the names of sampling.json
 SAMPLING_FACTS = (
-    "checkpoint", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "one_pass", "decoder", "labels",
+    "checkpoint", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "one_pass", "decoder",
     "batch_size", "inference", "capacity", "parameters", "activated_parameters", "seed", "uint8_rule",
 )  # fmt: skip
+PROMPT_FACTS = ("num_prompts", "negative_prompt", "text_encoder_sha256")  # where there are prompts, else labels
 NOT_RECORDED = "not recorded"
 
 
@@ -223,7 +224,8 @@ def build_result(
         result |= {"extractor": describe(extractor), "neighbours": NEIGHBOURS}
     if clip is not None:
         result["clip"] = clip
-    return {**result, "sampling": {name: recorded.get(name, NOT_RECORDED) for name in SAMPLING_FACTS}}
+    facts = [*SAMPLING_FACTS, *(PROMPT_FACTS if "prompts" in recorded else ("labels",))]
+    return {**result, "sampling": {name: recorded.get(name, NOT_RECORDED) for name in facts}}
 
 
 def read_sampling_record(samples: NpzImages) -> dict[str, Any]:
