@@ -188,12 +188,12 @@ class DataConfig:
     shards: str | None = None
     latents: str | None = None  # a folder made from the shards by `encode-latents`; takes the place of their images
     text: str | None = None  # a folder made from the shards by `encode-text`
-    autoencoder: str | None = (
-        None  # in the place of latents: a local AutoencoderKL that encodes images as they are read
-    )
-    text_encoder: str | None = None  # in the place of text: a local CLIP or T5 that encodes captions as they are read
-    tokenizer: str | None = None  # of the text encoder, where it lies elsewhere
-    mixture: list[MixtureConfig] = field(default_factory=list)  # several data sets, in place of the three above
+    # In the place of latents and of text: folders of an AutoencoderKL, and of a CLIP or T5, that encode images and
+    # captions as they are read; and of the latter's tokenizer, where it lies elsewhere.
+    autoencoder: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    mixture: list[MixtureConfig] = field(default_factory=list)  # several, in place of shards, latents and text
     workers: int = 0
     flip: bool = False
     stream: bool = False  # read `shards`, URLs or paths of tars, without an index; not reproducible
@@ -601,7 +601,15 @@ def _check_experts(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    data, condition = config.data, config.model.condition
+    data, held_out, condition = config.data, config.validation, config.model.condition
+    for name in ("latents", "text"):
+        folder = getattr(held_out, name)
+        if folder and not held_out.shards:
+            raise UserError(f"validation.{name}={folder} has no effect without validation.shards; remove it")
+    if held_out.text and condition == "class":
+        raise UserError(f"validation.text={held_out.text} has no effect with model.condition=class; remove it")
+    if held_out.shards and condition == "text" and not (held_out.text or data.text_encoder):
+        raise UserError("validation.text is not set, but model.condition=text; encode the captions held out")
     require(data, "data", "workers", lambda value: value >= 0, "0 or more")
     if data.mixture and (data.shards or data.latents or data.text):
         raise UserError("data.mixture names its own shards, latents and text; remove data.shards, .latents and .text")

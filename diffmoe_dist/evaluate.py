@@ -37,16 +37,9 @@ With a run or a checkpoint as --samples the images are drawn first, into the fol
 samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
 """
 SAMPLING_OPTIONS = (
-    "num",
-    "steps",
-    "cfg_scale",
-    "seed",
-    "sampler",
-    "sampling_batch_size",
-    "prompts",
-    "encoder",
-    "tokenizer",
-)
+    "num", "steps", "cfg_scale", "seed", "sampler", "sampling_batch_size", "prompts", "negative_prompt", "encoder",
+    "tokenizer", "decoder",
+)  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"  # what sampling with prompts writes beside the images
 CLIP_FILES = (
     ("*.safetensors",),
@@ -91,8 +84,10 @@ def parse() -> argparse.Namespace:
     drawn.add_argument("--sampler")
     drawn.add_argument("--sampling-batch-size", type=int)
     drawn.add_argument("--prompts", metavar="FILE")
+    drawn.add_argument("--negative-prompt", metavar="TEXT")
     drawn.add_argument("--encoder", metavar="DIR")
     drawn.add_argument("--tokenizer", metavar="DIR")
+    drawn.add_argument("--decoder", metavar="DIR")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
@@ -201,8 +196,10 @@ def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, de
         sampler=arguments.sampler,
         batch_size=100 if arguments.sampling_batch_size is None else arguments.sampling_batch_size,
         prompts=arguments.prompts,
+        negative_prompt=arguments.negative_prompt,
         encoder=arguments.encoder,
         tokenizer=arguments.tokenizer,
+        decoder=arguments.decoder,
     )
     settings.check()
     sample_to_folder(settings, folder, device, launch)

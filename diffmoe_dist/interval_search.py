@@ -36,6 +36,7 @@ def main() -> None:
     add("--prompts", metavar="FILE", help="for a model that is told captions; see diffmoe_dist.sample")
     add("--encoder", metavar="DIR", help="of the prompts")
     add("--tokenizer", metavar="DIR")
+    add("--decoder", metavar="DIR", help="the autoencoder of a model of latents (default: the run's)")
     add("--score", metavar="MODULE:CALLABLE", help="uint8 images (N, H, W, C) to a number, lower is better")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
@@ -64,6 +65,7 @@ def main() -> None:
         prompts=arguments.prompts,
         encoder=arguments.encoder,
         tokenizer=arguments.tokenizer,
+        decoder=arguments.decoder,
     )
     settings.check()
     score = None if arguments.score is None else find_score(arguments.score)

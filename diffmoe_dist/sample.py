@@ -130,7 +130,7 @@ def build_parser() -> CommandParser:
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     add(
         "overrides", nargs="*", metavar="key=value",
-        help="another moe.inference, moe.constant_threshold, data.shards or data.latents",
+        help="another moe.inference or moe.constant_threshold; other data.shards, data.latents, data.text, ...",
     )  # fmt: skip
     return parser
 

@@ -71,7 +71,7 @@ class TrainingData:
         assert len(self.datasets) == len(self.weights) > 0, (self.datasets, self.weights)
         traits: dict[str, Callable[[DataSet], Any]] = {
             "colour or latent channels": lambda dataset: dataset.channels,
-            "classes": lambda dataset: (dataset.base.num_classes, dataset.base.class_names),
+            "classes": lambda dataset: self._classes(dataset),
             "autoencoder": lambda dataset: dataset.latents and _latent_traits(dataset.latents),
             "text encoder": lambda dataset: dataset.text and dataset.text.text and dataset.text.text.encoder_sha256,
         }
@@ -82,6 +82,10 @@ class TrainingData:
                     raise UserError(
                         f"data.mixture: {dataset.where} has not the {name} of {first.where}; mix data of one kind"
                     )
+
+    def _classes(self, dataset: DataSet) -> Any:
+        has_captions = dataset.text is not None or (self.encoders is not None and self.encoders.text is not None)
+        return None if has_captions else (dataset.base.num_classes, dataset.base.class_names)
 
     @property
     def channels(self) -> int:

@@ -150,13 +150,14 @@ class _SampleReader:
 
     def __init__(self, dataset: DataSet, flip: bool, draws_latents: bool, reads_captions: bool) -> None:
         self.base, self.flip = dataset.base, flip
-        self.draws_latents, self.reads_captions = draws_latents or dataset.latents is not None, reads_captions
+        self.draws_latents = draws_latents or dataset.latents is not None
         self.latents = None if dataset.latents is None else LatentReader(dataset.latents)
         self.text = None if dataset.text is None else TextReader(dataset.text)
+        self.has_captions = self.text is not None or reads_captions
         self._fields = {LABEL_FIELD, *(self.base.image_fields if self.latents is None else ())}
         if self.latents is None and not self.base.image_fields:
             raise UserError(f"{dataset.where}: fields {', '.join(self.base.fields)} lack an image; pack images")
-        if self.base.num_classes and LABEL_FIELD not in self.base.fields:
+        if not self.has_captions and self.base.num_classes and LABEL_FIELD not in self.base.fields:
             raise UserError(f"data.shards={self.base.folder}: has classes but no {LABEL_FIELD}; pack it with labels")
         if self.latents is not None and flip and FLIP_VIEW not in self.latents.spec.views:
             raise UserError(
@@ -165,7 +166,7 @@ class _SampleReader:
 
     def draw(self, generator: np.random.Generator, flip: bool, shape_CHW: tuple[int, ...]) -> _Draws:
         noise = generator.standard_normal(shape_CHW, dtype=np.float32) if self.draws_latents else None
-        uniform = generator.random() if self.text is not None or self.reads_captions else None
+        uniform = generator.random() if self.has_captions else None
         return _Draws(self.flip and flip, noise, uniform)
 
     def read(self, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, Caption]:
@@ -199,7 +200,7 @@ class _SampleReader:
             raise self.base.corrupt(sample_id, problem)
 
     def _label(self, payloads: dict[str, bytes], sample_id: int) -> int:
-        if self.base.num_classes == 0:
+        if self.base.num_classes == 0 or self.has_captions:
             return 0  # what stands for "no class": the number after the last one
         try:
             return parse_label(payloads.get(LABEL_FIELD, b""), self.base.num_classes)

@@ -6,6 +6,8 @@ does not depend on the others of its micro-batch, and so not on the number of ra
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,8 @@ from diffmoe_dist.data.encoding import model_sha256, reproducible_arithmetic
 from diffmoe_dist.data.latents import Autoencoder
 from diffmoe_dist.data.text import EncodedText, pad_text
 from diffmoe_dist.data.text_encoder import TextEncoder
+
+logger = logging.getLogger("diffmoe_dist.data")
 
 if TYPE_CHECKING:
     from diffmoe_dist.data.loader import Batch
@@ -30,6 +34,7 @@ class OnlineEncoders:
     ) -> None:
         self.autoencoder, self.text = autoencoder, text
         self.fingerprints = fingerprints  # of the autoencoder and of the text encoder
+        self._warned = False
         self._null: EncodedText | None = None if text is None else text.encode_alone("")
 
     @classmethod
@@ -64,6 +69,16 @@ class OnlineEncoders:
         if self.text is not None:
             assert batch.captions is not None and self._null is not None
             length = self.text.max_length
+            self._warn_once_of_a_cut(batch.captions)
             encoded = [self.text.encode_alone(caption) for caption in batch.captions]
             batch = replace(batch, text=pad_text(encoded, length), null_text=pad_text([self._null], length))
         return batch
+
+    def _warn_once_of_a_cut(self, captions: Sequence[str]) -> None:
+        assert self.text is not None
+        longest = 0 if self._warned else max(self.text.num_tokens(captions))
+        if longest > self.text.max_length:
+            self._warned = True
+            logger.warning(
+                "a caption of %d tokens: captions are cut to model.text_max_length=%d", longest, self.text.max_length
+            )

@@ -39,7 +39,10 @@ def pooled_field(caption: int) -> str:
 
 
 def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
-    """All captions of a sample, of which there may be none. Raises CorruptShardError for a `json` that is none."""
+    """All captions of a sample, of which there may be none; strings that are no text in UTF-8 do not count.
+
+    Raises CorruptShardError for a `json` that is none.
+    """
     payloads = base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD))
     try:
         described = json.loads(payloads.get(METADATA_FIELD, b"{}"))
@@ -47,7 +50,16 @@ def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
         captions = listed if isinstance(listed, list) else [payloads.get(CAPTION_FIELD, b"").decode()]
     except ValueError as error:
         raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip()]
+    return [caption for caption in captions if isinstance(caption, str) and caption.strip() and is_utf8(caption)]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a string can be written: JSON and command lines can smuggle in half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def choose_caption(captions: Sequence[str], uniform: float) -> str:

@@ -177,14 +177,14 @@ class Guidance:
 
 
 def with_guidance(
-    denoise: Callable[[Tensor, Tensor, Y], Prediction], given: Y, null: Y, both: Y, guidance: Guidance
+    denoise: Callable[[Tensor, Tensor, Y], Prediction], given: Y, null: Y, both: Callable[[], Y], guidance: Guidance
 ) -> Denoiser:
     """A denoiser of images with the condition `given` that guides as `guidance` says.
 
     Args:
         denoise: (images, times, conditions) to a prediction.
         null: what guidance moves away from, as many conditions as `given`.
-        both: `given` and then `null`, for one pass.
+        both: makes `given` and then `null` into one, for one pass.
 
     Two passes by default, so that a token pool never mixes conditional and null tokens; one where there is no guidance.
     The variance is the conditional pass's: it is a fraction of a range, which nothing may be extrapolated from. (The
@@ -196,7 +196,7 @@ def with_guidance(
         if not guidance.one_pass:
             unconditional, _ = denoise(z, t, null)
             return denoise(z, t, given), unconditional
-        prediction, variance = denoise(torch.cat([z, z]), torch.cat([t, t]), both)
+        prediction, variance = denoise(torch.cat([z, z]), torch.cat([t, t]), both())
         conditional, unconditional = prediction.chunk(2)
         return (conditional, None if variance is None else variance.chunk(2)[0]), unconditional
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffmoe_dist.config import Config, DataConfig, ModelConfig, data_sets, pool_samples, save_config
 from diffmoe_dist.data.dataset import DataSet, TrainingData
+from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.online import OnlineEncoders
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
@@ -70,7 +71,7 @@ def _open_data(config: Config, encoders: OnlineEncoders | None) -> TrainingData:
 
 
 def _check_fit(config: Config, dataset: DataSet, encoders: OnlineEncoders | None) -> None:
-    model, size, channels = config.model, dataset.image_size, dataset.channels
+    model, base, size, channels = config.model, dataset.base, dataset.image_size, dataset.channels
     if encoders is not None and encoders.autoencoder is not None:
         autoencoder = encoders.autoencoder
         if channels != autoencoder.image_channels:
@@ -91,6 +92,8 @@ def _check_fit(config: Config, dataset: DataSet, encoders: OnlineEncoders | None
     spec = dataset.latents.latents if dataset.latents else None
     if spec and spec.width != spec.height:
         raise UserError(f"{dataset.where}: latents of {spec.height}x{spec.width}; the model takes squares")
+    if encoders is not None and encoders.text is not None and not {CAPTION_FIELD, METADATA_FIELD} & set(base.fields):
+        raise UserError(f"data.shards={base.folder}: holds no captions ({', '.join(base.fields)}); pack some with them")
     if dataset.text is not None and dataset.text.text is not None:
         text = dataset.text.text
         stored = (text.encoder_sha256, text.hidden_size, text.max_length, text.pooled_size)

@@ -19,7 +19,7 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
-from diffmoe_dist.engine.weights import check_out, write_weights
+from diffmoe_dist.engine.weights import CONFIG_NAME, WEIGHTS_NAME, check_out, read_settings, write_weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.published import check_tensors, correspondence, fill, threshold_decay
@@ -47,6 +47,7 @@ def convert_published(
         UserError: the file or `out` is not as it should be; nothing is written then.
     """
     check_out(out)
+    _take_text_encoder(config, file)
     with torch.device("meta"):
         model = DiT(config)
     parts = correspondence(layout, config, {name: value.shape for name, value in model.state_dict().items()}, upcycle)
@@ -62,6 +63,19 @@ def convert_published(
     source = {"layout": layout, "file": file.name, "sha256": file_sha256(file), "weights": taken, "upcycled": upcycle}
     write_weights(out, model.state_dict(), config, source)
     return taken
+
+
+def _take_text_encoder(config: Config, file: Path) -> None:
+    """Fill in the fingerprint of a text model's encoder from the folder of weights that the file lies in."""
+    if config.model.condition != "text" or config.model.text_encoder_sha256 is not None:
+        return
+    if file.name == WEIGHTS_NAME and file.with_name(CONFIG_NAME).is_file():
+        config.model.text_encoder_sha256 = read_settings(file.parent).model.text_encoder_sha256
+    if config.model.text_encoder_sha256 is None:
+        raise UserError(
+            "model.text_encoder_sha256 is not set, and a text model is one with its encoder; give the encoder_sha256 "
+            "in index.json of its captions' folder"
+        )
 
 
 def export_checkpoint(directory: str | Path, out: Path, weights: str | None = None) -> Path:

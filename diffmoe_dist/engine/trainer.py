@@ -171,8 +171,9 @@ class Trainer:
             if micro_steps:
                 self.engine.step()  # between micro-steps it only counts
             with self.timings.part("data"):
-                batches.append(next(self.batches).to(self.topology.device))
-            micro_steps.append(self._forward_backward(batches[-1]))
+                batches.append(next(self.batches))
+                batch = batches[-1].to(self.topology.device)
+            micro_steps.append(self._forward_backward(batch))
         report = self._update(micro_steps)
         self.bad_samples += report.bad_samples
         skipped = int(bool(report.non_finite))
@@ -284,7 +285,7 @@ class Trainer:
         return {"loss": loss, **{f"loss_{name}": value for name, value in parts.items()}}, output.routing
 
     def _loss_again(self, batch: Batch) -> Tensor:
-        return self._losses(batch, self.model)[0]["loss"]
+        return self._losses(batch.to(self.topology.device), self.model)[0]["loss"]
 
     def _update(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
         """Average over micro-steps and ranks, in one reduction, and update the weights if all of it is finite."""

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffmoe_dist.config import Config, build_config
+from diffmoe_dist.config import Config, build_config, load_config
 from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.engine.checkpoint import (
     Spread,
@@ -71,6 +71,17 @@ def read_model(
             )
         return _read_weights(folder, device, overrides)
     return read_checkpoint_model(folder, device, overrides=overrides, spread=spread)
+
+
+def read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of the model that `read_model` would read; its weights are not looked at.
+
+    Raises:
+        UserError: they cannot be read, or an override is not possible.
+    """
+    if _is_weights_folder(folder):
+        return _read_settings(folder, overrides)
+    return load_config(folder / "config.yaml", overrides)
 
 
 def check_out(out: Path) -> None:

@@ -32,7 +32,7 @@ def recalibrate_on_training_data(model: DiT, config: Config, num_batches: int, b
             f"--recalibrate {num_batches}: a model with moe.router={config.moe.router} has no capacity thresholds; "
             "leave it out"
         )
-    data = open_data(config)
+    data = open_data(config, model.pos_embed.device)
     if not isinstance(data, TrainingData):
         raise UserError(f"--recalibrate {num_batches}: data.stream=true has no order to read again; leave it out")
     loader = TrainingLoader(

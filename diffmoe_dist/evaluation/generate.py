@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objec
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, sample, with_guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.conditions import Conditions
+from diffmoe_dist.evaluation.routing_report import Recorder
 from diffmoe_dist.model.condition import Condition, join, on_device
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather
@@ -60,6 +62,7 @@ def generate(
     sampler: str,
     steps: int | None,
     guidance: Guidance,
+    recorder: Recorder | None = None,
 ) -> Generated:
     """Draw the images with these numbers, together in one batch.
 
@@ -67,6 +70,7 @@ def generate(
         model: in eval mode; with experts spread over ranks, every rank makes the same number of calls.
         numbers: (N,) which image of the seed each is.
         steps: None for the adaptive sampler.
+        recorder: is told what the passes are of.
     """
     device = model.pos_embed.device
     names = [conditions.noise_name(number) for number in numbers]
@@ -84,7 +88,9 @@ def generate(
 
     given = on_device(conditions.of(numbers), device)
     null = on_device(conditions.null(len(numbers)), device)
-    guided = with_guidance(denoise, given, null, join(given, null), guidance)
+    if recorder is not None:
+        recorder.told(given, null)
+    guided = with_guidance(denoise, given, null, cache(lambda: join(given, null)), guidance)
 
     def counted(z: Tensor, t: Tensor) -> Prediction:
         nonlocal evaluations
@@ -157,6 +163,11 @@ def open_decoder(config: Config, folder: str | None, setting: str, device: torch
     decoder = Autoencoder.open(folder, setting, device)
     if decoder.latent_channels != channels:
         raise UserError(f"{setting}={folder}: has {decoder.latent_channels} latent channels, the model {channels}")
+    own = config.data.autoencoder
+    if own is not None and own != folder and Path(own).is_dir():
+        trained = Autoencoder.open(own, "data.autoencoder", "cpu")
+        if (trained.scale, trained.shift) != (decoder.scale, decoder.shift):
+            raise UserError(f"{setting}={folder}: takes latents of another scale or shift than data.autoencoder={own}")
     for entry in data_sets(config.data):
         if entry.latents and Path(entry.latents).is_dir():  # a model may be sampled where its data are not
             _check_scaling(decoder, entry.latents, f"{setting}={folder}")

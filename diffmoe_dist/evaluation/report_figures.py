@@ -127,7 +127,8 @@ def pictures_figure(
             picture = images_NHWC[image].squeeze()
             underlay = picture if picture.ndim == 2 else picture.mean(axis=2)
             _picture_axes(axes[row, 0]).imshow(picture, cmap="gray", vmin=0, vmax=255)
-            axes[row, 0].set_ylabel(_wrapped(name(labels[image])), fontsize=10 if len(name(labels[image])) <= 16 else 7)
+            of_image = name(labels[image])
+            axes[row, 0].set_ylabel(_plain_text(_wrapped(of_image)), fontsize=10 if len(of_image) <= 16 else 7)
             for column in range(len(steps)):
                 panel = _picture_axes(axes[row, column + 1])
                 extent = (-0.5, underlay.shape[1] - 0.5, underlay.shape[0] - 0.5, -0.5)
@@ -157,7 +158,8 @@ def class_figure(passes: Passes, labels: Sequence[int], name: Callable[[int], st
         axes.barh(range(len(ordered)), means, color="#7fa7d6", height=0.72)
         for place, label in enumerate(ordered):
             axes.plot(of_class[label], [place] * len(of_class[label]), ".", color="#1f3b63", markersize=4, alpha=0.7)
-        axes.set_yticks(range(len(ordered)), [shorten(name(label), 40, placeholder=" ...") for label in ordered])
+        names = [_plain_text(shorten(name(label), 40, placeholder=" ...")) for label in ordered]
+        axes.set_yticks(range(len(ordered)), names)
         everything = np.concatenate(list(of_class.values()))
         margin = max(0.15 * float(np.ptp(everything)), 0.01)
         axes.set(xlabel="experts a token", xlim=(max(everything.min() - margin, 0), everything.max() + margin))
@@ -289,6 +291,11 @@ def _first_of_each(labels: Sequence[int]) -> list[int]:
     first = {label: place for place, label in reversed(list(enumerate(labels)))}
     begin = sorted(first.values())
     return begin + [place for place in range(len(labels)) if place not in begin]
+
+
+def _plain_text(text: str) -> str:
+    """For matplotlib, to which what stands between two dollars would be a formula."""
+    return text.replace("$", r"\$")
 
 
 def _wrapped(text: str) -> str:

@@ -30,8 +30,8 @@ from diffmoe_dist.evaluation.generate import (
     to_uint8,
 )
 from diffmoe_dist.evaluation.loss_curve import read_run_metrics
-from diffmoe_dist.evaluation.routing_report import RoutingTrace, recorded
-from diffmoe_dist.evaluation.sampling_job import job_classes, weights_fingerprint
+from diffmoe_dist.evaluation.routing_report import Recorder, RoutingTrace, recorded
+from diffmoe_dist.evaluation.sampling_job import job_classes, job_prompts, weights_fingerprint
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 
@@ -86,13 +86,21 @@ class Drawn:
         return [self.conditions.label(number) for number in range(len(self.images_NHWC))]
 
 
-def write_report(run_dir: Path, samples: Path | None, num_images: int, device: torch.device) -> Path:
+def write_report(
+    run_dir: Path,
+    samples: Path | None,
+    num_images: int,
+    device: torch.device,
+    encoder: str | None = None,
+    tokenizer: str | None = None,
+) -> Path:
     """Write run_dir/report.html; returns its path.
 
     Args:
         samples: a folder of `sample`, whose settings, first images and grid are taken; else images are drawn with the
             defaults.
         num_images: drawn and traced for the page, together in one batch.
+        encoder, tokenizer: folders, to draw from the prompts of the samples; else from captions of the training data.
 
     Raises:
         UserError: the run has logged nothing, or the samples are of other weights.
@@ -104,7 +112,7 @@ def write_report(run_dir: Path, samples: Path | None, num_images: int, device: t
     sections = [_training_section(lines, loads, config)]
     cards = {"steps": f"{lines[-1]['step']:,}", "images seen": _short(lines[-1]["images_seen"])}
     if found:
-        model, drawn = _draw(found[-1], samples, num_images, device)
+        model, drawn = _draw(found[-1], samples, num_images, device, (encoder, tokenizer))
         cards |= _model_cards(config, drawn)
         sections += _drawn_sections(drawn, config, samples, read_progress(found[-1]).step)
     elif samples is not None:
@@ -117,7 +125,13 @@ def write_report(run_dir: Path, samples: Path | None, num_images: int, device: t
     return page
 
 
-def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch.device) -> tuple[DiT, Drawn]:
+def _draw(
+    checkpoint: Path,
+    samples: Path | None,
+    num_images: int,
+    device: torch.device,
+    encoder: tuple[str | None, str | None],
+) -> tuple[DiT, Drawn]:
     record = {} if samples is None else _read_record(samples)
     model, config = read_checkpoint_model(checkpoint, device, overrides=record.get("overrides", ()))
     if samples is not None and record["weights"] != weights_fingerprint(model, is_shared=False):
@@ -135,20 +149,21 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
         record.get("one_pass", False),
     )
     seed, num = record.get("seed", 0), min(num_images, record.get("num", num_images))
-    conditions = job_classes(record, config) if "labels" in record else _run_conditions(config)
+    conditions = _conditions(config, samples, record, encoder, device)
     objective = build_objective(config.objective)
 
-    def drawn_images() -> Tensor:
+    def drawn_images(recorder: Recorder | None) -> Tensor:
         return generate(
-            model, objective, list(range(num)), conditions, seed=seed, sampler=sampler, steps=steps, guidance=guidance
-        ).images
+            model, objective, list(range(num)), conditions, seed=seed, sampler=sampler, steps=steps, guidance=guidance,
+            recorder=recorder,
+        ).images  # fmt: skip
 
     if model.moe_layers:
         with recorded(model, objective) as recorder, torch.no_grad():
-            images = drawn_images()
+            images = drawn_images(recorder)
         trace = recorder.trace()
     else:
-        images, trace = drawn_images(), None
+        images, trace = drawn_images(None), None
     settings = {
         "sampler": sampler,
         "steps": "its own" if steps is None else steps,
@@ -160,12 +175,25 @@ def _draw(checkpoint: Path, samples: Path | None, num_images: int, device: torch
     return model, Drawn(_visible(images), conditions, settings, trace)
 
 
-def _run_conditions(config: Config) -> Conditions:
+def _conditions(
+    config: Config,
+    samples: Path | None,
+    record: dict[str, Any],
+    encoder: tuple[str | None, str | None],
+    device: torch.device,
+) -> Conditions:
+    """What the samples were drawn from, or the run's own classes or captions."""
+    if "labels" in record:
+        return job_classes(record, config)
+    if encoder[0] is not None:
+        if samples is None or "prompts" not in record:
+            raise UserError(f"--encoder {encoder[0]}: the samples were not drawn from prompts; remove it")
+        return job_prompts(samples, record, config, encoder[0], encoder[1], device)
     if config.model.condition == "class":
         return run_conditions(config, None)
     from diffmoe_dist.engine.build import open_data  # imports the training engine
 
-    return run_conditions(config, open_data(config))
+    return run_conditions(config, open_data(config, device))
 
 
 def _read_record(samples: Path) -> dict[str, Any]:
@@ -200,7 +228,8 @@ def _training_section(lines: list[dict[str, Any]], loads: list[dict[str, Any]], 
 
 def _loss_caption(lines: list[dict[str, Any]]) -> str:
     last = lines[-1]
-    parts = ", ".join(f"{name} {last[name]:.4g}" for name in last if name.startswith("loss_"))
+    losses = {name: value for name, value in last.items() if name.startswith("loss_") and value is not None}
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
     return f"Of the global batch. At step {last['step']:,}: {parts}."
 
 
@@ -226,6 +255,8 @@ def _drawn_sections(drawn: Drawn, config: Config, samples: Path | None, step: in
     columns = grid_columns(config, num)
     about = f"Averaged weights of step {step:,}. {num} images, drawn for this page together in one batch"
     about += " with the settings of the samples." if samples is not None else "."
+    if drawn.conditions.kind == "caption":
+        about += " The captions are the first ones of the training data."
     if config.model.in_channels not in (1, 3):
         about += " They are latents: their first three channels are shown as red, green and blue."
     grid = _figure(

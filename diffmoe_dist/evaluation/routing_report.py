@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, RectifiedFlow
-from diffmoe_dist.model.condition import Condition, is_null
+from diffmoe_dist.model.condition import Condition
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
@@ -55,10 +55,16 @@ class Recorder:
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
+        self.null: Condition | None = None  # what guidance moves away from, the object itself
+        self.num_images = 0
         self.layers: list[tuple[Tensor, float | None]] = []  # of the pass under way: experts_TE, overlap
         self.records: dict[str, list[tuple[float, np.ndarray, np.ndarray, list[float | None]]]] = {
             "conditional": [], "null": [],
         }  # fmt: skip
+
+    def told(self, given: Condition, null: Condition) -> None:
+        """Before the first pass: what the passes will be told of the images, conditional ones and null ones."""
+        self.null, self.num_images = null, len(given)
 
     def trace(self) -> RoutingTrace:
         conditional = self._passes("conditional")
@@ -79,10 +85,11 @@ class Recorder:
         _, t, y = inputs
         layers, self.layers = self.layers, []
         chosen_LNSE = torch.stack([chosen_TE.unflatten(0, (len(y), -1)) for chosen_TE, _ in layers])
-        null_N = is_null(y, model.num_classes)
-        for kind, rows in (("conditional", ~null_N), ("null", null_N)):  # one pass may hold both
-            if rows.any():
-                of_kind = chosen_LNSE[:, rows]
+        assert self.num_images > 0, "generate tells what is drawn"
+        conditional = 0 if y is self.null else self.num_images  # one pass may hold both, the conditional images first
+        for kind, rows in (("conditional", slice(conditional)), ("null", slice(conditional, None))):
+            of_kind = chosen_LNSE[:, rows]
+            if of_kind.shape[1]:
                 experts_LNS = of_kind.sum(dim=3).to(torch.uint8).cpu().numpy()
                 assignments_LNE = of_kind.sum(dim=2).to(torch.int32).cpu().numpy()
                 progress = self._progress(float(t[0]))

@@ -32,12 +32,13 @@ from tqdm import tqdm
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.prompts import EncodedPrompts, Prompt, encode_prompts, open_encoded_prompts, read_prompts
+from diffmoe_dist.data.text import is_utf8
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
 from diffmoe_dist.engine.metrics import logger, make_writable
 from diffmoe_dist.engine.run_folder import write_durably
-from diffmoe_dist.engine.weights import find_model, read_model
+from diffmoe_dist.engine.weights import find_model, read_model, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.conditions import ClassLabels, Conditions, PromptConditions, draw_labels
 from diffmoe_dist.evaluation.generate import (
@@ -56,7 +57,11 @@ from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import Topology, from_first_rank
 
-SAMPLING_OVERRIDES = ("moe.inference", "moe.constant_threshold", "data.shards", "data.latents")
+SAMPLING_OVERRIDES = (
+    "moe.inference", "moe.constant_threshold", "data.shards", "data.latents", "data.text", "data.autoencoder",
+    "data.text_encoder", "data.tokenizer",
+)  # fmt: skip
+PROMPTS_NAME = "prompts.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -121,6 +126,9 @@ class SamplingSettings:
                 )
 
     def _check_prompts(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not is_utf8(getattr(self, name) or ""):
+                raise UserError(f"--{name.replace('_', '-')}: is no text in UTF-8; write it again")
         if self.prompts is not None and self.prompt is not None:
             raise UserError("--prompts and --prompt: give one of them")
         if self.prompts is None and self.prompt is None:
@@ -162,9 +170,10 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     checkpoint = from_first_rank(find_model(settings.checkpoint))
-    model, config, weights = _read_model(settings, checkpoint, device, launch)
-    decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
+    config = read_settings(checkpoint, settings.overrides)
     conditions = open_conditions(settings, config, device)
+    decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
+    model, weights = _read_model(settings, checkpoint, device, launch)
     job = describe_job(settings, config, weights, conditions)
     if _is_finished(out, job):
         logger.info("%s has these %d images already", out, job["num"])
@@ -218,6 +227,23 @@ def open_conditions(settings: SamplingSettings, config: Config, device: torch.de
     return conditions
 
 
+def job_prompts(
+    out: Path, job: dict[str, Any], config: Config, encoder: str, tokenizer: str | None, device: torch.device
+) -> PromptConditions:
+    """The prompts that the images of a finished job were drawn from.
+
+    Raises:
+        UserError: as `open_conditions`, or the job's prompts are not there.
+    """
+    lines = read_prompts(out / PROMPTS_NAME, "--samples")[: job["num_prompts"]]
+    length = config.model.text_max_length
+    opened = TextEncoder.open(encoder, tokenizer, length, device, "--encoder")
+    encoded = encode_prompts(lines, job["negative_prompt"], opened)
+    _check_encoder(encoded, config, f"--encoder {encoder}")
+    assert length is not None
+    return PromptConditions(encoded, length)
+
+
 def _open_prompts(settings: SamplingSettings, config: Config, device: torch.device) -> EncodedPrompts:
     if settings.prompts is not None and settings.prompts.endswith(".npz"):
         for name in ("encoder", "tokenizer", "negative_prompt"):
@@ -240,6 +266,11 @@ def _open_prompts(settings: SamplingSettings, config: Config, device: torch.devi
         )
         encoded = encode_prompts(prompts, settings.negative_prompt, encoder)
         named = f"--encoder {settings.encoder}"
+    _check_encoder(encoded, config, named)
+    return encoded
+
+
+def _check_encoder(encoded: EncodedPrompts, config: Config, named: str) -> None:
     expected = config.model.text_encoder_sha256
     if encoded.encoder_sha256 != expected or encoded.max_length != config.model.text_max_length:
         raise UserError(
@@ -247,7 +278,6 @@ def _open_prompts(settings: SamplingSettings, config: Config, device: torch.devi
             f"{encoded.max_length} tokens, the model's {str(expected)[:12]}..., {config.model.text_max_length} tokens; "
             "use that"
         )
-    return encoded
 
 
 def describe_job(settings: SamplingSettings, config: Config, weights: str, conditions: Conditions) -> dict[str, Any]:
@@ -292,7 +322,7 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
         "inference": inference,
         "constant_threshold": getattr(config.moe, "constant_threshold", None),
         "recalibrate": settings.recalibrate,
-        "decoder": settings.decoder or config.sample.decoder,
+        "decoder": settings.decoder or config.sample.decoder or config.data.autoencoder,
         "uint8_rule": UINT8_RULE,
         "reproducible_unit": "image" if alone and sampler != ADAPTIVE else "block of batch_size images",
     }
@@ -320,10 +350,8 @@ def _check_for_model(settings: SamplingSettings, config: Config, sampler: str, n
         )
 
 
-def _read_model(
-    settings: SamplingSettings, checkpoint: Path, device: torch.device, launch: Launch
-) -> tuple[DiT, Config, str]:
-    """The model, its settings and the fingerprint of its weights, thresholds as they are in the checkpoint."""
+def _read_model(settings: SamplingSettings, checkpoint: Path, device: torch.device, launch: Launch) -> tuple[DiT, str]:
+    """The model, and the fingerprint of its weights with the thresholds as they are in the checkpoint."""
     spread = None
     if settings.expert > 1:
         spread = partial(share_experts, expert=settings.expert, device=device, launch=launch)
@@ -333,7 +361,7 @@ def _read_model(
         from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine
 
         recalibrate_on_training_data(model, config, settings.recalibrate, settings.batch_size)
-    return model, config, weights
+    return model, weights
 
 
 def share_experts(model: DiT, config: Config, *, expert: int, device: torch.device, launch: Launch) -> None:
@@ -518,9 +546,9 @@ def _join_blocks(out: Path, job: dict[str, Any], config: Config, conditions: Con
     labels = [conditions.label(number) for number in range(job["num"])]
     _savez(out / "samples.npz", arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
     if isinstance(conditions, PromptConditions):
-        lines = [json.dumps(conditions.every_metadata[label], ensure_ascii=False) + "\n" for label in labels]
-        write_durably(out / ".prompts.jsonl", "".join(lines))
-        (out / ".prompts.jsonl").replace(out / "prompts.jsonl")
+        lines = [json.dumps(conditions.every_metadata[label]) + "\n" for label in labels]
+        write_durably(out / f".{PROMPTS_NAME}", "".join(lines))
+        (out / f".{PROMPTS_NAME}").replace(out / PROMPTS_NAME)
     columns = grid_columns(config, job["num"])
     Image.fromarray(image_grid(images[: 10 * columns], columns).squeeze()).save(out / "grid.png")
     capacity = slots / tokens if tokens else None

@@ -27,7 +27,7 @@ def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict
     with recorded(model, objective) as recorder:
         generate(
             model, objective, numbers, conditions, seed=config.seed, sampler=default_sampler(config.objective.name),
-            steps=settings.steps, guidance=Guidance(settings.cfg_scale),
+            steps=settings.steps, guidance=Guidance(settings.cfg_scale), recorder=recorder,
         )  # fmt: skip
     if rank != 0:
         return {}

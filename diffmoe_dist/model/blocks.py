@@ -65,6 +65,8 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.cross_attn = cross_attn
+        if cross_attn is not None:
+            self.norm_cross = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = mlp
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -83,7 +85,7 @@ class DiTBlock(nn.Module):
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
         if self.cross_attn is not None:
             assert text is not None
-            x = x + self.cross_attn(F.layer_norm(x, x.shape[-1:], eps=1e-6), *text)
+            x = x + self.cross_attn(self.norm_cross(x), *text)
         h = modulate(self.norm2(x), shift_m, scale_m)
         h, routing = self.mlp(h, null_N) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
         return x + gate_m[:, None] * h, routing

@@ -168,7 +168,7 @@ class FakeModel:
 
 def guided_denoiser(model: FakeModel, labels: Tensor, guidance: Guidance) -> Denoiser:
     nulls = torch.full_like(labels, 10)
-    return with_guidance(model, labels, nulls, torch.cat([labels, nulls]), guidance)
+    return with_guidance(model, labels, nulls, lambda: torch.cat([labels, nulls]), guidance)
 
 
 def test_guidance_of_scale_one_is_one_pass_with_the_labels() -> None:

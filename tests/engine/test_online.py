@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from diffmoe_dist.config import Config, build_config, check_world
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.data.text import captions_of
 from diffmoe_dist.engine.build import find_start, open_data
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.conditions import run_conditions
 from diffmoe_dist.evaluation.generate import open_decoder
+from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.data.test_text import save_encoder
 from tests.distributed import run_ranks
@@ -149,3 +153,29 @@ def test_encoders_that_contradict_folders_or_are_not_there_are_refused(
 def test_an_autoencoder_that_does_not_fit_the_model_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model\.in_channels=3, but data\.shards=.* has 4; set it to 4"):
         open_data(config_of(folder, {**online(folder), "model": {"input_size": 4, "in_channels": 3}}))
+
+
+def test_shards_without_captions_and_captions_that_are_no_text_are_told(folder: Path, tmp_path: Path) -> None:
+    images = [{"png": png(image)} for image in random_images(4, 8)]
+    bare = write_folder(tmp_path / "bare", images, [4], class_names=[])
+    with pytest.raises(UserError, match=r"data\.shards=.*bare: holds no captions \(png\); pack some with them"):
+        open_data(config_of(folder, online(folder, shards=str(bare.folder))))
+    half = json.dumps({"captions": ["a \ud800 circle", "a square"]}).encode()  # half of a character
+    odd = write_folder(tmp_path / "odd", [{**image, "json": half} for image in images], [4], class_names=[])
+    assert captions_of(odd, 0) == ["a square"]
+
+
+def test_a_caption_that_is_cut_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = open_data(config_of(folder, online(folder)))
+    assert isinstance(data, TrainingData) and data.encoders is not None and data.encoders.text is not None
+    data.encoders.text.max_length = 4
+    with caplog.at_level(logging.WARNING, "diffmoe_dist.data"):
+        for _ in range(2):
+            data.encoders._warn_once_of_a_cut(["a red square on a red square"])
+    assert caplog.text.count("captions are cut to model.text_max_length=4") == 1
+
+
+def test_a_decoder_of_another_scale_than_the_encoding_autoencoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = save_autoencoder(tmp_path / "vae", scaling_factor=0.5)
+    with pytest.raises(UserError, match=r"takes latents of another scale or shift than data\.autoencoder="):
+        open_decoder(config_of(folder, online(folder)), str(other), "--decoder", torch.device("cpu"))

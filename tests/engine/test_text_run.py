@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.text import TextSettings, encode_text
 from diffmoe_dist.config import build_config
 from diffmoe_dist.data.dataset import TrainingData
-from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.data.loader import Batch, TrainingDataset, TrainingLoader
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.build import open_data
 from diffmoe_dist.engine.trainer import noisy_inputs
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.condition import TextCondition
+from tests.data.folders import png, random_images, write_folder
 from tests.distributed import run_ranks
 from tests.engine.captions import save_captioned, text_settings
 from tests.engine.runs import TINY, curve, metrics, train_one
@@ -140,8 +142,26 @@ def test_the_encoders_fingerprint_stands_in_the_runs_settings(folder: Path) -> N
             {"data": {"stream": True, "text": None}},
             r"data\.stream=true reads images and classes, but model\.condition=",
         ),
+        ({"validation": {"shards": "v", "every": 2}}, r"validation\.text is not set, but model\.condition=text"),
+        ({"validation": {"text": "t"}}, r"validation\.text=t has no effect without validation\.shards; remove it"),
     ],
 )
 def test_a_model_that_is_told_captions_needs_some(folder: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_config(TINY, text_settings(folder, "unused"), settings)
+
+
+def test_captioned_data_with_and_without_classes_mix(folder: Path, tmp_path: Path) -> None:
+    samples = [{"png": png(image), "cls": b"1", "txt": b"a square"} for image in random_images(6, 8)]
+    base = write_folder(tmp_path / "shards", samples, [6])
+    encode_text(base, tmp_path / "text", TextSettings(folder / "encoder", max_length=16))
+    entries = [
+        {"shards": str(folder / "shards"), "text": str(folder / "text")},
+        {"shards": str(base.folder), "text": str(tmp_path / "text")},
+    ]
+    settings = {"data": {"shards": None, "text": None, "mixture": entries}}
+    data = open_data(build_config(TINY, text_settings(folder, "unused"), settings))
+    assert isinstance(data, TrainingData)
+    batch = TrainingDataset(data, seed=0, flip=False)[range(36)]
+    assert batch.text is not None and len(batch.text) == 36 and int(batch.labels.max()) == 0
+    assert {int(sample) // 30 for sample in batch.sample_ids} == {0, 1}

@@ -17,10 +17,11 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.evaluation import report_figures as figures
 from diffmoe_dist.evaluation.conditions import ClassLabels
 from diffmoe_dist.evaluation.generate import generate
 from diffmoe_dist.evaluation.report_page import write_report
-from diffmoe_dist.evaluation.routing_report import RoutingTrace, overlap_of_rules, recorded
+from diffmoe_dist.evaluation.routing_report import Passes, RoutingTrace, overlap_of_rules, recorded
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.moe import MoELayer
 from tests.distributed import run_ranks
@@ -68,6 +69,7 @@ def trace_of(model: DiT, config: Any, guidance: Guidance, labels: list[int]) -> 
             sampler="euler",
             steps=4,
             guidance=guidance,
+            recorder=recorder,
         )
     return recorder.trace()
 
@@ -188,3 +190,11 @@ def test_a_browser_shows_every_figure_without_a_complaint(runs: Path, tmp_path: 
     assert "CONSOLE" not in log
     _, log_of_faulty = open_in_browser(page, "console.error('seen')", tmp_path)
     assert "CONSOLE" in log_of_faulty, "else the line above would tell nothing"
+
+
+def test_names_with_dollars_are_no_formulas() -> None:
+    passes = Passes(np.array([0.0]), np.ones((1, 1, 2, 4), np.uint8), np.ones((1, 1, 2, 3), np.int32))
+    name = ["costs $5_$6", "$ \\alp $"].__getitem__
+    figures.as_pixels(figures.class_figure(passes, [0, 1], name))
+    pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    figures.as_pixels(figures.pictures_figure(passes, pictures, [0, 1], name))

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.model.accounting import PARTS, account, part_of
+from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT, initialize
 
 
@@ -106,6 +107,13 @@ def test_arithmetic_grows_with_the_experts_visited_only() -> None:
 SMALL = {"depth": 2, "hidden_size": 32, "num_heads": 2, "input_size": 8, "in_channels": 1, "num_classes": 10}
 
 
+TEXT = {
+    **SMALL, "condition": "text", "num_classes": 0, "text_hidden_size": 24, "text_max_length": 10,
+    "text_pooled_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SMALL, TEXT], ids=["class", "text"])
 @pytest.mark.parametrize(
     "moe",
     [
@@ -117,16 +125,21 @@ SMALL = {"depth": 2, "hidden_size": 32, "num_heads": 2, "input_size": 8, "in_cha
     ],
     ids=lambda moe: moe["router"],
 )
-def test_multiply_accumulates_are_what_torch_counts_in_a_forward_pass(moe: dict[str, Any]) -> None:
-    settings = build_config({"run_dir": "r", "data": {"shards": "s"}, "model": SMALL, "moe": moe})
+def test_multiply_accumulates_are_what_torch_counts_in_a_forward_pass(
+    moe: dict[str, Any], shape: dict[str, Any]
+) -> None:
+    settings = build_config({"model": shape, "moe": moe}, training=False)
     model = DiT(settings).eval()  # which leaves the losses' arithmetic out
     initialize(model, 0)
     images = 8
     # The counter knows neither grouped products nor the one operation that attention is on a CPU.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
-    labels = torch.tensor([0, 10] * (images // 2))  # 10: the null label
+    told: Condition = torch.tensor([0, 10] * (images // 2))  # 10: the null label
+    if shape is TEXT:
+        null = torch.tensor([False, True] * (images // 2))
+        told = TextCondition(torch.randn(images, 10, 24), torch.ones(images, 10).bool(), torch.randn(images, 16), null)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        output = model(torch.randn(images, 1, 8, 8), torch.rand(images), labels)
+        output = model(torch.randn(images, 1, 8, 8), torch.rand(images), told)
     counts = account(settings)
     capacity = sum(float(stats.capacity) for stats in output.routing)  # of the only layer that has experts, if any
     # Two operations a multiply-accumulate.
