@@ -36,7 +36,7 @@ def main() -> int:
     parser = CommandParser(prog="diffmoe_dist.train", description=DESCRIPTION)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML settings; configs/ has examples")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
-    parser.add_argument("--dry-run", action="store_true", help="build it all without memory, check it, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="build it without memory, check it all, train nothing")
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: for N processes (default: 1)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_intermixed_args()

@@ -56,6 +56,12 @@ class OnlineEncoders:
         """Pixels of an image to one of what the model is given, along each side."""
         return 1 if self.autoencoder is None else self.autoencoder.downsampling
 
+    @property
+    def num_bytes(self) -> int:
+        """Of their weights."""
+        modules = [encoder.module for encoder in (self.autoencoder, self.text) if encoder is not None]
+        return sum(weight.numel() * weight.element_size() for module in modules for weight in module.parameters())
+
     def encode(self, batch: Batch) -> Batch:
         """Latents in the place of images, vectors in the place of captions."""
         if self.autoencoder is not None:

@@ -154,6 +154,8 @@ def _report(
     sizes = held_bytes(config, ranks)
     parts = ", ".join(f"{name} {_size(number)}" for name, number in sizes.items())
     yield "memory", f"{_size(sum(sizes.values()))} a rank, gradients and activations apart: {parts}"
+    if isinstance(data, TrainingData) and data.encoders is not None:
+        yield "encoders", f"{_size(data.encoders.num_bytes)} more on every rank, for what is encoded as it is read"
     written = 4 * 4 * total  # weights, two moments and their average, fp32
     yield (
         "checkpoint",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_tools.text import TextSettings, encode_text
-from diffmoe_dist import load_model
+from diffmoe_dist import encode_captions, load_model
 from diffmoe_dist.config import build_config, load_config
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.prompts import Prompt, encode_prompts
@@ -29,6 +29,7 @@ from diffmoe_dist.evaluation.conditions import PromptConditions, run_conditions
 from diffmoe_dist.evaluation.generate import generate
 from diffmoe_dist.evaluation.sampling_job import SamplingSettings, open_conditions, sample_to_folder
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.condition import TextCondition
 from tests.data.test_text import save_encoder
 from tests.distributed import run_ranks
 from tests.engine.captions import save_captioned, text_settings
@@ -218,3 +219,10 @@ def test_a_model_that_is_told_classes_takes_no_prompts(folder: Path) -> None:
     config = build_config(TINY, training=False)
     with pytest.raises(UserError, match=r"--prompts .*: this model is told classes; give --num"):
         open_conditions(settings_for(folder), config, CPU)
+
+
+def test_captions_that_are_encoded_in_python_are_those_of_the_sampler(folder: Path) -> None:
+    ours, theirs = encode_captions(TEXTS, folder / "encoder", 16), conditions_of(folder, TEXTS).of([0, 1, 2, 3])
+    assert isinstance(theirs, TextCondition)
+    for name in ("tokens", "mask", "pooled", "null"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
