@@ -14,9 +14,9 @@ import torch
 from data_tools.pack import pack
 from data_tools.random_encoder import write_random_encoder
 from data_tools.shapes import ShapesSource, captions, drawings
-from data_tools.text import TextEncoder, TextSettings
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.text import TextReader
+from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
 from tests.data.folders import png, random_images, write_folder
 
@@ -66,7 +66,7 @@ def test_the_same_captions_give_the_same_bytes_whatever_was_drawn_before(
 
 
 def test_every_word_of_the_captions_has_a_token_of_its_own_and_none_is_unknown(encoder: Path) -> None:
-    tokenizer = TextEncoder(TextSettings(encoder)).tokenizer
+    tokenizer = TextEncoder.open(encoder, None, None, "cpu", "--encoder").tokenizer
     numbers = {word: tokenizer(word)["input_ids"] for word in WORDS}
     assert {len(number) for number in numbers.values()} == {3}  # start, word, end
     assert len({tuple(number) for number in numbers.values()}) == len(WORDS)
@@ -79,7 +79,7 @@ def test_every_word_of_the_captions_has_a_token_of_its_own_and_none_is_unknown(e
 
 def test_captions_are_told_apart_by_their_tokens_and_by_the_pooled_vector_of_the_end(encoder: Path) -> None:
     texts = ["", *(listed[0] for listed in CAPTIONS)]
-    encoded = list(TextEncoder(TextSettings(encoder)).encode(texts))
+    encoded = list(TextEncoder.open(encoder, None, None, "cpu", "--encoder").encode(texts))
     assert encoded[0].tokens_TD.shape == (2, 64)
     pooled = np.stack([text.pooled_P for text in encoded if text.pooled_P is not None]).astype(np.float32)
     for text in encoded:
@@ -98,7 +98,7 @@ def test_encode_text_takes_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reader = TextReader(ShardIndex.open(text))
     base = ShardIndex.open(shards)
-    encoder = TextEncoder(TextSettings(model, max_length=10))
+    encoder = TextEncoder.open(model, None, 10, "cpu", "--encoder")
     (expected,) = encoder.encode([base.read(7)["txt"].decode()])
     assert reader.num_captions(7) == 3
     np.testing.assert_allclose(reader.read(7, 0.0).tokens_TD, expected.tokens_TD, rtol=2**-10, atol=1e-5)
