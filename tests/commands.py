@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,13 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.distributed import LOADED
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torch._dynamo", "deepspeed",
-     "deepspeed.moe.layer", "deepspeed.runtime.zero.muon.original_muon", "omegaconf", "PIL.Image", "tqdm"]
-)  # fmt: skip
+ROOT = Path(__file__).parents[1]
 
 
 class Command:
@@ -39,7 +34,7 @@ class Command:
     ) -> None:
         name = f"{environment.get('RANK', 0)}-{time.monotonic_ns()}"
         self.files = folder / f"{name}.out", folder / f"{name}.err"
-        self.process = _CONTEXT.Process(
+        self.process = LOADED.Process(
             target=_run, args=(module, arguments, self.files, environment, prepare), daemon=True
         )
         self.process.start()

@@ -16,6 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Processes that have torch and deepspeed loaded already: forks of one process that imported them and did nothing else.
+LOADED = multiprocessing.get_context("forkserver")
+LOADED.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.utils.tensorboard", "torch._dynamo", "deepspeed",
+     "deepspeed.moe.layer", "deepspeed.runtime.zero.muon.original_muon", "omegaconf", "PIL.Image", "tqdm",
+     "diffusers.models.autoencoders.autoencoder_kl", "transformers.models.clip.modeling_clip"]
+)  # fmt: skip
+
 _GRACE_SECONDS = 2.0  # for the other ranks to end, and to tell why, once one has failed
 
 
@@ -25,8 +33,6 @@ class RankError(AssertionError):
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, time_limit: float = 120.0) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` ranks that share a gloo process group.
-
-    A start costs seconds of imports a rank, so a test does all its cases in one call.
 
     Args:
         function: of a module's top level, for the new processes import it by name.
@@ -39,10 +45,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, time_li
     Raises:
         RankError: a rank raised, died, or was still running at the time limit.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, folder, function, args), daemon=True)
+            LOADED.Process(target=_run_rank, args=(rank, world_size, folder, function, args), daemon=True)
             for rank in range(world_size)
         ]
         try:
