@@ -4,6 +4,7 @@ import ast
 import pickle
 import shutil
 import subprocess
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,36 @@ def test_a_checkpoint_cannot_execute_code(run_dir: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="refused to load"):
         load_model(run_dir)
     assert not target.exists()
+
+
+class OldEnums(pickle.Pickler):
+    """As Python 3.11.0 to 3.11.3 write the members of an enumeration."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_a_checkpoint_that_an_early_python_3_11_wrote_is_read(run_dir: Path) -> None:
+    expected = load_model(run_dir).state_dict()
+    file = newest(run_dir) / ".metadata"
+    with file.open("rb") as stream:
+        metadata = pickle.load(stream)
+    with file.open("wb") as stream:
+        OldEnums(stream).dump(metadata)
+    assert b"getattr" in file.read_bytes()
+    forge_sums(newest(run_dir))
+    assert all(torch.equal(value, expected[name]) for name, value in load_model(run_dir).state_dict().items())
+
+
+def test_what_reads_enumerations_reads_no_other_attribute(run_dir: Path) -> None:
+    class Reaching:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, (Metadata, "__init__")
+
+    (newest(run_dir) / ".metadata").write_bytes(pickle.dumps(Reaching()))
+    forge_sums(newest(run_dir))
+    with pytest.raises(UserError, match="refused to load an attribute of"):
+        load_model(run_dir)
 
 
 def test_a_checkpoint_names_no_folder_of_the_machine_that_wrote_it(trained: Path) -> None:
