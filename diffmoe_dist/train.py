@@ -116,7 +116,7 @@ def train(config: Config, stop: StopSignals) -> int:
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
     watchdog.expect("start-up", SLOW_FACTOR)
     launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
-    with shared_fate():
+    with shared_fate(watchdog):
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size))
         topology = create_topology(launch, device, config.parallel.expert)

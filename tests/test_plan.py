@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from diffmoe_dist.plan import main
+from tests.commands import start
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/imagenet256/global_pool_l.yaml")
@@ -74,11 +74,8 @@ def test_every_family_can_be_planned_without_data(
         (("--nodes", "1", "--gpus-per-node", "8", "moe.router=dense"), "has no effect with moe.router=dense"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "diffmoe_dist.plan", "--config", CONFIG, *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert ended.returncode == 2
+def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    ended = start("diffmoe_dist.plan", "--config", CONFIG, *arguments, folder=tmp_path)[0]
+    assert ended.wait() == 2
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +11,23 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmoe_dist import load_model
-from tests.commands import free_port
+from tests.commands import start
 from tests.engine.captions import save_captioned
 
-ROOT = Path(__file__).parents[1]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 SIZES = [
     "model.input_size=8", "model.patch_size=2", "model.depth=2", "model.hidden_size=32", "model.text_hidden_size=16",
     "model.text_max_length=16", "model.text_pooled_size=16", "train.global_batch_size=16",
 ]  # fmt: skip
 
 
-def run(*command: str, code: int = 0) -> str:
-    ended = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == code, ended.stdout + ended.stderr
-    return ended.stdout + ended.stderr
-
-
-def diffmoe(command: str, *arguments: str, code: int = 0) -> str:
-    return run(sys.executable, "-m", f"diffmoe_dist.{command}", *arguments, code=code)
+def diffmoe(command: str, *arguments: str, ranks: int = 1, code: int = 0) -> str:
+    """Run a command to its end, on so many ranks; what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = start(f"diffmoe_dist.{command}", *arguments, folder=Path(folder), ranks=ranks)
+        codes = [one.wait(300) for one in started]
+        told = "".join(one.stdout + one.stderr for one in started)
+    assert codes == [code] * ranks, told
+    return told
 
 
 def places(folder: Path) -> list[str]:
@@ -48,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(out / "colours.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False), extractor=extractor)
     (out / "prompts.txt").write_text("a red square\na circle\n")
     (out / "prompts.jsonl").write_text('{"tag": "colors", "prompt": "a red square"}\n{"tag": "x", "prompt": "a"}\n')
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m"]
-    run(
-        sys.executable, *command, "diffmoe_dist.train", "--config", "configs/t2i/debug.yaml", *places(out), *SIZES,
+    diffmoe(
+        "train", "--config", "configs/t2i/debug.yaml", *places(out), *SIZES,
         "device=cpu", "parallel.expert=2", "train.steps=4", "log.every=1", "sample.every=2", "sample.num=16",
         "sample.steps=2", "log.figures_every=4", f"validation.shards={out / 'held-out/shards'}",
         f"validation.text={out / 'held-out/text'}", "validation.every=2", "validation.images=12", "score.every=4",
         "score.num=6", "score.features=tests.evaluation.colours:colours", f"score.reference={out / 'colours.npz'}",
+        ranks=2,
     )  # fmt: skip
     return out
 

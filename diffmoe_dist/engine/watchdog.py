@@ -52,7 +52,7 @@ class Watchdog:
         self.hang_timeout = hang_timeout
         self.log = log
         self._what, self._allowed, self._deadline = "", 0.0, float("inf")
-        self._ended = threading.Event()
+        self._ended, self._leaving = threading.Event(), threading.Event()
         if hang_timeout:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -73,12 +73,21 @@ class Watchdog:
         if self.hang_timeout:
             faulthandler.cancel_dump_traceback_later()
 
+    def settle(self) -> None:
+        """After an error: if this process is leaving already because it hangs, let that be its end.
+
+        The error is then the leaving of another rank, which hung too and noticed a moment earlier.
+        """
+        if self._leaving.is_set():
+            threading.Event().wait()  # for the exit
+
     def _watch(self) -> None:
         while not self._ended.wait(min(_POLL_SECONDS, self.hang_timeout / 10)):
             if time.monotonic() > self._deadline:
                 self._end()
 
     def _end(self) -> None:
+        self._leaving.set()
         message = f"{self._what} has not ended after {self._allowed:g} seconds (train.hang_timeout): leaving\n"
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(self.log, "a")) if self.log.parent.is_dir() else sys.stderr
@@ -93,7 +102,7 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def shared_fate() -> Iterator[None]:
+def shared_fate(watchdog: Watchdog) -> Iterator[None]:
     """What fails in here on one rank ends all ranks within seconds; the process group is initialised."""
     rank = dist.get_rank()
     if dist.get_world_size() == 1:
@@ -107,6 +116,7 @@ def shared_fate() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        watchdog.settle()
         ended.set()
         first = _tell_others(store, rank, error)
         if logger.handlers:  # the logs are there: for those who look into this rank's

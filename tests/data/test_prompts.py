@@ -4,8 +4,6 @@ import io
 import json
 import logging
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,10 @@ from diffmoe_dist.data.prompts import (
 )
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
+from tests.commands import start
 from tests.data.encoders import save_encoder
 from tests.data.test_text_encoder import same_bits
 
-ROOT = Path(__file__).resolve().parents[2]
 MAX_LENGTH = 12
 PROMPTS = [Prompt("a red square"), Prompt("", {"prompt": "", "tag": "none"}), Prompt("blue circle"), Prompt("gr" * 30)]
 
@@ -259,10 +257,9 @@ def test_the_command_encodes_a_file(tmp_path: Path) -> None:
     encoder = save_encoder(tmp_path / "encoder", "t5")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a circle", "tag": "one"}\n')
     out = tmp_path / "p.npz"
-    command = [sys.executable, "-m", "data_tools", "encode-prompts", str(tmp_path / "p.jsonl"), str(out)]
-    command += ["--encoder", str(encoder), "--max-length", "9", "--negative-prompt", "a square", "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    options = ("--encoder", encoder, "--max-length", "9", "--negative-prompt", "a square", "--device", "cpu")
+    done = start("data_tools.__main__", "encode-prompts", tmp_path / "p.jsonl", out, *options, folder=tmp_path)[0]
+    assert done.wait() == 0, done.stderr
     assert done.stdout == f"encoded 1 prompts, {out.stat().st_size} bytes: --prompts {out}\n"
     encoded = open_encoded_prompts(out)
     assert encoded.prompts == [Prompt("a circle", {"prompt": "a circle", "tag": "one"})]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +16,9 @@ from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.text import TextReader
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
+from tests.commands import Command, start
 from tests.data.folders import png, random_images, write_folder
 
-ROOT = Path(__file__).resolve().parents[2]
 CAPTIONS = [captions(drawing) for drawing in drawings()[::7]] + [["A cat's hat, RED."]]
 WORDS = {
     "a", "at", "the", "in", "red", "green", "blue", "yellow", "magenta", "cyan", "square", "triangle", "cross", "top",
@@ -44,9 +42,8 @@ def encoder(base: ShardIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "data_tools", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def _run(folder: Path, *arguments: object) -> Command:
+    return start("data_tools.__main__", *arguments, folder=folder)[0]
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -91,11 +88,11 @@ def test_captions_are_told_apart_by_their_tokens_and_by_the_pooled_vector_of_the
 def test_encode_text_takes_it(tmp_path: Path) -> None:
     shards, model, text = tmp_path / "shapes", tmp_path / "encoder", tmp_path / "text"
     pack(ShapesSource().part(np.arange(90)), shards)  # each combination once
-    done = _run("random-encoder", shards, model)
+    done = _run(tmp_path, "random-encoder", shards, model)
     said = f"a random CLIP text encoder that knows 20 words: --encoder {model}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
-    done = _run("encode-text", shards, text, "--encoder", model, "--max-length", 10)
-    assert done.returncode == 0, done.stderr
+    assert (done.wait(), done.stdout, done.stderr) == (0, said, "")
+    done = _run(tmp_path, "encode-text", shards, text, "--encoder", model, "--max-length", 10)
+    assert done.wait() == 0, done.stderr
     reader = TextReader(ShardIndex.open(text))
     base = ShardIndex.open(shards)
     encoder = TextEncoder.open(model, None, 10, "cpu", "--encoder")
@@ -114,5 +111,5 @@ def test_what_a_user_can_get_wrong_is_one_line(base: ShardIndex, encoder: Path, 
     with pytest.raises(UserError, match=r"BASE=.*silent: holds no captions"):
         write_random_encoder(silent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    done = _run("random-encoder", base.folder, tmp_path / "out", "--workers", 2)
-    assert done.returncode == 2 and done.stderr.startswith("error: --workers=2") and done.stderr.count("\n") == 1
+    done = _run(tmp_path, "random-encoder", base.folder, tmp_path / "out", "--workers", 2)
+    assert done.wait() == 2 and done.stderr.startswith("error: --workers=2") and done.stderr.count("\n") == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from diffmoe_dist.engine import weights as weights_module
 from diffmoe_dist.engine.weights import read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
+from tests.commands import start
 from tests.published import forward, synthetic_state_dict
 
-ROOT = Path(__file__).parents[2]
 MODEL = [
     "model.depth=4", "model.hidden_size=32", "model.num_heads=4", "model.input_size=8", "model.num_classes=10",
     "model.learn_sigma=true",
@@ -307,12 +306,11 @@ def test_a_file_that_names_code_is_refused_and_not_executed(tmp_path: Path, zipp
     content = {"ema": synthetic_state_dict("dit"), "args": Malicious(target)}
     torch.save(content, tmp_path / "bad.pt", _use_new_zipfile_serialization=zipped)
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    command = [
-        sys.executable, "-m", "diffmoe_dist.convert", "--from", "dit", tmp_path / "bad.pt",
-        "--config", tmp_path / "config.yaml", *MODEL, "--out", tmp_path / "out",
-    ]  # fmt: skip
-    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2
+    ended = start(
+        "diffmoe_dist.convert", "--from", "dit", tmp_path / "bad.pt", "--config", tmp_path / "config.yaml", *MODEL,
+        "--out", tmp_path / "out", folder=tmp_path,
+    )[0]  # fmt: skip
+    assert ended.wait() == 2
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert "names posix.mkdir, which could be code" in ended.stderr
     assert not target.exists() and not (tmp_path / "out").exists()

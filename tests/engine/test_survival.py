@@ -17,6 +17,7 @@ import pytest
 
 from diffmoe_dist.engine.checkpoint import complete_checkpoints
 from diffmoe_dist.engine.trainer import Trainer
+from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.errors import UserError
 from tests.commands import ROOT, Command, start, wait_for
 from tests.engine.runs import TINY, curve, metrics
@@ -242,6 +243,14 @@ def raise_mistake() -> None:
 
 def rank_1_hangs(rank: int) -> None:
     in_step_3(1, sleep_for_ever)
+    if rank == 0:
+        end = Watchdog._end
+
+        def end_later(self: Watchdog) -> None:
+            time.sleep(1)
+            end(self)
+
+        Watchdog._end = end_later  # type: ignore[method-assign]
 
 
 def rank_1_fails(rank: int) -> None:
@@ -258,6 +267,7 @@ def rank_1_meets_a_damaged_shard(rank: int) -> None:
 
 
 def test_a_rank_that_hangs_ends_every_rank_with_the_stacks_of_its_threads(tmp_path: Path, config_file: Path) -> None:
+    """Also a rank that notices a second later, and whose call breaks off when the first one leaves."""
     run_dir = tmp_path / "run"
     commands = train(config_file, run_dir, "train.hang_timeout=4", prepare=rank_1_hangs)
     wait_for(lambda: last_step(run_dir) == 2, "two steps")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,11 @@ from diffmoe_dist.engine.sharded_state import EMA, MASTER
 from diffmoe_dist.engine.weights import _interval, check_initial_weights, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
+from tests.commands import start
 from tests.distributed import run_ranks
 from tests.engine.runs import curve, tiny_config, train_all
 from tests.published import synthetic_state_dict
 
-ROOT = Path(__file__).parents[2]
 LEARNED = {"model": {"learn_sigma": True}}  # as published
 START = {**LEARNED, "train": {"steps": 5, "initial_weights": "FOLDER"}}
 # A learning rate below fp32's resolution: what a checkpoint then holds is where the run began.
@@ -109,12 +107,11 @@ def test_a_checkpoint_wins_over_initial_weights_and_the_log_says_so(runs: Path) 
 
 def test_an_exported_run_is_the_run_bit_for_bit(runs: Path, tmp_path: Path) -> None:
     expected = load_model(runs / "split")
-    command = [
-        sys.executable, "-m", "diffmoe_dist.convert", "--to", "safetensors", "--checkpoint", runs / "split",
-        "--out", tmp_path / "exported",
-    ]  # fmt: skip
-    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
+    ended = start(
+        "diffmoe_dist.convert", "--to", "safetensors", "--checkpoint", runs / "split", "--out", tmp_path / "exported",
+        folder=tmp_path,
+    )[0]  # fmt: skip
+    assert ended.wait() == 0, ended.stderr
     assert "step-00000006 (ema) is now in" in ended.stdout
     got, config = read_model(tmp_path / "exported", "cpu")
     assert not got.training and not any(parameter.requires_grad for parameter in got.parameters())
@@ -146,12 +143,11 @@ def test_the_sampler_draws_from_a_folder_of_weights_what_it_draws_from_the_run(r
     export_checkpoint(runs / "split", tmp_path / "exported")
     drawn = []
     for name, checkpoint in {"run": runs / "split", "folder": tmp_path / "exported"}.items():
-        command = [
-            sys.executable, "-m", "diffmoe_dist.sample", "--checkpoint", checkpoint, "--out", tmp_path / name,
-            "--num", "3", "--steps", "2", "--device", "cpu",
-        ]  # fmt: skip
-        ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert ended.returncode == 0, ended.stderr
+        ended = start(
+            "diffmoe_dist.sample", "--checkpoint", checkpoint, "--out", tmp_path / name, "--num", "3", "--steps", "2",
+            "--device", "cpu", folder=tmp_path,
+        )[0]  # fmt: skip
+        assert ended.wait() == 0, ended.stderr
         drawn.append(np.load(tmp_path / name / "samples.npz")["arr_0"])
     assert np.array_equal(*drawn)
 

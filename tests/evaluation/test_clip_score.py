@@ -18,6 +18,7 @@ from PIL import Image
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
 from diffmoe_dist.evaluation.images import NpzImages
+from tests.commands import start
 from tests.distributed import run_ranks
 from tests.evaluation.colours import colours
 from tests.test_commands import free_port, run
@@ -301,11 +302,10 @@ def test_a_command_that_cannot_score_is_refused_in_one_line(
     clip = shutil.copytree(clip_folder, tmp_path / "clip")
     for name in removed:
         Path(name.replace("CLIP", str(clip)).replace("SAMPLES", str(tmp_path))).unlink()
-    ended = run(
-        sys.executable, "-m", "diffmoe_dist.evaluate", "--samples", samples.path, "--clip", clip, "--device", "cpu",
-        *options,
-    )  # fmt: skip
-    assert (ended.returncode, ended.stdout) == (2, "")
+    ended = start(
+        "diffmoe_dist.evaluate", "--samples", samples.path, "--clip", clip, "--device", "cpu", *options, folder=tmp_path
+    )[0]
+    assert (ended.wait(), ended.stdout) == (2, "")
     assert len(ended.stderr.splitlines()) == 1 and message in ended.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from diffmoe_dist.evaluation.images import NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import frechet_distance
 from diffmoe_dist.evaluation.reference import REFERENCE_IMAGES, read_reference
 from diffmoe_dist.evaluation.scores import build_result, collect, count_name, make_reference, score, share, table
+from tests.commands import start
 from tests.distributed import run_ranks
 from tests.evaluation.colours import colours
-from tests.test_commands import ENV, ROOT, free_port, run
+from tests.test_commands import free_port, run
 
 CPU = torch.device("cpu")
 COLOURS = "tests.evaluation.colours:colours"
@@ -263,18 +263,18 @@ def test_the_command_scores_a_file_under_a_launcher_against_a_reference_it_made(
 
 
 def test_the_command_draws_the_samples_of_a_run_first(tmp_path: Path, digits: Path) -> None:
-    trained = run(
-        sys.executable, "-m", "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml",
-        f"data.shards={digits}", f"run_dir={tmp_path / 'run'}", "train.steps=2", "device=cpu",
-    )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
+    trained = start(
+        "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
+        f"run_dir={tmp_path / 'run'}", "train.steps=2", "device=cpu", folder=tmp_path,
+    )[0]  # fmt: skip
+    assert trained.wait() == 0, trained.stderr
     np.savez(tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8))
-    scored = run(
-        sys.executable, "-m", "diffmoe_dist.evaluate", "--samples", tmp_path / "run", "--num", "6", "--steps", "2",
-        "--reference", tmp_path / "reference.npz", "--features", COLOURS, "--out", tmp_path / "out/scores.json",
-        "--device", "cpu",
-    )  # fmt: skip
-    assert scored.returncode == 0, scored.stderr
+    scored = start(
+        "diffmoe_dist.evaluate", "--samples", tmp_path / "run", "--num", "6", "--steps", "2", "--reference",
+        tmp_path / "reference.npz", "--features", COLOURS, "--out", tmp_path / "out/scores.json", "--device", "cpu",
+        folder=tmp_path,
+    )[0]  # fmt: skip
+    assert scored.wait() == 0, scored.stderr
     result = json.loads((tmp_path / "out/scores.json").read_text())
     drawn = json.loads((tmp_path / "out/sampling.json").read_text())
     assert set(result["scores"]) == {"frechet_distance_6", "precision_6", "recall_6"}
@@ -313,7 +313,6 @@ BAD = {
 def test_a_mistake_is_one_line_and_exit_code_2(case: str, tmp_path: Path) -> None:
     arguments, message = BAD[case]
     filled = [part.replace("OUT", str(tmp_path)) for part in arguments]
-    command = [sys.executable, "-m", "diffmoe_dist.evaluate", *filled, "--device", "cpu"]
-    ended = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
-    assert (ended.returncode, ended.stdout) == (2, "")
+    ended = start("diffmoe_dist.evaluate", *filled, "--device", "cpu", folder=tmp_path)[0]
+    assert (ended.wait(), ended.stdout) == (2, "")
     assert len(ended.stderr.splitlines()) == 1 and message in ended.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,12 @@ from diffmoe_dist.evaluation.generate import generate
 from diffmoe_dist.evaluation.sampling_job import SamplingSettings, open_conditions, sample_to_folder
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import TextCondition
+from tests.commands import start
 from tests.data.test_text import save_encoder
 from tests.distributed import run_ranks
 from tests.engine.captions import save_captioned, text_settings
 from tests.engine.runs import TINY, train_one
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TEXTS = ["a red square", "a blue circle", "", "a circle on a square"]
 
@@ -147,9 +145,10 @@ def test_a_job_draws_the_same_pictures_on_any_ranks_with_experts_shared_or_not(f
 
 
 def test_prompts_that_were_encoded_beforehand_give_the_same_pictures(folder: Path, tmp_path: Path) -> None:
-    command = ["encode-prompts", str(folder / "prompts.txt"), str(tmp_path / "prompts.npz")]
-    options = ["--encoder", str(folder / "encoder"), "--max-length", "16"]
-    subprocess.run([sys.executable, "-m", "data_tools", *command, *options], cwd=ROOT, check=True)
+    command = ("encode-prompts", folder / "prompts.txt", tmp_path / "prompts.npz")
+    options = ("--encoder", folder / "encoder", "--max-length", "16")
+    encoding = start("data_tools.__main__", *command, *options, folder=tmp_path)[0]
+    assert encoding.wait() == 0, encoding.stderr
     beforehand = settings_for(folder, prompts=str(tmp_path / "prompts.npz"), encoder=None)
     run_ranks(1, draw_jobs, [(settings_for(folder), tmp_path / "live"), (beforehand, tmp_path / "before")])
 
