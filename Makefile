@@ -45,8 +45,10 @@ demo-text: .venv/ready
 	$(BIN)/python -m diffmoe_dist.report --run runs/shapes --samples samples/shapes --device cpu
 	$(BIN)/python -m benchmarks.prompt_following samples/shapes --at-least 0.8
 
+# Two files of tests at a time, for many wait: for Slurm, for a kill, for other ranks. In their order, so that none of the
+# long ones comes last.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -72,7 +72,7 @@ _DENSE_LAYER = _Names(("fc1", "fc2"), "", "", "", {})
 _SETTINGS = (
     ("pos_embed", "model.input_size, model.patch_size and model.hidden_size"),
     ("x_embedder", "model.in_channels, model.patch_size and model.hidden_size"),
-    ("y_embedder", "model.condition, model.num_classes, model.text_hidden_size, .text_pooled_size and .hidden_size"),
+    ("y_embedder", "model.num_classes and model.hidden_size; of captions, model.condition and model.text_hidden_size"),
     ("cross_attn", "model.condition and model.hidden_size"),
     ("t_embedder", "model.hidden_size"),
     ("final_layer.linear", "model.learn_sigma, model.in_channels and model.patch_size"),
