@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from data_tools.images import encode_image
-from data_tools.source import label_payload
+from data_tools.arrays import ArraySource
 from diffmoe_dist.errors import UserError
 
 _UNSIGNED_BYTES = 0x08
 
 
-class IdxSource:
+class IdxSource(ArraySource):
     """Gray images and their labels, from the file of the images; the labels' file lies beside it."""
 
-    name = "idx"
-    channels = 1
-
-    def __init__(self, images: Path) -> None:
-        labels = images.with_name(images.name.replace("images-idx3", "labels-idx1"))
-        if labels == images:
-            raise UserError(f"SOURCE={images}: not named *-images-idx3-ubyte[.gz]; name the file of the images")
-        self._images = _read_idx(images, dimensions=3)  # (items, H, W)
-        self.labels: np.ndarray | None = _read_idx(labels, dimensions=1).astype(np.int64)
-        if len(self._images) != len(self.labels):
-            raise UserError(f"SOURCE={images}: {len(self._images)} images but {len(self.labels)} labels; restore both")
-        height, width = self._images.shape[1:]
+    def __init__(self, path: Path) -> None:
+        labels_path = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+        if labels_path == path:
+            raise UserError(f"SOURCE={path}: not named *-images-idx3-ubyte[.gz]; name the file of the images")
+        images, labels = _read_idx(path, dimensions=3), _read_idx(labels_path, dimensions=1)
+        if len(images) != len(labels):
+            raise UserError(f"SOURCE={path}: {len(images)} images but {len(labels)} labels; restore both")
+        height, width = images.shape[1:]
         if height != width:
-            raise UserError(f"SOURCE={images}: images of {width}x{height} pixels; only squares are read")
-        self.image_size: int | None = height
-        self.class_names: Sequence[str] = [str(label) for label in range(self.labels.max(initial=0) + 1)]
-        self._items = np.arange(len(self._images))
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def item_name(self, item: int) -> str:
-        return f"image {self._items[item]}"
-
-    def part(self, items: np.ndarray) -> IdxSource:
-        part = copy.copy(self)
-        assert self.labels is not None
-        part._items, part._images, part.labels = self._items[items], self._images[items], self.labels[items]
-        return part
-
-    def read(self, item: int) -> dict[str, bytes]:
-        """A PNG file and the label."""
-        assert self.labels is not None
-        return {
-            "png": encode_image(Image.fromarray(self._images[item]), "png"),
-            "cls": label_payload(self.labels[item]),
-        }
+            raise UserError(f"SOURCE={path}: images of {width}x{height} pixels; only squares are read")
+        super().__init__("idx", "image", images, labels, classes=int(labels.max(initial=0)) + 1)
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,6 +17,10 @@ HANG_EXIT_CODE = 124  # as of timeout(1)
 
 class UserError(Exception):
     """A mistake the user can fix. The message is one line: the setting, its value, the remedy."""
+
+
+# Launchers end all processes when one has ended: those that are silent about a mistake let the first one tell it.
+_SECONDS_TO_SPEAK = 5.0
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -46,6 +51,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         if _is_first_of_node():
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        else:
+            time.sleep(_SECONDS_TO_SPEAK)
         _exit(USER_ERROR_EXIT_CODE)
     except BaseException:
         traceback.print_exc()
