@@ -31,7 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_dist.config import Config
-from diffmoe_dist.data.prompts import EncodedPrompts, Prompt, encode_prompts, open_encoded_prompts, read_prompts
+from diffmoe_dist.data.prompts import (
+    ENCODED_SUFFIX,
+    EncodedPrompts,
+    Prompt,
+    encode_prompts,
+    open_encoded_prompts,
+    read_prompts,
+)
 from diffmoe_dist.data.text import is_utf8
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
@@ -245,7 +252,7 @@ def job_prompts(
 
 
 def _open_prompts(settings: SamplingSettings, config: Config, device: torch.device) -> EncodedPrompts:
-    if settings.prompts is not None and settings.prompts.endswith(".npz"):
+    if settings.prompts is not None and settings.prompts.endswith(ENCODED_SUFFIX):
         for name in ("encoder", "tokenizer", "negative_prompt"):
             if getattr(settings, name) is not None:
                 raise UserError(

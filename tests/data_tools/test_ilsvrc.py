@@ -58,9 +58,10 @@ def _make_devkit(folder: Path, truth: list[int], table: str = "meta.mat") -> Pat
     rows = [(number, wnid, "words", "gloss", 0) for number, wnid in WNID_OF_ID.items()]
     rows += [(6, "n00001740", "entity", "has children and no images", 2), (7, "n00001930", "thing", "too", 5)]
     if table == "meta.mat":
-        scipy_io = pytest.importorskip("scipy.io")
+        import scipy.io
+
         kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
-        scipy_io.savemat(data / table, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+        scipy.io.savemat(data / table, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
     else:
         (data / table).write_text("".join(f"{number} {wnid} {words}\n" for number, wnid, words, _, _ in rows[:5]))
     return data.parent

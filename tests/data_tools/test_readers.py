@@ -87,7 +87,8 @@ def _write_table(folder: Path, kind: str) -> Path:
     if kind == "jsonl":
         path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in TABLE_ROWS))
     else:
-        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow
+
         table = pyarrow.table(columns)
         if kind == "parquet":
             from pyarrow import parquet
@@ -139,7 +140,7 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, text: str, columns
 
 
 def _write_hf(folder: Path, first: int, last: int, captions: bool) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     rows = range(first, last)

@@ -56,7 +56,7 @@ def test_fid_is_scipys_matrix_root(num: int, width: int) -> None:
 
 
 def test_fid_is_that_of_torchmetrics() -> None:
-    image = pytest.importorskip("torchmetrics.image.fid", reason="torchmetrics is not installed (requirements-dev.txt)")
+    from torchmetrics.image import fid
 
     class Itself(nn.Module):
         num_features = 32
@@ -64,7 +64,7 @@ def test_fid_is_that_of_torchmetrics() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    theirs = image.FrechetInceptionDistance(feature=Itself()).set_dtype(torch.float64)
+    theirs = fid.FrechetInceptionDistance(feature=Itself()).set_dtype(torch.float64)
     first, second = features(400, 32, seed=3), features(333, 32, seed=4, shift=0.2)
     theirs.update(first, real=True)
     theirs.update(second, real=False)
