@@ -51,7 +51,7 @@ from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.engine.run_folder import Claim, flush_directory, write_durably
 from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -342,8 +342,7 @@ def read_checkpoint_model(
         if spread is not None:
             spread(model, config)
     model.to_empty(device="cpu")
-    initialize(model, config.seed)  # the position table; everything else is overwritten
-    load_fragments(checkpoint, [*weights(model, kind), *buffers(model)])
+    load_fragments(checkpoint, [*weights(model, kind), *buffers(model)])  # fills every tensor, the position table too
     return model.to(device).eval().requires_grad_(False), config
 
 

@@ -26,13 +26,15 @@ from diffmoe_dist.engine.checkpoint import (
     _SafeReader,
     complete_checkpoints,
     find_checkpoint,
+    load_fragments,
     read_progress,
     read_sums,
     superfluous,
     write_sums,
 )
-from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
+from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER, buffers, weights
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT, initialize
 from tests.distributed import run_ranks
 from tests.engine.runs import tiny_config, train_all, whole_state
 
@@ -124,6 +126,35 @@ def test_a_model_is_loaded_from_a_run_folder_or_a_step_folder(trained: Path) -> 
         assert model(x, torch.rand(3), torch.tensor([0, 9, 10])).prediction.shape == x.shape
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_opening_a_model_draws_no_random_numbers_and_leaves_no_tensor_unread(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialized = DiT(load_config(newest(trained) / "config.yaml"))
+    initialize(initialized, seed=1)
+    load_fragments(newest(trained), [*weights(initialized, EMA), *buffers(initialized)])
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a random number was asked for")
+
+    def allocate_nan(self: DiT, *, device: str) -> DiT:
+        return to_empty(self, device=device)._apply(
+            lambda tensor: tensor.fill_(-1 if tensor.dtype == torch.int64 else torch.nan)
+        )
+
+    to_empty = DiT.to_empty
+    monkeypatch.setattr(DiT, "to_empty", allocate_nan)
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, refuse)
+    state = torch.get_rng_state()
+    opened = load_model(trained)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    tensors = dict([*opened.named_parameters(), *opened.named_buffers()])
+    assert tensors.keys() == initialized.state_dict().keys()
+    for name, value in initialized.state_dict().items():
+        assert torch.equal(tensors[name], value), name
 
 
 def test_the_older_checkpoint_is_another_model_than_the_newer(trained: Path) -> None:
