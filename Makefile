@@ -18,10 +18,11 @@ export OMP_NUM_THREADS = 1
 venv: .venv/ready
 
 # torch comes first and pinned: anything that merely wants "torch" would fetch its newest CUDA build.
-.venv/ready: requirements.txt requirements-dev.txt
+.venv/ready: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/pip install --quiet -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . # setuptools is there: torch needs it
 	touch $@
 
 demo: .venv/ready

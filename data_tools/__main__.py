@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from tqdm import tqdm
 
@@ -411,5 +411,10 @@ def main() -> None:
             arguments.run(arguments, workers)
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-data`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

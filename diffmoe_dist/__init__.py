@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffmoe_dist.model.condition import TextCondition
     from diffmoe_dist.model.dit import DiT
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from diffmoe_dist.config import load_config
 from diffmoe_dist.errors import CommandParser, UserError, run_command
@@ -83,5 +84,10 @@ def main() -> None:
     sys.stdout.write(f"{file}{'' if taken == 'only' else f' ({taken})'} is now in {out}\n")
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-convert`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

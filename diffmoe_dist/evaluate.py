@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from diffmoe_dist.errors import CommandParser, UserError, run_command
 from diffmoe_dist.launch import detect_launch
@@ -241,5 +241,10 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-evaluate`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffmoe_dist.config import load_config
 from diffmoe_dist.errors import CommandParser, UserError, run_command
@@ -249,5 +249,10 @@ def _gib(number: float) -> str:
     return f"{number / 2**30:.3f}"
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-plan`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

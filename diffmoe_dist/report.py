@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from diffmoe_dist.errors import CommandParser, UserError, run_command
 from diffmoe_dist.launch import detect_launch
@@ -51,5 +52,10 @@ def main() -> None:
     sys.stdout.write(f"report:         {page}\n")
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-report`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from diffmoe_dist.errors import CommandParser, UserError, run_command
 from diffmoe_dist.launch import detect_launch
@@ -143,5 +144,10 @@ def read_classes(text: str) -> tuple[int, ...]:
         raise UserError(f"--classes {text}: expected numbers with commas between them, such as 1,2,3") from None
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-sample`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -7,7 +7,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from diffmoe_dist.engine.preemption import StopSignals
 from diffmoe_dist.errors import STOPPED_EXIT_CODE, CommandParser, UserError, run_command
@@ -133,5 +133,10 @@ def train(config: Config, stop: StopSignals) -> int:
     return 0 if finished else STOPPED_EXIT_CODE
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """`diffmoe-train`."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    run()

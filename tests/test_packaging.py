@@ -1,0 +1,83 @@
+"""What `pip install` gives: an import from any folder, the console scripts, types."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffmoe_dist
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "data")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that pip has installed a wheel into."""
+    source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
+    for name in ("diffmoe_dist", "data_tools"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
+    subprocess.run([*pip, *wheel], check=True)
+    (built,) = wheels.iterdir()
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(built)], check=True)
+    return target
+
+
+def run(command: list[str], installed: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(installed), "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_an_installed_package_is_imported_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    told = run(
+        [sys.executable, "-c", "import data_tools, diffmoe_dist as d; print(d.__version__, d.__file__)"],
+        installed,
+        tmp_path,
+    )
+
+    assert told.stdout.split() == [diffmoe_dist.__version__, str(installed / "diffmoe_dist/__init__.py")], told.stderr
+
+
+def test_every_package_and_its_types_are_in_the_wheel(installed: Path) -> None:
+    for package in ("diffmoe_dist", "data_tools"):
+        sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+        assert sources <= {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")}
+        assert (installed / package / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_console_script_answers(name: str, installed: Path, tmp_path: Path) -> None:
+    help_text = run([str(installed / f"bin/diffmoe-{name}"), "--help"], installed, tmp_path)
+
+    assert help_text.returncode == 0 and help_text.stdout.startswith("usage: "), help_text.stderr
+
+
+def test_a_console_script_ends_on_a_mistake_as_the_command_does(installed: Path, tmp_path: Path) -> None:
+    refused = run(
+        [str(installed / "bin/diffmoe-plan"), "--config", "none.yaml", "--nodes", "1", "--gpus-per-node", "1"],
+        installed,
+        tmp_path,
+    )
+
+    assert refused.returncode == 2
+    assert re.fullmatch(r"error: .*none\.yaml.*\n", refused.stderr)
+
+
+def test_the_citation_names_the_version() -> None:
+    assert f"\nversion: {diffmoe_dist.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+    assert versions[0] == diffmoe_dist.__version__
