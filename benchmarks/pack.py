@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.images import ImageRules
 from data_tools.pack import pack
+from data_tools.stored_images import ImageRules
 
 SIZE = 256
 WIDTH, HEIGHT = 500, 375  # the most common size in ImageNet

@@ -12,15 +12,15 @@ from typing import Any, NoReturn, get_args
 
 from tqdm import tqdm
 
-from data_tools.adopt import adopt
 from data_tools.folder import PackedFolder
-from data_tools.images import ImageRules
+from data_tools.index_tars import index_tars
 from data_tools.pack import PackSettings, pack
+from data_tools.pack_plan import plan_pack
 from data_tools.parallel import Workers, make_workers
-from data_tools.plan import make_plan
 from data_tools.source import Source
 from data_tools.sources import FORMATS, SourceOptions, open_source
 from data_tools.stats import count, describe, picture
+from data_tools.stored_images import ImageRules
 from data_tools.table import Columns
 from data_tools.verify import verify
 from diffmoe_dist.data.format import QUARANTINE_NAME
@@ -239,7 +239,7 @@ def _settings(arguments: argparse.Namespace) -> PackSettings:
 def _plan(arguments: argparse.Namespace, workers: Workers) -> None:
     settings = _settings(arguments)
     source = _open(arguments)
-    plan = make_plan(source, settings)
+    plan = plan_pack(source, settings)
     lines = [
         f"{source.name}: {plan.num_items} items, {plan.num_shards} shards of at most {settings.samples_per_shard}",
         f"about {plan.num_bytes / 1e9:.2f} GB, {plan.bytes_per_sample / 1e3:.1f} kB a sample",
@@ -280,7 +280,7 @@ def _pack(arguments: argparse.Namespace, workers: Workers) -> None:
 
 def _index(arguments: argparse.Namespace, workers: Workers) -> None:
     with _progress("index", None) as advance:
-        packed = adopt(arguments.folder, max_bad=arguments.max_bad, workers=workers, on_shard=advance)
+        packed = index_tars(arguments.folder, max_bad=arguments.max_bad, workers=workers, on_shard=advance)
     sys.stdout.write(
         f"indexed {packed.num_samples} samples in {packed.num_shards} tars: data.shards={arguments.folder}\n"
     )
@@ -319,13 +319,14 @@ def _stats(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
-    from data_tools.latents import LatentSettings, choose_device, encode_latents  # torch takes seconds to import
+    from data_tools.latents import LatentSettings, encode_latents  # torch takes seconds to import
+    from data_tools.side import choose_encoder_device
 
     base = ShardIndex.open(arguments.base)
     size = arguments.size or base.image_size
     if size is None:
         raise UserError(f"--size: {arguments.base} has images of many sizes; give the side of the square, such as 256")
-    device = choose_device(arguments.device, arguments.workers)
+    device = choose_encoder_device(arguments.device, arguments.workers)
     settings = LatentSettings(arguments.vae, size, arguments.crop, arguments.flip, arguments.batch_size, device)
     with _progress("encode-latents", base.num_samples) as advance:
         written = encode_latents(
@@ -337,11 +338,11 @@ def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
-    from data_tools.latents import choose_device
+    from data_tools.side import choose_encoder_device
     from data_tools.text import TextSettings, encode_text
 
     base = ShardIndex.open(arguments.base)
-    device = choose_device(arguments.device, arguments.workers)
+    device = choose_encoder_device(arguments.device, arguments.workers)
     settings = TextSettings(arguments.encoder, arguments.tokenizer, arguments.max_length, arguments.batch_size, device)
     with _progress("encode-text", base.num_samples) as advance:
         written = encode_text(base, arguments.out, settings, workers=workers, on_shard=advance)
@@ -351,13 +352,13 @@ def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _encode_prompts(arguments: argparse.Namespace, workers: Workers) -> None:
-    from data_tools.latents import choose_device
     from data_tools.prompts import write_prompts
+    from data_tools.side import choose_encoder_device
     from data_tools.text import TextSettings
     from diffmoe_dist.data.prompts import read_prompts
 
     prompts = read_prompts(arguments.prompts, "PROMPTS")
-    device = choose_device(arguments.device, arguments.workers)
+    device = choose_encoder_device(arguments.device, arguments.workers)
     settings = TextSettings(arguments.encoder, arguments.tokenizer, arguments.max_length, device=device)
     with _progress("encode-prompts", len(prompts) + 2) as advance:
         write_prompts(prompts, arguments.negative_prompt, arguments.out, settings, workers=workers, on_prompts=advance)

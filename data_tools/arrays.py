@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from data_tools.images import encode_image
 from data_tools.source import label_payload
+from data_tools.stored_images import encode_image
 
 
 class ArraySource:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from data_tools.folder import PackedFolder, ShardFolder, ShardSlot
-from data_tools.images import ImageRules, store_image
 from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, write_shard
 from data_tools.source import IMAGE, BadItemError, Source
+from data_tools.stored_images import ImageRules, store_image
 from diffmoe_dist.data.format import LABEL_FIELD, QUARANTINE_NAME
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import text_sha256

@@ -49,6 +49,7 @@ def write_prompts(
     texts = [*(prompt.text for prompt in prompts), "", negative_prompt or ""]
     jobs = [_Job(start, texts[start : start + _TOGETHER], settings) for start in range(0, len(texts), _TOGETHER)]
     captions: dict[int, EncodedText] = {}
+    open_encoder.cache_clear()  # the folder may hold another one since
     for start, encoded in workers.run(_encode, jobs):
         captions |= dict(enumerate(encoded, start))
         on_prompts(len(encoded))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from data_tools.shards import PARTIAL
-from data_tools.text import captions_of
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.text import captions_of
 from diffmoe_dist.errors import UserError
 
 _PAD, _UNKNOWN, _START, _END = _SPECIAL = ("<pad>", "<unk>", "<|startoftext|>", "<|endoftext|>")

@@ -17,8 +17,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from data_tools.images import encode_image
 from data_tools.source import caption_payloads
+from data_tools.stored_images import encode_image
 
 SIZE = 16  # pixels, height and width of a picture
 COLOURS = {

@@ -6,17 +6,17 @@ Shape legend: T tokens of a caption, padding excluded; D hidden size; P size of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.folder import PackedFolder, ShardFolder, ShardSlot
-from data_tools.latents import worker_device, write_side
+from data_tools.folder import PackedFolder, ShardFolder
 from data_tools.parallel import SERIAL, Workers
-from data_tools.shards import ShardRecord, atomic_file, write_shard
+from data_tools.shards import atomic_file
+from data_tools.side import ShardNotes, side_names, worker_device, write_side
 from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
 from diffmoe_dist.data.index import ShardIndex, file_sha256
 from diffmoe_dist.data.latents import npy_bytes
@@ -38,14 +38,6 @@ class TextSettings:
     max_length: int | None = None  # tokens; default: 77 for CLIP, 120 for T5
     batch_size: int = 32
     device: str = "cpu"  # "cpu" or "cuda"
-
-
-@dataclass(frozen=True)
-class _Job:
-    slot: ShardSlot
-    base: ShardIndex
-    shard: int
-    settings: TextSettings
 
 
 def encode_text(
@@ -76,9 +68,9 @@ def encode_text(
         "batch_size": settings.batch_size,
         "device": settings.device,
     }
-    names = [f"text-{shard:06d}.tar" for shard in range(len(base.shards))]
-    folder = ShardFolder(out, names, identity, other_files=(NULL_NAME, NULL_POOLED_NAME))
+    folder = ShardFolder(out, side_names("text", base), identity, other_files=(NULL_NAME, NULL_POOLED_NAME))
     folder.claim()
+    open_encoder.cache_clear()  # the folder may hold another one since
     (null,) = workers.run(_encode_null, [settings])
     spec |= {
         "hidden_size": null.tokens_TD.shape[1],
@@ -86,8 +78,7 @@ def encode_text(
         "null": _write_array(out / NULL_NAME, null.tokens_TD),
         "null_pooled": None if null.pooled_P is None else _write_array(out / NULL_POOLED_NAME, null.pooled_P),
     }
-    jobs = [_Job(slot, base, shard, settings) for shard, slot in enumerate(folder.slots)]
-    return write_side(folder, base, _encode_shard, jobs, {"text": spec}, 0, workers, on_shard)
+    return write_side(folder, base, settings, _samples, {"text": spec}, max_bad=0, workers=workers, on_shard=on_shard)
 
 
 def describe_encoder(settings: TextSettings) -> dict[str, str | int]:
@@ -120,27 +111,16 @@ def _encode_null(settings: TextSettings) -> EncodedText:
     return open_encoder(settings).encode_alone("")
 
 
-def _encode_shard(job: _Job) -> ShardRecord:
-    """Write the captions of one shard, unless an earlier run did."""
-    record = job.slot.finished()
-    if record is None:
-        cut: list[str] = []
-        record = write_shard(job.slot.begin(), _samples(job, cut))
-        record = replace(record, num_cut=len(cut))
-        job.slot.save(record)
-    job.base.close()
-    return record
-
-
-def _samples(job: _Job, cut: list[str]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
-    """(key, fields) of every sample of the shard, in order. The captions that are too long are added to `cut`."""
-    encoder, batch_size = open_encoder(job.settings), job.settings.batch_size
-    ids = job.base.samples_of(job.shard)
+def _samples(
+    base: ShardIndex, shard: int, settings: TextSettings, notes: ShardNotes
+) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """No fields where there is no caption."""
+    encoder, batch_size = open_encoder(settings), settings.batch_size
+    ids = base.samples_of(shard)
     for start in range(0, len(ids), batch_size):
-        captions = {sample_id: _captions(job.base, sample_id) for sample_id in ids[start : start + batch_size]}
+        captions = {sample_id: _captions(base, sample_id) for sample_id in ids[start : start + batch_size]}
         together = [caption for listed in captions.values() for caption in listed]
-        lengths = zip(together, encoder.num_tokens(together), strict=True)
-        cut += [caption for caption, length in lengths if length > encoder.max_length]
+        notes.num_cut += sum(length > encoder.max_length for length in encoder.num_tokens(together))
         encoded = encoder.encode(together, batch_size)
         for sample_id, listed in captions.items():
             fields: dict[str, bytes] = {}
@@ -149,7 +129,7 @@ def _samples(job: _Job, cut: list[str]) -> Iterator[tuple[str, Mapping[str, byte
                 fields[text_field(number)] = npy_bytes(text.tokens_TD)
                 if text.pooled_P is not None:
                     fields[pooled_field(number)] = npy_bytes(text.pooled_P)
-            yield job.base.key(sample_id), fields
+            yield base.key(sample_id), fields
 
 
 @lru_cache(maxsize=1)  # a process opens it once, not for every shard

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.images import ImageRules
 from data_tools.pack import PackSettings, pack
-from data_tools.plan import make_plan
+from data_tools.pack_plan import plan_pack
 from data_tools.stats import count, describe, picture
+from data_tools.stored_images import ImageRules
 from data_tools.webdataset_tars import WebDatasetSource
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
@@ -46,7 +46,7 @@ def test_a_plan_foretells_counts_classes_sizes_and_bad_items_and_writes_nothing(
     messy: Path, tmp_path: Path, rules: ImageRules
 ) -> None:
     before = sorted(messy.rglob("*"))
-    plan = make_plan(ImageFolderSource(messy), PackSettings(10, images=rules))
+    plan = plan_pack(ImageFolderSource(messy), PackSettings(10, images=rules))
     packed = pack(ImageFolderSource(messy), tmp_path / "out", samples_per_shard=10, images=rules)
     assert (plan.num_items, plan.num_shards, plan.num_classes) == (64, packed.num_shards, 2)
     assert (plan.smallest_class, plan.largest_class) == (("dog", 30), ("cat", 34))

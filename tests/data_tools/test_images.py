@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.images import ImageRules, store_image
+from data_tools.stored_images import ImageRules, store_image
 from diffmoe_dist.data.images import ImageError, crop_image, decode_image
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import encoded, gray16, picture, transparent, turned

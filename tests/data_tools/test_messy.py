@@ -14,8 +14,8 @@ import pytest
 import webdataset
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.images import ImageRules
 from data_tools.pack import pack
+from data_tools.stored_images import ImageRules
 from data_tools.verify import verify
 from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex

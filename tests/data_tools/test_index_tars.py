@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data_tools.adopt import adopt
+from data_tools.index_tars import index_tars
 from data_tools.pack import pack
 from data_tools.parallel import make_workers
 from data_tools.tars import TarDamageError
@@ -61,7 +61,7 @@ def foreign(tmp_path: Path) -> Path:
 
 def test_good_samples_of_foreign_tars_are_indexed_and_bad_ones_listed(foreign: Path) -> None:
     before = {path.name: path.read_bytes() for path in foreign.iterdir()}
-    packed = adopt(foreign)
+    packed = index_tars(foreign)
     assert (packed.num_samples, packed.num_bad, packed.num_shards) == (5, 2, 2)
     assert {name: (foreign / name).read_bytes() for name in before} == before
     index = ShardIndex.open(foreign)
@@ -81,18 +81,18 @@ def test_good_samples_of_foreign_tars_are_indexed_and_bad_ones_listed(foreign: P
 
 
 def test_the_index_of_foreign_tars_is_the_same_over_processes(foreign: Path) -> None:
-    adopt(foreign)
+    index_tars(foreign)
     names = ("index.json", "keys.npy", "offsets.npy", "quarantine.jsonl")
     first = {name: (foreign / name).read_bytes() for name in names}
     (foreign / "index.json").unlink()
     with make_workers(2) as workers:
         assert workers is not None
-        adopt(foreign, workers=workers)
+        index_tars(foreign, workers=workers)
     assert {name: (foreign / name).read_bytes() for name in names} == first
 
 
 def test_keys_and_samples_are_those_that_webdataset_finds(foreign: Path) -> None:
-    adopt(foreign)
+    index_tars(foreign)
     index = ShardIndex.open(foreign)
     tars = [str(foreign / shard.name) for shard in index.shards]
     found = {sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False) if "jpg" in sample}
@@ -102,7 +102,7 @@ def test_keys_and_samples_are_those_that_webdataset_finds(foreign: Path) -> None
 
 
 def test_what_the_index_leaves_out_packing_again_leaves_out_too(foreign: Path, tmp_path: Path) -> None:
-    adopt(foreign)
+    index_tars(foreign)
     packed = pack(WebDatasetSource(foreign), tmp_path / "out", samples_per_shard=2)
     assert (packed.num_samples, packed.num_bad) == (5, 2)
     contents = []
@@ -118,7 +118,7 @@ def test_labels_of_foreign_tars_must_be_numbers_and_be_there(tmp_path: Path) -> 
     members = [(f"{key}.jpg", jpeg) for key in labels]
     members += [(f"{key}.cls", label) for key, label in labels.items() if label is not None]
     _write(tmp_path / "t.tar", sorted(members, key=lambda member: member[0][0]))
-    adopt(tmp_path)
+    index_tars(tmp_path)
     index = ShardIndex.open(tmp_path)
     assert [index.key(sample) for sample in range(3)] == ["a", "b", "e"]
     assert (index.num_classes, index.class_names) == (3, ["0", "1", "2"])
@@ -140,7 +140,7 @@ def test_a_damaged_foreign_tar_is_refused_by_name(foreign: Path, damage: str) ->
     else:
         content[third : third + 512] = bytes(512)
     path.write_bytes(content)
-    for action in (lambda: adopt(foreign), lambda: WebDatasetSource(foreign)):
+    for action in (lambda: index_tars(foreign), lambda: WebDatasetSource(foreign)):
         with pytest.raises(TarDamageError, match=r"00001.tar: damaged near byte \d+"):
             action()
     assert not (foreign / "index.json").exists()
@@ -149,25 +149,25 @@ def test_a_damaged_foreign_tar_is_refused_by_name(foreign: Path, damage: str) ->
 def test_compressed_tars_are_refused(foreign: Path) -> None:
     (foreign / "00002.tar.gz").touch()
     with pytest.raises(UserError, match="00002.tar.gz is compressed .* gunzip it first"):
-        adopt(foreign)
+        index_tars(foreign)
 
 
 def test_folders_that_need_no_index_or_cannot_have_one_are_refused(foreign: Path, tmp_path: Path) -> None:
-    adopt(foreign)
+    index_tars(foreign)
     with pytest.raises(UserError, match="has an index already"):
-        adopt(foreign)
+        index_tars(foreign)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no .tar file"):
-        adopt(tmp_path / "empty")
+        index_tars(tmp_path / "empty")
     _write(tmp_path / "empty" / "t.tar", [("a.txt", b"text")])
     with pytest.raises(UserError, match="no sample with an image"):
-        adopt(tmp_path / "empty")
+        index_tars(tmp_path / "empty")
     with pytest.raises(UserError, match="FOLDER=.*not a folder"):
-        adopt(foreign / "00000.tar")
+        index_tars(foreign / "00000.tar")
 
 
 def test_more_bad_samples_than_allowed_are_listed_and_refused(foreign: Path) -> None:
     with pytest.raises(UserError, match="--max-bad=1: 2 bad samples so far, as 00000.tar:000000003"):
-        adopt(foreign, max_bad=1)
+        index_tars(foreign, max_bad=1)
     assert len((foreign / "quarantine.jsonl").read_text().splitlines()) == 2
     assert not (foreign / "index.json").exists()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.folder import PROGRESS_NAME, PackedFolder, ShardSlot, write_index, write_quarantine
-from data_tools.images import ImageRules, store_image
 from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, ShardRecord, sort_fields
 from data_tools.source import BadItemError
+from data_tools.stored_images import ImageRules, store_image
 from data_tools.tars import TarFile
 from data_tools.webdataset_tars import Group, check_payloads, group_members, list_tars, required_fields
 from diffmoe_dist.data.format import ABSENT, IMAGE_FIELDS, INDEX_NAME, LABEL_FIELD, TAR_BLOCK, Shard
@@ -28,7 +28,7 @@ class _Job:
     required: tuple[str, ...]
 
 
-def adopt(
+def index_tars(
     folder: Path,
     *,
     max_bad: int = 100,
@@ -54,7 +54,7 @@ def adopt(
     slots = [ShardSlot(folder, path.name) for path in tars]
     required = required_fields([TarFile(path) for path in tars])
     num_bad = 0
-    for num_samples, bad in workers.run(_adopt_tar, (_Job(slot, required) for slot in slots)):
+    for num_samples, bad in workers.run(_index_tar, (_Job(slot, required) for slot in slots)):
         num_bad += len(bad)
         if num_bad > max_bad:
             write_quarantine(folder, (record for slot in slots if (record := slot.load()) is not None))
@@ -72,7 +72,7 @@ def adopt(
     return packed
 
 
-def _adopt_tar(job: _Job) -> tuple[int, list[BadItem]]:
+def _index_tar(job: _Job) -> tuple[int, list[BadItem]]:
     record = job.slot.finished()
     if record is None:
         record = _scan(job.slot.path, job.required)

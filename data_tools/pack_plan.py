@@ -16,7 +16,7 @@ _SAMPLED_ITEMS = 64
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackPlan:
     """The forecast; sizes and times are extrapolated from `sampled` items."""
 
     num_items: int
@@ -41,7 +41,7 @@ class Plan:
         return self.seconds_per_item * self.num_items / processes
 
 
-def make_plan(source: Source, settings: PackSettings) -> Plan:
+def plan_pack(source: Source, settings: PackSettings) -> PackPlan:
     """Do for the first items of the order what packing does, short of writing."""
     check_settings(source, settings)
     items = item_order(source, settings)[:_SAMPLED_ITEMS]
@@ -56,7 +56,7 @@ def make_plan(source: Source, settings: PackSettings) -> Plan:
         sizes.append(sum(TAR_BLOCK + -(-len(payload) // TAR_BLOCK) * TAR_BLOCK for payload in payloads.values()))
     seconds = time.perf_counter() - begin
     smallest, largest = _classes(source)
-    return Plan(
+    return PackPlan(
         num_items=len(source),
         num_shards=-(-len(source) // settings.samples_per_shard),
         num_classes=len(source.class_names),

@@ -1,0 +1,96 @@
+"""Side folders: how often the model behind them is opened, and where it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_tools.latents import LatentSettings, encode_latents
+from data_tools.prompts import write_prompts
+from data_tools.side import choose_encoder_device, worker_device
+from data_tools.text import TextSettings, encode_text
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.latents import Autoencoder, LatentReader
+from diffmoe_dist.data.prompts import Prompt
+from diffmoe_dist.data.text_encoder import TextEncoder
+from diffmoe_dist.errors import UserError
+from tests.data.encoders import save_encoder
+from tests.data.folders import png, random_images, write_folder
+from tests.data.test_latents import save_autoencoder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> ShardIndex:
+    samples = [{"png": png(image), "cls": b"0", "txt": b"a circle"} for image in random_images(4, 16)]
+    return write_folder(tmp_path / "base", samples, [1, 2, 1], image_size=16)
+
+
+def _count_openings(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that are opened from now on."""
+    opened: list[str] = []
+    whole = kind.open
+
+    def counted(folder: Path, *arguments: Any) -> Any:
+        opened.append(folder.name)
+        return whole(folder, *arguments)
+
+    monkeypatch.setattr(kind, "open", counted)
+    return opened
+
+
+def test_a_process_opens_the_autoencoder_once_for_all_shards(
+    base: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = _count_openings(Autoencoder, monkeypatch)
+    encode_latents(base, tmp_path / "out", LatentSettings(save_autoencoder(tmp_path / "vae"), 16))
+    assert opened == ["vae"]
+
+
+def test_a_process_opens_the_text_encoder_once_for_all_captions_and_prompts(
+    base: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = _count_openings(TextEncoder, monkeypatch)
+    settings = TextSettings(save_encoder(tmp_path / "clip", "clip"), max_length=12)
+    encode_text(base, tmp_path / "out", settings)
+    assert opened == ["clip"]
+    write_prompts([Prompt("a circle")] * 70, None, tmp_path / "prompts.npz", settings)
+    assert opened == ["clip", "clip"]
+
+
+def test_another_autoencoder_in_the_same_folder_is_not_taken_for_the_one_before(
+    base: ShardIndex, tmp_path: Path
+) -> None:
+    settings = LatentSettings(save_autoencoder(tmp_path / "vae"), 16)
+    encode_latents(base, tmp_path / "first", settings)
+    vae = Autoencoder.open(settings.vae, "--vae", "cpu").module
+    with torch.no_grad():
+        vae.quant_conv.bias += 1.0
+    vae.save_pretrained(settings.vae)
+    encode_latents(base, tmp_path / "second", settings)
+    first, second = (LatentReader(ShardIndex.open(tmp_path / name)).moments(0) for name in ("first", "second"))
+    assert abs((second - first).astype(float) - 1.0).max() < 0.01
+
+
+def test_a_gpu_that_is_not_there_or_would_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_encoder_device("auto", 1) == "cpu"
+    with pytest.raises(UserError, match="--device=cuda: this machine has no usable CUDA device"):
+        choose_encoder_device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (choose_encoder_device("auto", 1), choose_encoder_device("auto", 2)) == ("cuda", "cpu")
+    with pytest.raises(UserError, match="--workers=2: processes would share one GPU"):
+        choose_encoder_device("cuda", 2)
+
+
+def test_mpi_ranks_of_a_node_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = []
+    for rank in range(3):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        found.append(str(worker_device("cuda")))
+    assert found == ["cuda:0", "cuda:1", "cuda:0"]
+    assert str(worker_device("cpu")) == "cpu"
