@@ -1,7 +1,7 @@
 # make demo    train a small expert-parallel DiffMoE on digits, and look at what it draws
 # make demo-text    the same for text to image: shapes that are drawn as their prompts say; measures how many are
 # make test    every test, on CPU
-# make lint    formatting, lint rules, types
+# make lint    formatting, lint rules, types, Markdown and its links
 # make venv    only the environment in .venv
 #
 # Each target makes what it needs. PYTHON chooses the interpreter of the environment (3.10 or newer).
@@ -54,4 +54,5 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/rumdl check --quiet .
 	$(BIN)/mypy
