@@ -31,7 +31,7 @@ from data_tools.shapes import SIZE, Drawing, measure, read_caption
 from diffmoe_dist.errors import CommandParser, UserError, run_command
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 ASPECTS = ("colour", "shape", "position")
 COLUMNS = 8

@@ -5,6 +5,7 @@ Shape legend: N images, C channels, H = W input size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -105,7 +106,7 @@ def sample_dopri5(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow) ->
 def _flow_steps(objective: RectifiedFlow, steps: int) -> list[tuple[float, float]]:
     """The start and the end of each of `steps` equal steps from noise to data."""
     times = torch.linspace(1 - objective.data_time, objective.data_time, steps + 1, dtype=torch.float64).tolist()
-    return list(zip(times, times[1:], strict=False))
+    return list(itertools.pairwise(times))
 
 
 def sample_ddpm(denoise: Denoiser, noise: Tensor, steps: int, generators: list[torch.Generator]) -> Tensor:

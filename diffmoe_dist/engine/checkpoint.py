@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -472,7 +472,7 @@ def _os_error_behind(error: BaseException | None) -> OSError | None:
 class _MetadataUnpickler(pickle.Unpickler):
     """torch stores a checkpoint's metadata as a pickle; this reads its own data classes and nothing else."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         "torch.distributed.checkpoint.metadata": {
             "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
             "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",

@@ -21,7 +21,7 @@ from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_fol
 from diffmoe_dist.launch import Launch
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 LOWEST_SHOWN = 1e-10  # on an axis that has no zero
 Score = Callable[[np.ndarray], float]  # (N, H, W, C) uint8 images to a number, lower is better

@@ -11,9 +11,9 @@ from diffmoe_dist.engine.metrics import read_metrics
 from diffmoe_dist.errors import UserError
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import LogLocator, NullLocator  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
 
 
 def draw_loss_curve(run_dir: Path) -> Path:

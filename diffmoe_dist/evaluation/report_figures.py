@@ -19,10 +19,10 @@ from diffmoe_dist.evaluation.loss_curve import plot_grad_norm, plot_losses
 from diffmoe_dist.evaluation.routing_report import Passes, RoutingTrace
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import TwoSlopeNorm  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 
 SIZE = (4.8, 3.3)  # inches; small, so that letters are legible where a telephone shrinks the picture
 STYLE: Any = {

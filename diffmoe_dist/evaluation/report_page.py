@@ -112,7 +112,7 @@ def write_report(
     sections = [_training_section(lines, loads, config)]
     cards = {"steps": f"{lines[-1]['step']:,}", "images seen": _short(lines[-1]["images_seen"])}
     if found:
-        model, drawn = _draw(found[-1], samples, num_images, device, (encoder, tokenizer))
+        _, drawn = _draw(found[-1], samples, num_images, device, (encoder, tokenizer))
         cards |= _model_cards(config, drawn)
         sections += _drawn_sections(drawn, config, samples, read_progress(found[-1]).step)
     elif samples is not None:

@@ -91,7 +91,7 @@ def seen(model: Inception) -> dict[str, Tensor]:
     """Inputs (`name<`) and outputs of every module on two images, and the network's three answers."""
     values: dict[str, Tensor] = {}
 
-    def record(name: str):  # noqa: ANN202
+    def record(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             values[f"{name}<"], values[name] = inputs[0].clone(), output.clone()
 

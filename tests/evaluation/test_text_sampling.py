@@ -77,7 +77,7 @@ def test_an_image_depends_on_its_prompt_and_not_on_the_order_or_the_company_of_p
 
 def test_a_prompt_that_stands_there_twice_gives_two_pictures() -> None:
     class Encoded:
-        prompts = [Prompt("a"), Prompt("b"), Prompt("a")]
+        prompts = (Prompt("a"), Prompt("b"), Prompt("a"))
 
     names = [PromptConditions(Encoded(), 4).noise_name(number) for number in range(6)]  # type: ignore[arg-type]
     assert len(set(names)) == 6

@@ -7,6 +7,7 @@ and the kernel takes the rest along; elsewhere orphans become its children (PR_S
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -32,10 +33,8 @@ def main() -> None:
     if os.getpid() != 1:
         while pids := descendants(os.getpid()):
             for pid in pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             time.sleep(0.01)
     os._exit(0)
 
