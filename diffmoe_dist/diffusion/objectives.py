@@ -1,7 +1,7 @@
-"""What the model is asked to predict, and how far off it is.
+"""The training objectives: what the model predicts from a noisy image, and the losses of its prediction.
 
-An objective maps uniform numbers to times, images and noise to what the model sees, and the model's answer to named
-losses of each image; their sum is what is trained on.
+An objective maps uniform numbers to training times, images and noise to the noisy images that the model sees, and the
+model's prediction to named losses of each image. Training minimises the sum of the losses.
 
 Shape legend: N images, C channels, H = W input size.
 """
@@ -28,7 +28,7 @@ class RectifiedFlow:
     """Straight paths between data and noise; the target is their velocity dz/dt.
 
     With `data_at_one` (DiffMoE) z_t = t x + (1 - t) e and the target is x - e; with `noise_at_one` (ProMoE, SD3)
-    z_t = (1 - t) x + t e and the target is e - x. The model is given `time_scale` * t.
+    z_t = (1 - t) x + t e and the target is e - x. The model is conditioned on `time_scale` * t.
     """
 
     loss_names = ("diffusion",)
@@ -40,13 +40,13 @@ class RectifiedFlow:
         self.time_scale = config.time_scale
 
     def times(self, uniform: Tensor) -> Tensor:
-        """(N,) uniform numbers in (0, 1), fp64, to (N,) training times, fp32, by the inverse distribution function."""
+        """(N,) uniform numbers in (0, 1), fp64, to (N,) training times, fp32, by the inverse CDF."""
         if self.time_distribution == "logit_normal":
             uniform = torch.special.ndtri(uniform).sigmoid()
         return uniform.float()
 
     def model_time(self, t: Tensor) -> Tensor:
-        """The times as the model is given them, (N,) fp32."""
+        """What the model is conditioned on, (N,) fp32."""
         return self.time_scale * t
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class RectifiedFlow:
     def losses(
         self, prediction: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """Mean squared error of each image, (N,); variance channels, which the published models have, train nothing."""
+        """Mean squared error of each image, (N,). The published models' variance channels are not trained."""
         return {"diffusion": _image_mean((prediction - self.target(x, noise)).square())}
 
 
@@ -69,7 +69,7 @@ class DDPM:
     """A chain of 1000 noising steps; the target is the noise, and the variance of a step back is learned.
 
     z_t = sqrt(abar_t) x + sqrt(1 - abar_t) e with abar_t the product of 1 - beta_0 ... 1 - beta_t, so that t = 0 is the
-    least noise (DDPM, Ho et al. 2020, counts it as 1). The model is given t as it is.
+    least noise (DDPM, Ho et al. 2020, counts it as 1). The model is conditioned on t itself.
 
     Two losses (IDDPM, Nichol and Dhariwal 2021, eq. 16, as in DiT): the squared error of the noise, and one step's term
     of the variational bound, which trains the variance alone. With 1000 steps the term of a random step is 0.001 times
@@ -87,7 +87,7 @@ class DDPM:
         # DDPM eq. 7
         posterior_variance = (1 - alpha_bar_before) / (1 - alpha_bar) * beta
         posterior_variance[0] = posterior_variance[1]  # zero, which has no logarithm; as published
-        # DDPM eq. 11: what an error of the noise is worth in the mean of the step back
+        # DDPM eq. 11: the mean of the step back changes by this factor times the predicted noise
         mean_per_noise = beta / ((1 - beta) * (1 - alpha_bar)).sqrt()
         self.table = torch.stack(
             [alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), mean_per_noise, posterior_variance.log(), beta.log()]
@@ -98,7 +98,7 @@ class DDPM:
         return (uniform * DDPM_STEPS).long()
 
     def model_time(self, t: Tensor) -> Tensor:
-        """The times as the model is given them, (N,) fp32."""
+        """What the model is conditioned on, (N,) fp32."""
         return t.float()
 
     def corrupt(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -109,10 +109,10 @@ class DDPM:
     def losses(
         self, prediction: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor, t: Tensor
     ) -> dict[str, Tensor]:
-        """Of each image, (N,): mean squared error of the noise, and the step's part of the bound in bits a dimension.
+        """Of each image, (N,): mean squared error of the noise, and the step's term of the bound in bits a dimension.
 
-        The bound is the divergence of the model's step back from the true one or, at t = 0, the negative log likelihood
-        of the image under its last step. It trains `variance` alone: the prediction's gradient stops.
+        The term is KL(true step back || the model's) or, at t = 0, the negative log likelihood (NLL) of the image under
+        the model's last step. It trains `variance` alone: the prediction is detached.
         """
         assert variance is not None, "build_config requires model.learn_sigma"
         step = self._at(t, x.dtype)
@@ -121,9 +121,9 @@ class DDPM:
         log_variance = fraction * step.log_beta + (1 - fraction) * step.log_posterior_variance
         # The true mean minus the model's; at t = 0 the true one is the image itself.
         distance = step.mean_per_noise * (prediction.detach() - noise)
-        divergence = _gaussian_divergence(distance, step.log_posterior_variance, log_variance)
-        surprise = _decoder_surprise(x, distance, log_variance)
-        nats = torch.where((t == 0)[:, None, None, None], surprise, divergence)
+        kl = _gaussian_kl(distance, step.log_posterior_variance, log_variance)
+        nll = _discretized_nll(x, distance, log_variance)
+        nats = torch.where((t == 0)[:, None, None, None], nll, kl)
         return {
             "diffusion": _image_mean((prediction - noise).square()),
             "variational": _image_mean(nats) / math.log(2),
@@ -151,31 +151,31 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return DDPM() if config.name == "ddpm" else RectifiedFlow(config)
 
 
-def _gaussian_divergence(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
+def _gaussian_kl(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
     """KL(q || p) in nats of Gaussians whose means are `distance` apart."""
     ratio = (log_variance_q - log_variance_p).exp()
     return 0.5 * (log_variance_p - log_variance_q - 1 + ratio + distance.square() * (-log_variance_p).exp())
 
 
-def _decoder_surprise(x: Tensor, distance: Tensor, log_variance: Tensor) -> Tensor:
-    """-log of the mass in nats that a Gaussian, its mean `distance` below x, puts on the bin of x.
+def _discretized_nll(x: Tensor, distance: Tensor, log_variance: Tensor) -> Tensor:
+    """NLL in nats of the bin of x under a Gaussian whose mean is x - `distance` (DDPM eq. 13).
 
-    The bins are those of 8-bit images, the outermost open (DDPM eq. 13). The published code takes the same ones for
-    latents, which are no 8-bit numbers, and so does this: there it is a resolution, not a likelihood. The published
-    code approximates the normal distribution function, this has the function itself.
+    The bins are those of 8-bit images, the outermost open. The published code takes the same bins for latents, which
+    are no 8-bit numbers, and so does this: there they are a resolution, and the value is no likelihood. The published
+    code approximates the normal CDF, this computes it.
     """
     precision = (-0.5 * log_variance).exp()
-    up_to_top = _mass_below((HALF_BIN + distance) * precision)
-    from_bottom = _mass_below((HALF_BIN - distance) * precision)
-    # Either side of the mean alike; below it the difference is of small numbers, above of two close to 1.
+    below_upper_edge = _normal_cdf((HALF_BIN + distance) * precision)
+    above_lower_edge = _normal_cdf((HALF_BIN - distance) * precision)
+    # By symmetry the bin is taken below the mean: there the CDF is small, and the difference loses no digits.
     far = distance.abs()
-    inside = _mass_below((HALF_BIN - far) * precision) - _mass_below((-HALF_BIN - far) * precision)
-    mass = torch.where(x < -0.999, up_to_top, torch.where(x > 0.999, from_bottom, inside))
+    inside = _normal_cdf((HALF_BIN - far) * precision) - _normal_cdf((-HALF_BIN - far) * precision)
+    mass = torch.where(x < -0.999, below_upper_edge, torch.where(x > 0.999, above_lower_edge, inside))
     return -mass.clamp(min=1e-12).log()
 
 
-def _mass_below(x: Tensor) -> Tensor:
-    """The standard normal distribution function; torch.special.ndtr loses the small values, as 1 plus nearly -1."""
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The CDF of the standard normal. torch.special.ndtr computes small values as 1 plus nearly -1 and loses them."""
     return 0.5 * torch.erfc(x * -math.sqrt(0.5))
 
 

@@ -1,4 +1,7 @@
-"""From noise to images: samplers are functions of a denoiser, any callable (z, t) -> (prediction, variance).
+"""Samplers, from noise to images, and classifier-free guidance (CFG).
+
+A sampler calls a denoiser, any callable (z, t) -> (prediction, variance). `with_guidance` makes one that guides; its
+one or two forward passes of the model count as one function evaluation (NFE).
 
 Shape legend: N images, C channels, H = W input size.
 """
@@ -17,7 +20,7 @@ from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE, Objective, Rectifie
 
 Prediction = tuple[Tensor, Tensor | None]  # the objective's target and, where the objective learns one, the variance
 Denoiser = Callable[[Tensor, Tensor], Prediction]
-Y = TypeVar("Y")  # what a model is told about images, of which samplers know nothing
+Y = TypeVar("Y")  # what a model is conditioned on; samplers do not look at it
 
 # The objective each sampler is for; the first of an objective is its default.
 SAMPLERS = {
@@ -35,13 +38,16 @@ def sample(
     steps: int | None,
     generators: list[torch.Generator],
 ) -> Tensor:
-    """Draw images with the sampler of `SAMPLERS` with this name.
+    """Sample images with the sampler of this name, a key of `SAMPLERS`.
 
     Args:
-        denoise: given z (N, C, H, W) and the objective's times (N,), its target and the variance, (N, C, H, W) each.
+        denoise: maps z (N, C, H, W) and the objective's times (N,) to its target and the variance, (N, C, H, W) each.
         noise: (N, C, H, W) standard normal, where the images start.
         steps: None for the adaptive sampler.
-        generators: one for each image, of the noise that a sampler adds on the way; only `ddpm` adds any.
+        generators: one for each image, of the noise that a sampler adds at each step; only `ddpm` adds any.
+
+    Returns:
+        (N, C, H, W).
     """
     if name == ADAPTIVE:
         assert steps is None and isinstance(objective, RectifiedFlow)
@@ -63,7 +69,7 @@ def sample_euler(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, ste
     """Follow the flow from noise to data with `steps` equal Euler steps.
 
     Args:
-        denoise: given z (N, C, H, W) and the unscaled times (N,), the velocity dz/dt.
+        denoise: maps z (N, C, H, W) and the unscaled times (N,) to the velocity dz/dt.
         noise: (N, C, H, W) standard normal.
     """
     z = noise
@@ -74,10 +80,10 @@ def sample_euler(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, ste
 
 
 def sample_heun(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, steps: int) -> Tensor:
-    """Follow the flow with `steps` equal steps of Heun's second-order method: two evaluations a step.
+    """Follow the flow with `steps` equal steps of Heun's second-order method: NFE is 2 * `steps`.
 
-    Every step goes by the mean of the velocities at its two ends, the last one too, so 125 steps are the 250
-    evaluations of the published comparison.
+    Every step, also the last, takes the mean of the velocities at its two ends. The 250 NFE of the published comparison
+    are 125 steps.
     """
     z = noise
     for now, after in _flow_steps(objective, steps):
@@ -90,7 +96,7 @@ def sample_heun(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, step
 def sample_dopri5(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow) -> Tensor:
     """Follow the flow with the adaptive Runge-Kutta method of Dormand and Prince, tolerances `RTOL` and `ATOL`.
 
-    The images of a batch share their steps, so that an image depends, within the tolerances, on its batch.
+    All images of a batch take the same steps, so an image depends, within the tolerances, on its batch.
     """
     from torchdiffeq import odeint  # brings scipy along
 
@@ -100,7 +106,8 @@ def sample_dopri5(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow) ->
     times = torch.tensor([1 - objective.data_time, objective.data_time], device=noise.device)
     # A step ends on the last time: left to itself it goes beyond, where no model was trained, and interpolates back.
     options = {"step_t": times[1:]}
-    return odeint(velocity, noise, times, rtol=RTOL, atol=ATOL, method="dopri5", options=options)[-1]
+    states: Tensor = odeint(velocity, noise, times, rtol=RTOL, atol=ATOL, method="dopri5", options=options)
+    return states[-1]
 
 
 def _flow_steps(objective: RectifiedFlow, steps: int) -> list[tuple[float, float]]:
@@ -147,10 +154,10 @@ def sample_ddim(denoise: Denoiser, noise: Tensor, steps: int) -> Tensor:
 
 
 def sample_dpm_solver(denoise: Denoiser, noise: Tensor, steps: int) -> Tensor:
-    """Walk back with DPM-Solver++ of second order, multistep (Lu et al. 2022, Alg. 2); one evaluation a step.
+    """Walk back with DPM-Solver++ of second order, multistep (Lu et al. 2022, Alg. 2); NFE is `steps`.
 
     The last step, to no noise at all, is of first order, and so are all steps where there are few of them, as diffusers
-    has it. The learned variance is not used: the solver follows the flow that adds no noise.
+    has it. The solver follows the flow that adds no noise, and so the learned variance is not used.
     """
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler  # takes seconds
 
@@ -165,12 +172,12 @@ def sample_dpm_solver(denoise: Denoiser, noise: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: null + scale * (conditional - null)."""
+    """Classifier-free guidance (Ho and Salimans 2022): unconditional + scale * (conditional - unconditional)."""
 
     scale: float = 1.0  # 1: the conditional prediction alone
-    channels: int | None = None  # the first so many are guided, the others conditional; None: all
-    interval: tuple[float, float] | None = None  # the objective's times at which there is guidance; None: at all
-    one_pass: bool = False  # conditional and null tokens in one batch, where pools mix them
+    channels: int | None = None  # how many channels, from the first on, are guided; the others: conditional; None: all
+    interval: tuple[float, float] | None = None  # the objective's times, ends included, with guidance; None: all times
+    one_pass: bool = False  # conditional and unconditional images in one batch, so token pools mix them
 
     @property
     def active(self) -> bool:
@@ -178,36 +185,41 @@ class Guidance:
 
 
 def with_guidance(
-    denoise: Callable[[Tensor, Tensor, Y], Prediction], given: Y, null: Y, both: Callable[[], Y], guidance: Guidance
+    denoise: Callable[[Tensor, Tensor, Y], Prediction],
+    conditional: Y,
+    unconditional: Y,
+    both: Callable[[], Y],
+    guidance: Guidance,
 ) -> Denoiser:
-    """A denoiser of images with the condition `given` that guides as `guidance` says.
+    """A denoiser of images with the conditions `conditional` that guides as `guidance` says.
+
+    There are two forward passes by default, so that a token pool never mixes conditional and unconditional tokens, and
+    one where there is no guidance. The variance is that of the conditional pass: it is a fraction of a range, from
+    which nothing may be extrapolated. (The published DDPM sampling takes it there too, but has both in one batch and
+    guides three of the four channels.)
 
     Args:
-        denoise: (images, times, conditions) to a prediction.
-        null: what guidance moves away from, as many conditions as `given`.
-        both: makes `given` and then `null` into one, for one pass.
-
-    Two passes by default, so that a token pool never mixes conditional and null tokens; one where there is no guidance.
-    The variance is the conditional pass's: it is a fraction of a range, which nothing may be extrapolated from. (The
-    published DDPM sampling takes it there too, but has both in one batch and guides three of the four channels.)
+        denoise: maps images (N, C, H, W), times (N,) and N conditions to a prediction.
+        unconditional: N conditions, the null label or caption.
+        both: returns the 2 N conditions, first `conditional` and then `unconditional`; for guidance in one pass.
     """
 
     def predictions(z: Tensor, t: Tensor) -> tuple[Prediction, Tensor]:
-        """The conditional prediction with its variance, and the null prediction."""
+        """The conditional prediction with its variance, and the unconditional prediction."""
         if not guidance.one_pass:
-            unconditional, _ = denoise(z, t, null)
-            return denoise(z, t, given), unconditional
+            without, _ = denoise(z, t, unconditional)
+            return denoise(z, t, conditional), without
         prediction, variance = denoise(torch.cat([z, z]), torch.cat([t, t]), both())
-        conditional, unconditional = prediction.chunk(2)
-        return (conditional, None if variance is None else variance.chunk(2)[0]), unconditional
+        with_condition, without = prediction.chunk(2)
+        return (with_condition, None if variance is None else variance.chunk(2)[0]), without
 
     def guided(z: Tensor, t: Tensor) -> Prediction:
         if not _guides_at(guidance, t):
-            return denoise(z, t, given)
-        (conditional, variance), unconditional = predictions(z, t)
-        prediction = unconditional + guidance.scale * (conditional - unconditional)
+            return denoise(z, t, conditional)
+        (with_condition, variance), without = predictions(z, t)
+        prediction = without + guidance.scale * (with_condition - without)
         if guidance.channels is not None:
-            prediction = torch.cat([prediction[:, : guidance.channels], conditional[:, guidance.channels :]], dim=1)
+            prediction = torch.cat([prediction[:, : guidance.channels], with_condition[:, guidance.channels :]], dim=1)
         return prediction, variance
 
     return guided

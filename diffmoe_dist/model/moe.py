@@ -1,7 +1,7 @@
-"""The mixture-of-experts layer of one device: router, dispatcher, experts, and the sum that brings them together.
+"""The mixture-of-experts layer of one device: router, dispatcher, experts, and the weighted sum of their outputs.
 
 Shape legend: B images, S tokens an image, T = B * S local tokens, D width, H hidden width, N experts, A assignments
-of a token to an expert, R rows that the experts at hand compute.
+of a token to an expert, R rows that the experts of this device compute, E experts of this device.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from diffmoe_dist.model.routing import Router, Routing
 
 @dataclass(frozen=True)
 class ExpertInput:
-    """The rows for the experts at hand, expert by expert."""
+    """The rows for the experts of this device, ordered by expert."""
 
     x_RD: Tensor
-    tokens_per_expert: Tensor  # (experts at hand,) int64
-    uniform: int | None  # rows of every expert, where they all have the same number and it is known on the host
+    tokens_per_expert: Tensor  # (E,) int64
+    rows_per_expert: int | None  # the same number for every expert, known on the host; None: see tokens_per_expert
 
 
 class Dispatcher(Protocol):
     """Moves tokens to their experts and the results back."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertInput, Any]:
-        """Returns the rows for the experts at hand, and a plan that `combine` needs."""
+        """The rows for the experts of this device, and a plan that `combine` needs."""
         ...
 
     def combine(self, y_RD: Tensor, x_TD: Tensor, routing: Routing, plan: Any) -> Tensor:
@@ -39,12 +39,11 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """Every expert is on this device: gather the rows, and add the results up."""
+    """All experts are on this device: gathers the rows, and adds the results up."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertInput, None]:
-        uniform = routing.pool.slots_per_expert if routing.pool.pool_ranks == 1 else None
-        rows = ExpertInput(x_TD.index_select(0, routing.token_index), routing.stats.tokens_per_expert, uniform)
-        return rows, None
+        slots = routing.pool.slots_per_expert if routing.pool.pool_ranks == 1 else None
+        return ExpertInput(x_TD.index_select(0, routing.token_index), routing.stats.tokens_per_expert, slots), None
 
     def combine(self, y_RD: Tensor, x_TD: Tensor, routing: Routing, plan: None) -> Tensor:
         return weighted_sum(y_RD, routing, x_TD)
@@ -62,7 +61,8 @@ class Experts(nn.Module):
     With `gelu` they are tanh-approximated GELU MLPs with biases; with `swiglu` they have no biases, and the columns of
     `w1` are the gate's and then the up-projection's.
 
-    `first` is the global id of the first expert at hand; a device that holds a share of them holds consecutive ones.
+    `first` is the global id of the first expert of this device: where experts are sharded, each device holds
+    consecutive ones.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, expert_hidden_size: int, activation: str = "gelu") -> None:
@@ -82,15 +82,15 @@ class Experts(nn.Module):
         if self.b1 is None or self.b2 is None:
             gate_RH, up_RH = _matmul(rows.x_RD, self.w1, rows).chunk(2, dim=-1)
             return _matmul(F.silu(gate_RH) * up_RH, self.w2, rows)
-        if rows.uniform is not None:
-            return _batched_mlp(rows.x_RD, rows.uniform, self.w1, self.b1, self.w2, self.b2)
+        if rows.rows_per_expert is not None:
+            return _batched_mlp(rows.x_RD, rows.rows_per_expert, self.w1, self.b1, self.w2, self.b2)
         return _grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2)
 
 
 def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
     """Each row times the matrix of its expert."""
-    if rows.uniform is not None:
-        return (x_R.view(len(w), rows.uniform, -1) @ w).flatten(0, 1)
+    if rows.rows_per_expert is not None:
+        return (x_R.view(len(w), rows.rows_per_expert, -1) @ w).flatten(0, 1)
     return F.grouped_mm(x_R, w, offs=rows.tokens_per_expert.cumsum(0).to(torch.int32))
 
 
@@ -125,10 +125,10 @@ def _grouped_mlp(rows: ExpertInput, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tens
 
 
 class MoELayer(nn.Module):
-    """A feed-forward layer whose experts each compute the tokens that the router gives them.
+    """A feed-forward layer whose experts each compute the tokens that the router assigns to them.
 
-    Beside the routed experts there may be a shared one, which adds to every token, and an unconditional one, which
-    has the tokens of images without a condition (ProMoE eq. 5); every device holds those two whole.
+    Beside the routed experts there may be a shared expert, for every token, and an unconditional expert, for the tokens
+    of unconditional images (ProMoE eq. 5). These two are not sharded: every device holds them whole.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class MoELayer(nn.Module):
         """
         Args:
             x_BSD: the tokens.
-            null_B: bool, images whose condition is the null label.
+            null_B: bool, true for unconditional images (null label or null caption).
         """
         x_TD = x_BSD.flatten(0, 1)
         null_T = null_B.repeat_interleave(x_BSD.shape[1])

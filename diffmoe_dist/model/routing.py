@@ -1,10 +1,10 @@
-"""Who computes what: a router decides which experts see which tokens.
+"""The routing of tokens to experts: what every router returns, and the pools that experts choose tokens from.
 
-A router returns one value, a `Routing`; dispatchers and experts know nothing else of it. Choosing the best tokens of
-a pool is the business of a token pool: `LocalPool` is the one of a single device, and `parallel.pool` has the one
-that spans ranks; both choose exactly the same tokens from the same scores.
+A router returns one value, a `Routing`. Dispatchers and experts know nothing else of the router. Where experts choose
+tokens, a token pool finds the best ones: `LocalPool` on a single device, `parallel.pool.DistributedPool` over several
+ranks. Both choose exactly the same tokens from the same scores.
 
-The routers themselves are in `routers/`, a file each with the settings that it knows.
+The routers are in `routers/`, one file each.
 
 Shape legend: T local tokens (row-major over images), D width, N experts, A assignments of a token to an expert,
 G pools side by side on this device (1, or one per image), P tokens of one pool, E columns (experts) at hand.
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """What a forward pass has to report; detached from the graph."""
+    """Statistics of one layer in one forward pass, detached from the graph."""
 
     tokens_per_expert: Tensor  # (N,) int64, assignments of this device's tokens
-    capacity: Tensor  # () fp32, slots per local token, shared experts' apart: C of DiffMoE eq. 8-9
-    proposed_threshold: Tensor | None = None  # (N,) fp32, this batch's capacity thresholds
+    # () fp32, C of DiffMoE eq. 8-9: routed and unconditional experts per local token, the mean. Shared experts, which
+    # every token has, are not counted.
+    capacity: Tensor
+    proposed_threshold: Tensor | None = None  # (N,) fp32, the capacity thresholds of this batch (DiffMoE eq. 17)
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Routing:
     gate: Tensor  # (A,) fp32 combine weight, carries gradient
     losses: dict[str, Tensor]  # named, unweighted fp32 scalars
     stats: RoutingStats
-    pool: Selection  # how many tokens of the pool reach each expert, as far as that is known
+    pool: Selection  # which tokens the pool chose; tells dispatchers the row counts that are known in advance
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens that a pool chose, seen from one device."""
+    """The tokens that the experts of a pool chose, seen from one device."""
 
     chosen: Tensor  # (N, T) bool, for the local tokens
     pool_ranks: int  # ranks whose tokens competed in one pool
-    slots_per_expert: int | None  # tokens of these ranks that reach every expert; None: it varies
-    arrivals: Tensor | None = None  # (pool_ranks, N / pool_ranks) how many each rank sends to my share of experts
+    slots_per_expert: int | None  # tokens of these ranks that each expert takes; None: it differs between experts
+    arrivals: Tensor | None = None  # (pool_ranks, N / pool_ranks) tokens from each rank for each expert sharded to this
     kth_largest: Tensor | None = None  # (N,) the slots-th largest of the second scores, see TokenPool.select
 
 
@@ -63,11 +65,13 @@ class TokenPool(Protocol):
         ...
 
     def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
-        """For each expert, the `slots` tokens of the pool with the highest fp32 scores.
+        """For each expert, the `slots` tokens of the pool with the highest scores. Ties: the lower global token id.
 
-        Equal scores go to the lower global token id, so the choice is a function of the pool alone. `slots` is one
-        number for all experts or (G, N). With `second_TN` and one number, also report the slots-th largest
-        of each column of these other scores over the pool (mean over the pools, where there are several).
+        Args:
+            scores_TN: fp32, without NaN.
+            slots: the tokens that each expert takes, one number or (G, N).
+            second_TN: other fp32 scores, whose slots-th largest over the pool becomes `kth_largest` (the mean over the
+                pools, where there are several). Only where `slots` is one number.
         """
         ...
 
@@ -87,7 +91,7 @@ class LocalPool:
     def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
         scores_GNP = self._split(scores_TN)
         cutoff, ties = cutoffs(scores_GNP, slots)
-        chosen = keep(scores_GNP, cutoff, ties)
+        chosen = topk_mask(scores_GNP, cutoff, ties)
         kth = None
         if second_TN is not None:
             assert isinstance(slots, int)
@@ -107,14 +111,14 @@ class LocalPool:
 
 
 def cutoffs(scores: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
-    """The score of the last slot, and how many tokens with just that score still have one.
+    """The lowest score in the top k of each row, and how many of the tokens with just that score are in it.
 
     Args:
         scores: (..., P) fp32.
-        slots: one number, or one per row, between 0 and P.
+        slots: k, one number or (...), between 0 and P.
 
     Returns:
-        (...) fp32 and (...) int64. A row without slots has cutoff +inf and no ties.
+        The cutoff, (...) fp32, and the number of ties, (...) int64. A row with k = 0 has cutoff +inf and no ties.
     """
     if isinstance(slots, int) and slots > 0:
         cutoff = kth_largest(scores, slots)
@@ -132,21 +136,27 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     return values.topk(k, dim=-1, sorted=False).values.amin(dim=-1)
 
 
-def keep(scores: Tensor, cutoff: Tensor, ties: Tensor) -> Tensor:
-    """(..., P) bool: everything above the cutoff, and the first `ties` places that equal it."""
+def topk_mask(scores: Tensor, cutoff: Tensor, ties: Tensor) -> Tensor:
+    """(..., P) bool: the scores above the cutoff, and the first `ties` of those that equal it.
+
+    Args:
+        scores: (..., P) fp32.
+        cutoff: (...) fp32.
+        ties: (...) int64.
+    """
     equal = scores == cutoff[..., None]
     return (scores > cutoff[..., None]) | (equal & (equal.cumsum(dim=-1) <= ties[..., None]))
 
 
 class Batch(Protocol):
-    """The images of a micro-step over all ranks, for losses of the batch as a whole."""
+    """The images of a micro-step on all ranks, for losses of the batch as a whole."""
 
     ranks: int
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in place of this rank's share of it.
+        """The sum of `values` over the ranks, of the same shape, with gradients.
 
-        With gradients: every rank is to compute the same loss from the sum, and the engine averages losses over ranks.
+        Every rank must compute the same loss from the sum. (The engine averages the losses over the ranks.)
         """
         ...
 
@@ -161,12 +171,12 @@ class LocalBatch:
 
 
 class Router(nn.Module):
-    """Decides about tokens (T, D).
+    """Routes tokens (T, D) to experts.
 
-    `pool` and `batch` may be replaced by ones that span ranks, and the router never notices.
+    `parallel.expert_parallel` replaces `pool` and `batch` by ones that span ranks; the router sees no difference.
     """
 
-    pool: TokenPool  # of routers whose experts choose their tokens
+    pool: TokenPool  # of routers whose experts choose tokens
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,29 +186,34 @@ class Router(nn.Module):
         """
         Args:
             x_TD: the tokens.
-            null_T: bool, tokens of images whose condition is the null label.
+            null_T: bool, true for the tokens of unconditional images (null label or null caption).
         """
         raise NotImplementedError
 
     def initial_weights(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """A weight matrix of the router's own at the start of training: N(0, 0.006), the published gates'."""
+        """Initial values of a weight matrix that is the router's own: N(0, 0.006^2), as the published gates."""
         return torch.randn(shape, generator=generator) * 0.006
 
     def start_step(self, step: int) -> None:
-        """Told by the engine before optimizer step `step`, counted from 0; for schedules."""
+        """For schedules: the engine calls this before optimizer step `step`, counted from 0."""
 
     def end_schedule(self) -> None:
-        """From here on as in the last step of a schedule."""
+        """Set what a schedule changes to its final value."""
 
     def update_threshold(self, proposal: Tensor) -> None:
-        """Take in the proposed thresholds of an optimizer step; for routers that propose some."""
+        """Update the thresholds with the proposal of an optimizer step, (N,) fp32; for routers that propose some."""
         raise NotImplementedError
 
 
 def route(
     scores_TN: Tensor, selection: Selection, losses: dict[str, Tensor], proposed_threshold: Tensor | None = None
 ) -> Routing:
-    """The routing of a selection whose gates are the scores."""
+    """The routing of a selection whose gates are the scores.
+
+    Args:
+        scores_TN: fp32, with gradient.
+        proposed_threshold: (N,) fp32.
+    """
     token_index, expert_index = assignments(selection)
     return Routing(
         token_index=token_index,
@@ -215,7 +230,7 @@ def route(
 
 
 def assignments(selection: Selection) -> tuple[Tensor, Tensor]:
-    """The (token, expert) pairs of a selection, (A,) and (A,), by expert and then by token."""
+    """Token and expert of each assignment, (A,) and (A,) int64, ordered by expert and then by token."""
     chosen_NT = selection.chosen
     if selection.pool_ranks == 1 and selection.slots_per_expert is not None:
         return _assignments_of_known_size(chosen_NT, selection.slots_per_expert)
@@ -224,7 +239,7 @@ def assignments(selection: Selection) -> tuple[Tensor, Tensor]:
 
 
 def _assignments_of_known_size(chosen_NT: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """`nonzero` with a known result size, which spares an accelerator the wait for the host."""
+    """`nonzero` of a known result size: on an accelerator the host need not wait for the count."""
     experts, tokens = chosen_NT.shape
     device = chosen_NT.device
     place = torch.where(chosen_NT, chosen_NT.cumsum(dim=1) - 1, slots)  # unchosen tokens go to a spare column

@@ -1,7 +1,7 @@
-"""Moves tokens to the ranks that hold their experts, and the results back.
+"""Dispatch and combine over ranks: tokens travel to the ranks that hold their experts, and the results back.
 
 Shape legend: T local tokens, D width, A assignments of local tokens, R rows that arrive here, P ranks of the
-expert-parallel group, E experts of a rank.
+expert-parallel group, E experts of each rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Timed = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who sends how many rows to whom, and where the arriving rows belong."""
+    """How many rows each rank sends and receives, and the order of the rows that arrive."""
 
     send: list[int]  # rows to each rank
     receive: list[int]  # rows from each rank
@@ -32,11 +32,11 @@ class DispatchPlan:
 
 
 def plan_dispatch(sent_PE: Tensor, received_PE: Tensor) -> DispatchPlan:
-    """Work out the exchange from the counts alone.
+    """Compute the exchange from the counts alone.
 
     Args:
-        sent_PE: local tokens for each expert of each rank.
-        received_PE: tokens of each rank for each expert here.
+        sent_PE: int64, local tokens for each expert of each rank.
+        received_PE: int64, tokens from each rank for each expert here.
     """
     send, receive = torch.stack([sent_PE.sum(dim=1), received_PE.sum(dim=1)]).tolist()  # the one wait for the device
     rows = sum(receive)
@@ -52,7 +52,7 @@ def plan_dispatch(sent_PE: Tensor, received_PE: Tensor) -> DispatchPlan:
 
 
 class AllToAllDispatcher:
-    """Experts are spread over a group: rows travel by an all-to-all with uneven splits, in expert-major order."""
+    """Experts are sharded over a group: rows travel by an all-to-all with uneven splits, in expert-major order."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -66,22 +66,22 @@ class AllToAllDispatcher:
         x_AD = x_TD.index_select(0, routing.token_index)
         arrived_RD = all_to_all_rows(x_AD, plan.send, plan.receive, self.group, self.timed)
         rows_RD = permute_rows(arrived_RD, plan.expert_major, plan.arrival_order)
-        return ExpertInput(rows_RD, received_PE.sum(dim=0), self._uniform(routing)), plan
+        return ExpertInput(rows_RD, received_PE.sum(dim=0), self._rows_per_expert(routing)), plan
 
     def combine(self, y_RD: Tensor, x_TD: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         y_RD = permute_rows(y_RD, plan.arrival_order, plan.expert_major)
         y_AD = all_to_all_rows(y_RD, plan.receive, plan.send, self.group, self.timed)
         return weighted_sum(y_AD, routing, x_TD)
 
-    def _uniform(self, routing: Routing) -> int | None:
-        """Rows of every expert here, where the pools of this group together make it one known number."""
+    def _rows_per_expert(self, routing: Routing) -> int | None:
+        """The number of rows of every expert here, where the group consists of whole pools and so it is known."""
         pool = routing.pool
         if pool.slots_per_expert is None or self.ranks % pool.pool_ranks:
             return None
         return pool.slots_per_expert * (self.ranks // pool.pool_ranks)
 
     def _received(self, sent_PE: Tensor, routing: Routing) -> Tensor:
-        """Tokens of each rank for each expert here, (P, E); exchanged only where the pool does not tell."""
+        """Tokens from each rank for each expert here, (P, E); exchanged only where the pool does not know them."""
         pool = routing.pool
         if pool.pool_ranks == self.ranks and pool.arrivals is not None:
             return pool.arrivals

@@ -1,9 +1,9 @@
-"""Exact top-k over a token pool that no rank holds.
+"""Exact top-k over a token pool that is sharded over ranks.
 
-The tokens of several ranks compete for the slots of each expert. No rank sees all scores of all experts, yet every
-rank learns exactly which of its own tokens are chosen, with the choice of `LocalPool` over the same tokens in
-rank-major order: each expert's column of scores goes to one rank, its owner, which finds the cutoff and tells
-every rank the cutoff and how many of its ties are still in.
+The tokens of several ranks compete for the slots of each expert. Each expert's column of scores goes to one rank, its
+owner. The owner finds the cutoff, and sends every rank the cutoff and how many of that rank's ties are in. So each rank
+learns which of its own tokens are chosen, though no rank sees all scores of all experts. The choice is that of
+`LocalPool` over the same tokens in rank-major order.
 
 Shape legend: Q ranks of the pool, T local tokens, N experts, E experts whose columns this rank owns,
 K kinds of scores (1, or 2 with the second scores), P = Q * T tokens of the pool.
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_dist.model.routing import Selection, cutoffs, keep, kth_largest
+from diffmoe_dist.model.routing import Selection, cutoffs, kth_largest, topk_mask
 from diffmoe_dist.parallel.topology import all_gather
 
 _FP32_EXACT_INTEGERS = 2**24
@@ -60,7 +60,7 @@ class DistributedPool:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.exchange = {"all_to_all": self._ask_owners, "all_gather": self._ask_nobody}[exchange]
+        self.exchange = {"all_to_all": self._select_all_to_all, "all_gather": self._select_all_gather}[exchange]
 
     def num_tokens(self, local_tokens: int) -> int:
         return self.ranks * local_tokens
@@ -74,66 +74,66 @@ class DistributedPool:
         kinds = [scores_TN] if second_TN is None else [scores_TN, second_TN]
         scores_NKT = torch.stack([kind.T for kind in kinds], dim=1).contiguous()
         per_expert = slots if isinstance(slots, int) else slots[0]
-        answer_N3, arrivals = self.exchange(scores_NKT, per_expert)
-        cutoff, ties, kth = answer_N3.unbind(dim=1)
+        reply_N3, arrivals_EQ = self.exchange(scores_NKT, per_expert)
+        cutoff_N, ties_N, kth_N = reply_N3.unbind(dim=1)
         return Selection(
-            chosen=keep(scores_NKT[:, 0], cutoff, ties.long()),
+            chosen=topk_mask(scores_NKT[:, 0], cutoff_N, ties_N.long()),
             pool_ranks=self.ranks,
             slots_per_expert=slots if isinstance(slots, int) else None,
-            arrivals=arrivals.T if len(scores_NKT) % self.ranks == 0 else None,
-            kth_largest=None if second_TN is None else kth,
+            arrivals=arrivals_EQ.T if len(scores_NKT) % self.ranks == 0 else None,
+            kth_largest=None if second_TN is None else kth_N,
         )
 
-    def _ask_owners(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
-        """What the owners say of each expert, (N, 3) for this rank, and what arrives at its own share, (E, Q)."""
+    def _select_all_to_all(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The owners' replies to this rank, (N, 3), and the tokens from each rank for the experts it owns, (E, Q)."""
         experts, kinds, tokens = scores_NKT.shape
-        shares = expert_shares(experts, self.ranks)
-        mine = shares[self.rank]
-        columns = scores_NKT.new_empty(self.ranks, mine, kinds, tokens)
+        owned = experts_per_rank(experts, self.ranks)
+        owned_here = owned[self.rank]
+        columns_QEKT = scores_NKT.new_empty(self.ranks, owned_here, kinds, tokens)
         size = kinds * tokens
         dist.all_to_all_single(
-            columns.view(-1),
+            columns_QEKT.view(-1),
             scores_NKT.view(-1),
-            [mine * size] * self.ranks,
-            [share * size for share in shares],
+            [owned_here * size] * self.ranks,
+            [count * size for count in owned],
             self.group,
         )
-        first = sum(shares[: self.rank])
-        my_slots = slots if isinstance(slots, int) else slots[first : first + mine]
-        answers_QE3, arrivals_EQ = answer(columns, my_slots)
-        answer_N3 = scores_NKT.new_empty(experts, 3)
+        first = sum(owned[: self.rank])
+        slots_here = slots if isinstance(slots, int) else slots[first : first + owned_here]
+        replies_QE3, arrivals_EQ = reply(columns_QEKT, slots_here)
+        reply_N3 = scores_NKT.new_empty(experts, 3)
         dist.all_to_all_single(
-            answer_N3.view(-1),
-            answers_QE3.view(-1),
-            [share * 3 for share in shares],
-            [mine * 3] * self.ranks,
+            reply_N3.view(-1),
+            replies_QE3.view(-1),
+            [count * 3 for count in owned],
+            [owned_here * 3] * self.ranks,
             self.group,
         )
-        return answer_N3, arrivals_EQ
+        return reply_N3, arrivals_EQ
 
-    def _ask_nobody(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The same, worked out by every rank for all experts."""
-        columns = scores_NKT.new_empty(self.ranks, *scores_NKT.shape)
-        all_gather(columns.view(-1), scores_NKT.view(-1), self.group)
-        answers_QN3, arrivals_NQ = answer(columns, slots)
-        shares = expert_shares(len(scores_NKT), self.ranks)
-        return answers_QN3[self.rank], arrivals_NQ.split(shares)[self.rank]
+    def _select_all_gather(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The same; every rank computes the replies of all owners."""
+        columns_QNKT = scores_NKT.new_empty(self.ranks, *scores_NKT.shape)
+        all_gather(columns_QNKT.view(-1), scores_NKT.view(-1), self.group)
+        replies_QN3, arrivals_NQ = reply(columns_QNKT, slots)
+        owned = experts_per_rank(len(scores_NKT), self.ranks)
+        return replies_QN3[self.rank], torch.split(arrivals_NQ, owned)[self.rank]
 
 
-def expert_shares(experts: int, ranks: int) -> list[int]:
-    """How many consecutive experts each rank owns: equal shares, or one more for the first ranks."""
+def experts_per_rank(experts: int, ranks: int) -> list[int]:
+    """How many consecutive experts each rank owns: the same number, or one more for the first ranks."""
     return [experts // ranks + (rank < experts % ranks) for rank in range(ranks)]
 
 
-def answer(columns_QEKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
-    """What the owner of E columns tells each rank.
+def reply(columns_QEKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+    """What the owner of E experts sends to each rank.
 
     Args:
         columns_QEKT: the scores, and where K is 2 the second scores, of every rank's tokens for these experts.
-        slots: one number, or (E,).
+        slots: the tokens that each expert takes, one number or (E,).
 
     Returns:
-        (Q, E, 3) fp32: the cutoff, how many of that rank's tokens with just this score have a slot (ties go to lower
+        (Q, E, 3) fp32: the cutoff, how many of that rank's tokens with just this score are chosen (ties go to lower
         ranks first), and the slots-th largest of the second scores, or 0. And (E, Q) int64: how many tokens of
         each rank are chosen.
     """
@@ -150,5 +150,5 @@ def answer(columns_QEKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
     if kinds == 2:
         assert isinstance(slots, int)
         kth = kth_largest(columns_EKQT[:, 1].flatten(1), slots)
-    answers = [cutoff[:, None].expand(experts, ranks), ties_EQ.to(cutoff.dtype), kth[:, None].expand(experts, ranks)]
-    return torch.stack(answers, dim=-1).transpose(0, 1).contiguous(), arrivals_EQ
+    replies = [cutoff[:, None].expand(experts, ranks), ties_EQ.to(cutoff.dtype), kth[:, None].expand(experts, ranks)]
+    return torch.stack(replies, dim=-1).transpose(0, 1).contiguous(), arrivals_EQ

@@ -86,10 +86,10 @@ def test_the_variational_loss_is_the_integral_of_q_log_q_over_p(
     deviation = math.sqrt(variance)
     grid = torch.linspace(mean - 12 * deviation, mean + 12 * deviation, 100_001, dtype=torch.float64)
     log_q, log_p = log_density(grid, mean, variance), log_density(grid, *step_back(z, epsilon, v, t))
-    divergence = torch.trapezoid(log_q.exp() * (log_q - log_p), grid).item()
+    kl = torch.trapezoid(log_q.exp() * (log_q - log_p), grid).item()
 
-    # With the noise predicted and the variances equal there is no divergence but that of diffusers' fp32 betas.
-    assert bound(ddpm, x, noise, epsilon, v, t) == pytest.approx(divergence / math.log(2), rel=1e-5, abs=1e-9)
+    # With the noise predicted and the variances equal there is no KL but that of diffusers' fp32 betas.
+    assert bound(ddpm, x, noise, epsilon, v, t) == pytest.approx(kl / math.log(2), rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("v", [-1.0, 0.2, 1.0])
@@ -126,7 +126,7 @@ def test_at_time_zero_an_image_far_from_its_prediction_costs_a_finite_price_in_f
 
 
 def test_the_learned_variance_is_interpolated_in_logarithms_between_its_ends(ddpm: DDPM) -> None:
-    """With the noise predicted exactly the divergence tells the ratio r of the variances: (r - 1 - log r) / 2."""
+    """With the noise predicted exactly the KL is a function of the ratio r of the variances: (r - 1 - log r) / 2."""
     t = 4
     # By hand: abar_3 and abar_4 from the betas 1, 1.199.., 1.398.., 1.597.., 1.796.. of 1e-4.
     before = (1 - 1e-4) * (1 - 1.199199e-4) * (1 - 1.398398e-4) * (1 - 1.597598e-4)

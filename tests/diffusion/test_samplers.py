@@ -37,9 +37,9 @@ def gaussian_denoiser(mean: float, std: float, direction: str) -> Denoiser:
         t = t[:, None, None, None]
         data = t if direction == "data_at_one" else 1 - t
         variance = data**2 * std**2 + (1 - data) ** 2
-        surprise = (z - data * mean) / variance
-        expected_data = mean + data * std**2 * surprise
-        expected_noise = (1 - data) * surprise
+        whitened = (z - data * mean) / variance
+        expected_data = mean + data * std**2 * whitened
+        expected_noise = (1 - data) * whitened
         velocity = expected_data - expected_noise
         return (velocity if direction == "data_at_one" else -velocity), None
 
@@ -106,7 +106,7 @@ def test_heun_asks_at_both_ends_of_each_step() -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_dopri5_takes_more_evaluations_where_the_flow_bends_more_and_none_beyond_the_ends(direction: str) -> None:
+def test_dopri5_has_a_higher_nfe_where_the_flow_bends_more_and_none_beyond_the_ends(direction: str) -> None:
     noise = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     counts = []
     for std in (1.0, 0.02):
@@ -183,17 +183,17 @@ def test_guidance_of_scale_one_is_one_pass_with_the_labels() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.5, 4.0])
-def test_guidance_goes_from_the_null_prediction_past_the_conditional_one(scale: float) -> None:
+def test_guidance_goes_from_the_unconditional_prediction_past_the_conditional_one(scale: float) -> None:
     model, labels = FakeModel(), torch.tensor([3, 7])
     z, t = torch.full((2, 1, 2, 2), 2.0), torch.tensor([0.1, 0.2])
 
     prediction, variance = guided_denoiser(model, labels, Guidance(scale))(z, t)
 
-    # By hand: null 2 * 11 + t, conditional 2 * 4 + t and 2 * 8 + t.
+    # By hand: unconditional 2 * 11 + t, conditional 2 * 4 + t and 2 * 8 + t.
     expected = [22.1 + scale * (8.1 - 22.1), 22.2 + scale * (16.2 - 22.2)]
     assert prediction[:, 0, 0, 0].tolist() == pytest.approx(expected, rel=1e-6)
     assert (prediction == prediction[:, :1, :1, :1]).all()
-    assert sorted(model.labels) == [[3, 7], [10, 10]]  # two passes: null and conditional tokens share no pool
+    assert sorted(model.labels) == [[3, 7], [10, 10]]  # two passes: no pool mixes unconditional and conditional tokens
     assert variance is not None and variance[:, 0, 0, 0].tolist() == [3, 7]  # the conditional pass's, unguided
 
 
@@ -376,7 +376,7 @@ def test_a_ddpm_sample_does_not_depend_on_the_images_beside_it() -> None:
     assert not torch.isclose(others, together).any(), "the noise on the way is the generators'"
 
 
-def test_ddim_draws_nothing_on_the_way() -> None:
+def test_ddim_samples_no_noise_after_the_start() -> None:
     noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     denoise = gaussian_noise_denoiser(0.5, 0.4, list(range(900, -1, -100)))
     generators = make_generators(2)

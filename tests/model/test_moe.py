@@ -89,8 +89,8 @@ def test_the_batched_path_equals_the_grouped_path_and_a_loop_over_the_experts(ac
     x, cotangent = random(20, 8, seed=2), random(20, 8, seed=3)
     counts = torch.full((4,), 5)
 
-    batched = forward_backward(experts, ExpertInput(x, counts, uniform=5), cotangent)
-    grouped = forward_backward(experts, ExpertInput(x, counts, uniform=None), cotangent)
+    batched = forward_backward(experts, ExpertInput(x, counts, rows_per_expert=5), cotangent)
+    grouped = forward_backward(experts, ExpertInput(x, counts, rows_per_expert=None), cotangent)
     looped = loop_over_experts(experts, x, [5] * 4, cotangent)
 
     assert len(batched) == (6 if activation == "gelu" else 4)
@@ -105,7 +105,7 @@ def test_the_grouped_path_equals_a_loop_over_the_experts_for_uneven_counts(count
     experts = make_experts(4, 8, 16, activation=activation)
     x, cotangent = random(12, 8, seed=2), random(12, 8, seed=3)
 
-    grouped = forward_backward(experts, ExpertInput(x, torch.tensor(counts), uniform=None), cotangent)
+    grouped = forward_backward(experts, ExpertInput(x, torch.tensor(counts), rows_per_expert=None), cotangent)
     looped = loop_over_experts(experts, x, counts, cotangent)
 
     for one, two in zip(grouped, looped, strict=True):
@@ -115,7 +115,7 @@ def test_the_grouped_path_equals_a_loop_over_the_experts_for_uneven_counts(count
 def test_an_expert_without_tokens_has_zero_gradients_and_the_others_have_theirs() -> None:
     experts, x = make_experts(3, 8, 16), random(6, 8, seed=2)
 
-    experts(ExpertInput(x, torch.tensor([4, 0, 2]), uniform=None)).square().sum().backward()
+    experts(ExpertInput(x, torch.tensor([4, 0, 2]), rows_per_expert=None)).square().sum().backward()
 
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
@@ -126,7 +126,7 @@ def test_an_expert_without_tokens_has_zero_gradients_and_the_others_have_theirs(
 def test_experts_without_any_token_return_no_row_and_zero_gradients() -> None:
     experts, x = make_experts(3, 8, 16), torch.zeros(0, 8, requires_grad=True)
 
-    output = experts(ExpertInput(x, torch.zeros(3, dtype=torch.int64), uniform=None))
+    output = experts(ExpertInput(x, torch.zeros(3, dtype=torch.int64), rows_per_expert=None))
     output.backward(torch.zeros(0, 8))
 
     assert output.shape == (0, 8)
@@ -198,10 +198,10 @@ def test_a_local_training_step_takes_the_batched_path() -> None:
     x_TD = random(24, 8, seed=2)
 
     rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.router, x_TD))
-    assert rows.uniform == 6 and len(rows.x_RD) == 24
+    assert rows.rows_per_expert == 6 and len(rows.x_RD) == 24
 
     rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.eval().router, x_TD))
-    assert rows.uniform is None
+    assert rows.rows_per_expert is None
 
 
 class LargestTensor(TorchDispatchMode):

@@ -84,8 +84,8 @@ def cotangent_of(x: Tensor) -> Tensor:
 def run_layer(layer: Any, x: Tensor, cotangent: Tensor, ranks: int) -> dict[str, Any]:
     """Forward and backward of a share of the batch; the ranks' losses add up to the batch's."""
     layer.zero_grad(set_to_none=True)
-    uniform = []
-    hook = layer.experts.register_forward_pre_hook(lambda _, inputs: uniform.append(inputs[0].uniform))
+    rows_per_expert = []
+    hook = layer.experts.register_forward_pre_hook(lambda _, inputs: rows_per_expert.append(inputs[0].rows_per_expert))
     x = x.clone().requires_grad_()
     output, routing = conditional(layer, x.view(-1, TOKENS_PER_IMAGE, WIDTH))
     hook.remove()
@@ -100,7 +100,7 @@ def run_layer(layer: Any, x: Tensor, cotangent: Tensor, ranks: int) -> dict[str,
         "capacity_loss": [value.detach() for value in routing.losses.values()],
         "threshold": routing.stats.proposed_threshold,
         "tokens_per_expert": routing.stats.tokens_per_expert,
-        "uniform": uniform[0],
+        "rows_per_expert": rows_per_expert[0],
     }
 
 
@@ -336,4 +336,4 @@ def test_experts_know_their_number_of_rows_wherever_the_pools_of_their_group_fix
 ) -> None:
     for result in results_of(4):
         for pool, expected in rows.items():
-            assert result[expert, pool, "all_to_all", "different"]["uniform"] == expected, pool
+            assert result[expert, pool, "all_to_all", "different"]["rows_per_expert"] == expected, pool

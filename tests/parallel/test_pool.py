@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.model.routing import LocalPool
-from diffmoe_dist.parallel.pool import DistributedPool, answer, expert_shares
+from diffmoe_dist.parallel.pool import DistributedPool, experts_per_rank, reply
 from tests.distributed import run_ranks
 
 TOKENS = 12  # of each rank
@@ -23,7 +23,7 @@ EXCHANGES = ["all_to_all", "all_gather"]
 _results: dict[str, Any] = {}
 
 
-def test_the_owner_answers_with_cutoff_ties_and_the_kth_largest() -> None:
+def test_the_owner_replies_with_cutoff_ties_and_the_kth_largest() -> None:
     first = torch.tensor([[0.5, 0.9, 0.5], [0.5, 0.1, 0.7]])  # rank by rank, one expert
     second = torch.tensor([[1.0, -4.0, 3.0], [2.0, 8.0, 0.0]])
     columns_QEKT = torch.stack([first, second], dim=1)[:, None]
@@ -37,34 +37,34 @@ def test_the_owner_answers_with_cutoff_ties_and_the_kth_largest() -> None:
         6: ([0.1, 0.1], [0, 1], -4.0, [3, 3]),
     }
     for slots, (cutoff, ties, kth, arrivals) in expected.items():
-        answers_QE3, arrivals_EQ = answer(columns_QEKT, slots)
+        replies_QE3, arrivals_EQ = reply(columns_QEKT, slots)
 
-        assert answers_QE3.shape == (2, 1, 3) and answers_QE3.dtype == torch.float32
-        assert answers_QE3[:, 0, 0].tolist() == pytest.approx(cutoff)
-        assert answers_QE3[:, 0, 1].tolist() == ties
-        assert answers_QE3[:, 0, 2].tolist() == [kth, kth]
+        assert replies_QE3.shape == (2, 1, 3) and replies_QE3.dtype == torch.float32
+        assert replies_QE3[:, 0, 0].tolist() == pytest.approx(cutoff)
+        assert replies_QE3[:, 0, 1].tolist() == ties
+        assert replies_QE3[:, 0, 2].tolist() == [kth, kth]
         assert arrivals_EQ.tolist() == [arrivals]
 
 
-def test_the_owner_answers_each_expert_by_its_own_number_of_slots() -> None:
+def test_the_owner_replies_for_each_expert_by_its_own_number_of_slots() -> None:
     column = torch.tensor([[2.0, 1.0], [2.0, 2.0]])
     columns_QEKT = column[:, None, None].expand(2, 4, 1, 2)
 
-    answers_QE3, arrivals_EQ = answer(columns_QEKT, torch.tensor([0, 2, 3, 4]))
+    replies_QE3, arrivals_EQ = reply(columns_QEKT, torch.tensor([0, 2, 3, 4]))
 
-    assert answers_QE3[0].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 1, 0], [1, 1, 0]]
-    assert answers_QE3[1].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 2, 0], [1, 0, 0]]
+    assert replies_QE3[0].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 1, 0], [1, 1, 0]]
+    assert replies_QE3[1].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 2, 0], [1, 0, 0]]
     assert arrivals_EQ.tolist() == [[0, 0], [1, 1], [1, 2], [2, 2]]
 
 
 @pytest.mark.parametrize(
-    ("experts", "ranks", "shares"),
+    ("experts", "ranks", "owned"),
     [(8, 4, [2] * 4), (7, 3, [3, 2, 2]), (3, 4, [1, 1, 1, 0]), (1, 2, [1, 0]), (5, 1, [5])],
 )
-def test_experts_are_owned_in_equal_shares_or_one_more_for_the_first_ranks(
-    experts: int, ranks: int, shares: list[int]
+def test_every_rank_owns_the_same_number_of_experts_or_the_first_ranks_one_more(
+    experts: int, ranks: int, owned: list[int]
 ) -> None:
-    assert expert_shares(experts, ranks) == shares
+    assert experts_per_rank(experts, ranks) == owned
 
 
 def make_scores(kind: str, experts: int, ranks: int, seed: int) -> Tensor:
@@ -94,7 +94,7 @@ def make_cases() -> list[tuple[str, str, int]]:
 
 
 def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Every case in every group by both exchanges: what this rank is told. One number of slots: with second scores."""
+    """Every case in every group by both exchanges: this rank's selection. One number of slots: with second scores."""
     results = {}
     for layout, members in GROUPS.items():
         groups = [dist.new_group(ranks) for ranks in members]
@@ -134,14 +134,14 @@ def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_cho
             second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)
             slots = make_slots(slots_kind, experts, ranks * TOKENS)
             key = (layout, exchange, scores_kind, slots_kind, experts)
-            told = [results[rank][key] for rank in members]
-            chosen_NP = torch.cat([selection["chosen"] for selection in told], dim=1)
+            selections = [results[rank][key] for rank in members]
+            chosen_NP = torch.cat([selection["chosen"] for selection in selections], dim=1)
             local = LocalPool().select(scores_TN, slots, second_TN if has_second(slots_kind) else None)
 
             assert torch.equal(chosen_NP, local.chosen), key
             per_expert = [slots] * experts if isinstance(slots, int) else slots[0].tolist()
             assert chosen_NP.sum(dim=1).tolist() == per_expert, key
-            for selection in told:
+            for selection in selections:
                 assert selection["pool_ranks"] == ranks
                 assert selection["slots_per_expert"] == (slots if isinstance(slots, int) else None)
                 if has_second(slots_kind):
@@ -158,7 +158,7 @@ def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_cho
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", GROUPS)
-def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_share_of_the_experts(layout: str, exchange: str) -> None:
+def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_experts(layout: str, exchange: str) -> None:
     results = results_of_the_ranks()
     for members in GROUPS[layout]:
         ranks = len(members)
@@ -170,8 +170,8 @@ def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_share_of_the_exper
                 if experts % ranks:
                     assert arrivals is None, key  # such experts are never spread over these ranks
                 else:
-                    share = experts // ranks
-                    assert torch.equal(arrivals, sent_QN[:, place * share : (place + 1) * share]), key
+                    held = experts // ranks
+                    assert torch.equal(arrivals, sent_QN[:, place * held : (place + 1) * held]), key
 
 
 def test_the_cases_of_the_ranks_split_ties_and_leave_a_rank_without_any_token() -> None:
