@@ -28,7 +28,8 @@ import torch
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
 from diffmoe_dist.config import Config, build_config, check_world
-from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+from diffmoe_dist.data.open import open_data
+from diffmoe_dist.engine.build import build_trainer, find_start
 from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.parallel.expert_parallel import create_topology

@@ -43,11 +43,12 @@ import torch
 import webdataset
 from PIL import Image
 
+from diffmoe_dist.data.batch import BatchBuffer
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.format import LATENT_FIELD, MEAN_LOGVAR
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import LatentReader, npy_bytes
-from diffmoe_dist.data.loader import BatchBuffer, TrainingLoader, parse_label, read_pixels
+from diffmoe_dist.data.loader import TrainingLoader, parse_label, read_pixels
 from diffmoe_dist.data.order import StreamOrder
 from diffmoe_dist.data.randomness import Stream, sample_generator
 from tests.data.folders import repeated_sample, write_folder

@@ -28,7 +28,8 @@ import matplotlib
 import numpy as np
 
 from data_tools.shapes import SIZE, Drawing, measure, read_caption
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.errors import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -34,9 +34,9 @@ from benchmarks.moe_layer import machine
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
-from diffmoe_dist.evaluation.conditions import ClassLabels
-from diffmoe_dist.evaluation.generate import Generated, generate
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.sampling.conditions import ClassLabels
+from diffmoe_dist.sampling.generate import Generated, generate
 
 RULES = ("threshold", "count", "static")
 

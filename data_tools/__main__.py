@@ -23,10 +23,11 @@ from data_tools.stats import count, describe, picture
 from data_tools.stored_images import ImageRules
 from data_tools.table import Columns
 from data_tools.verify import verify
+from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.data.format import QUARANTINE_NAME
 from diffmoe_dist.data.images import Crop
 from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 5.0
 _THUMBNAIL = 96  # pixels

@@ -12,16 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.shards import (
-    PARTIAL,
-    BadItem,
-    ShardRecord,
-    atomic_file,
-    is_whole,
-    load_record,
-    save_record,
-    sort_fields,
-)
+from data_tools.shards import BadItem, ShardRecord, is_whole, load_record, save_record, sort_fields
 from diffmoe_dist.data.format import (
     ABSENT,
     FORMAT,
@@ -33,8 +24,8 @@ from diffmoe_dist.data.format import (
     FolderMeta,
     parse_meta,
 )
-from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import PARTIAL, atomic_file, file_sha256
 
 PROGRESS_NAME = ".progress"  # a folder: the records of finished shards, until the index is there
 INDEX_FILES = (INDEX_NAME, OFFSETS_NAME, KEYS_NAME, QUARANTINE_NAME)

@@ -16,8 +16,9 @@ from data_tools.tars import TarFile
 from data_tools.webdataset_tars import Group, check_payloads, group_members, list_tars, required_fields
 from diffmoe_dist.data.format import ABSENT, IMAGE_FIELDS, INDEX_NAME, LABEL_FIELD, TAR_BLOCK, Shard
 from diffmoe_dist.data.images import ImageError
-from diffmoe_dist.data.index import file_sha256, member_crc32
+from diffmoe_dist.data.index import member_crc32
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 
 _CHANNELS = 3
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.parallel import SERIAL, Workers
-from data_tools.shards import atomic_file
 from data_tools.text import TextSettings, describe_encoder, open_encoder
 from diffmoe_dist.data.prompts import (
     ENCODED_SUFFIX,
@@ -18,6 +17,7 @@ from diffmoe_dist.data.prompts import (
 )
 from diffmoe_dist.data.text import EncodedText
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import atomic_file
 
 _TOGETHER = 32  # in a job; each is encoded alone
 

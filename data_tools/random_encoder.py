@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from data_tools.shards import PARTIAL
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.text import captions_of
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import PARTIAL
 
 _PAD, _UNKNOWN, _START, _END = _SPECIAL = ("<pad>", "<unk>", "<|startoftext|>", "<|endoftext|>")
 _MAX_LENGTH = 77  # tokens, as of every CLIP

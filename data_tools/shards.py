@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffmoe_dist.data.format import ABSENT, TAR_BLOCK, Shard
-from diffmoe_dist.data.index import file_sha256, member_crc32
+from diffmoe_dist.data.index import member_crc32
+from diffmoe_dist.files import atomic_file, file_sha256
 
-PARTIAL = ".partial"
 _TAR_RECORD = 20 * TAR_BLOCK  # a tar's length is a multiple of it
 _MAX_NAME = 100  # bytes of a member's name in the plain header that every program reads
 
@@ -119,18 +117,3 @@ def is_whole(path: Path, shard: Shard) -> bool:
         return path.stat().st_size == shard.num_bytes and file_sha256(path) == shard.sha256
     except FileNotFoundError:
         return False
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is complete and on the disk."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

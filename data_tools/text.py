@@ -15,14 +15,14 @@ import numpy as np
 
 from data_tools.folder import PackedFolder, ShardFolder
 from data_tools.parallel import SERIAL, Workers
-from data_tools.shards import atomic_file
 from data_tools.side import ShardNotes, side_names, worker_device, write_side
 from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
-from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import npy_bytes
 from diffmoe_dist.data.text import EncodedText, captions_of, pooled_field, text_field
 from diffmoe_dist.data.text_encoder import USUAL_LENGTH, TextEncoder, encoder_kind, encoder_sha256
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import atomic_file, file_sha256
 
 NULL_NAME = "null.npy"
 NULL_POOLED_NAME = "null-pooled.npy"

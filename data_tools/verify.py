@@ -9,7 +9,8 @@ from data_tools.parallel import SERIAL, Workers
 from data_tools.tars import TarDamageError, TarFile
 from diffmoe_dist.data.format import ABSENT, INDEX_NAME, LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, decode_image
-from diffmoe_dist.data.index import CorruptShardError, ShardIndex, file_sha256
+from diffmoe_dist.data.index import CorruptShardError, ShardIndex
+from diffmoe_dist.files import file_sha256
 
 _MAX_PROBLEMS = 20  # of one shard that are named
 

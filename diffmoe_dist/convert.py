@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.config import load_config
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.errors import UserError
 
 DESCRIPTION = """\
 Make a folder of weights (model.safetensors and config.json) from a file of a published code base or from a checkpoint

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
     from diffmoe_dist.evaluation.extractors import open_extractor
-    from diffmoe_dist.evaluation.images import ShardImages
+    from diffmoe_dist.evaluation.image_sources import ShardImages
     from diffmoe_dist.evaluation.scores import make_reference
 
     extractor = open_extractor(arguments.inception, arguments.features, device)
@@ -150,9 +151,10 @@ def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: t
 def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
     from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
     from diffmoe_dist.evaluation.extractors import open_extractor
-    from diffmoe_dist.evaluation.images import NpzImages, write_json
+    from diffmoe_dist.evaluation.image_sources import NpzImages
     from diffmoe_dist.evaluation.reference import read_reference
     from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
+    from diffmoe_dist.files import write_json
 
     extractor = reference = clip = record = None
     if arguments.reference:
@@ -185,7 +187,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
 
 def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:
     """Draw the images of a run into a folder, on all ranks; collective."""
-    from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
+    from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
 
     settings = SamplingSettings(
         checkpoint=arguments.samples,
@@ -227,7 +229,7 @@ def _prompts_beside(samples: Path) -> Path:
 
 
 def _check_writable(path: Path, option: str) -> None:
-    from diffmoe_dist.engine.metrics import make_writable
+    from diffmoe_dist.files import make_writable
 
     try:
         make_writable(path.parent)

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.command import CommandParser, import_callable, run_command
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
 
 DESCRIPTION = """\
@@ -43,16 +44,15 @@ def main() -> None:
     arguments = parser.parse_args()
     thresholds = read_thresholds(arguments.thresholds)
 
-    from diffmoe_dist.engine.metrics import set_up_logging
-    from diffmoe_dist.evaluation.interval_search import (
+    from diffmoe_dist.logs import set_up_logging
+    from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
+    from diffmoe_dist.sampling.job import SamplingSettings
+    from diffmoe_dist.sampling.threshold_search import (
         best_point,
-        find_score,
         format_table,
         search_thresholds,
         write_points,
     )
-    from diffmoe_dist.evaluation.sampling_job import SamplingSettings
-    from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
 
     settings = SamplingSettings(
         checkpoint=arguments.checkpoint,
@@ -68,7 +68,7 @@ def main() -> None:
         decoder=arguments.decoder,
     )
     settings.check()
-    score = None if arguments.score is None else find_score(arguments.score)
+    score = None if arguments.score is None else import_callable(arguments.score, "--score")
     device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)
     set_up_logging(None, launch.rank)

@@ -6,11 +6,12 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.config import load_config
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from diffmoe_dist.engine.planning import Plan, Transfer
+    from diffmoe_dist.planning.planning import Plan, Transfer
 
 DESCRIPTION = """\
 Say what a training run will need: parameters, arithmetic, memory of each GPU, bytes on the wire, the time of a step and
@@ -59,8 +60,8 @@ def main() -> None:
     if arguments.capacity is not None and config.experts is None:
         raise UserError(f"--capacity {arguments.capacity} has no effect with moe.router=dense; remove it")
 
-    from diffmoe_dist.engine.accelerators import ACCELERATORS
-    from diffmoe_dist.engine.planning import Cluster, make_plan
+    from diffmoe_dist.planning.accelerators import ACCELERATORS
+    from diffmoe_dist.planning.planning import Cluster, make_plan
 
     if arguments.accelerator not in ACCELERATORS:
         raise UserError(f"--accelerator {arguments.accelerator}: choose from {', '.join(ACCELERATORS)}")
@@ -72,7 +73,7 @@ def main() -> None:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Everything in the plan, with the unit in each name."""
-    from diffmoe_dist.engine import planning
+    from diffmoe_dist.planning import planning
 
     counts, work, cluster, config = plan.accounting, plan.work, plan.cluster, plan.config
     eq40 = counts.activated_eq40(work.capacity)
@@ -185,7 +186,7 @@ def _arithmetic(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    from diffmoe_dist.engine.planning import USABLE_MEMORY
+    from diffmoe_dist.planning.planning import USABLE_MEMORY
 
     notes = {
         "weights": "the model's own, whole but for other ranks' experts",
@@ -226,8 +227,8 @@ def _step(plan: Plan) -> list[str]:
 
 
 def _assumptions(plan: Plan) -> list[str]:
-    from diffmoe_dist.engine import planning
-    from diffmoe_dist.engine.accelerators import matmul_format
+    from diffmoe_dist.planning import planning
+    from diffmoe_dist.planning.accelerators import matmul_format
 
     accelerator, kind = plan.cluster.accelerator, matmul_format(plan.config)
     peak = accelerator.peak_flops[kind] / 1e12

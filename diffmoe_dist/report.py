@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
 
 DESCRIPTION = """\
@@ -38,9 +39,9 @@ def main() -> None:
     if arguments.images < 1:
         raise UserError(f"--images {arguments.images}: choose at least 1")
 
-    from diffmoe_dist.evaluation.loss_curve import draw_loss_curve
-    from diffmoe_dist.evaluation.report_page import write_report
     from diffmoe_dist.parallel.topology import choose_device
+    from diffmoe_dist.report_page.loss_curve import draw_loss_curve
+    from diffmoe_dist.report_page.page import write_report
 
     picture = draw_loss_curve(arguments.run)
     device = choose_device(arguments.device, detect_launch())

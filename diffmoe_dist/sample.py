@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from diffmoe_dist.errors import CommandParser, UserError, run_command
+from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
 
 DESCRIPTION = """\
@@ -45,9 +46,9 @@ capacity comes closer to the one trained for. It reads data.shards of the run, o
 def main() -> None:
     arguments = build_parser().parse_args()
 
-    from diffmoe_dist.engine.metrics import set_up_logging
-    from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
+    from diffmoe_dist.logs import set_up_logging
     from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
+    from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
 
     settings = SamplingSettings(
         checkpoint=arguments.checkpoint,

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.engine.preemption import StopSignals
-from diffmoe_dist.errors import STOPPED_EXIT_CODE, CommandParser, UserError, run_command
+from diffmoe_dist.errors import STOPPED_EXIT_CODE, UserError
 from diffmoe_dist.launch import detect_launch
 
 if TYPE_CHECKING:
@@ -89,14 +90,15 @@ def train(config: Config, stop: StopSignals) -> int:
     if config.deterministic:
         set_deterministic(device)
 
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data, open_held_out, prepare_run_dir
+    from diffmoe_dist.data.open import open_data, open_held_out
+    from diffmoe_dist.engine.build import build_trainer, find_start, prepare_run_dir
     from diffmoe_dist.engine.run_folder import claim_run_dir
     from diffmoe_dist.engine.trainer import Supervision
     from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout, shared_fate
-    from diffmoe_dist.evaluation.conditions import run_conditions
-    from diffmoe_dist.evaluation.generate import open_decoder, training_grid
     from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
+    from diffmoe_dist.sampling.conditions import run_conditions
+    from diffmoe_dist.sampling.generate import open_decoder, training_grid
 
     data = open_data(config, device)
     held_out = open_held_out(config, data)
@@ -107,7 +109,7 @@ def train(config: Config, stop: StopSignals) -> int:
         draw_samples = partial(training_grid, config=config, conditions=conditions, decode=decode)
     draw_figures = None
     if config.log.figures_every:
-        from diffmoe_dist.evaluation.training_figures import training_figures  # imports matplotlib
+        from diffmoe_dist.report_page.training_figures import training_figures  # imports matplotlib
 
         draw_figures = partial(training_figures, config=config, conditions=conditions)
     score_samples = open_training_scores(config, conditions, device)

@@ -125,6 +125,6 @@ def _run(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if prepare is not None:
         prepare(int(environment.get("RANK", 0)))
-    from diffmoe_dist.errors import run_command
+    from diffmoe_dist.command import run_command
 
     run_command(importlib.import_module(module).main)

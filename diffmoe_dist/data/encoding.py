@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffmoe_dist.data.index import file_sha256, text_sha256
+from diffmoe_dist.data.index import text_sha256
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 
 
 def model_sha256(folder: Path, *patterns: str) -> str:

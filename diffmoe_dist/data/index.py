@@ -34,6 +34,7 @@ from diffmoe_dist.data.format import (
     parse_meta,
 )
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 
 _MAX_OPEN_FILES = 64  # a large set has more shards than a process may open files
 _PACK = "python -m data_tools pack SOURCE OUT"
@@ -237,15 +238,6 @@ class _Rows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def text_sha256(parts: Iterator[str]) -> str:

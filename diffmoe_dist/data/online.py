@@ -23,7 +23,7 @@ from diffmoe_dist.data.text_encoder import TextEncoder
 logger = logging.getLogger("diffmoe_dist.data")
 
 if TYPE_CHECKING:
-    from diffmoe_dist.data.loader import Batch
+    from diffmoe_dist.data.batch import Batch
 
 
 class OnlineEncoders:

@@ -21,10 +21,11 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.shardlists import expand_urls
 
+from diffmoe_dist.data.batch import Batch, BatchBuffer
 from diffmoe_dist.data.format import IMAGE_FIELDS, LABEL_FIELD
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import CorruptShardError
-from diffmoe_dist.data.loader import Batch, BatchBuffer, BatchLoader, make_loader, parse_label, read_pixels
+from diffmoe_dist.data.loader import BatchLoader, make_loader, parse_label, read_pixels
 from diffmoe_dist.data.randomness import Stream, permutation, sample_generator
 from diffmoe_dist.errors import UserError
 

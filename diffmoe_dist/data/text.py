@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, METADATA_FIELD, POOLED_TEXT_FIELD, TEXT_FIELD, File
-from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import read_fp16
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.condition import TextCondition
 
 

@@ -47,10 +47,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from diffmoe_dist.config import CheckpointConfig, Config, load_config, model_settings, save_config
-from diffmoe_dist.data.index import file_sha256
-from diffmoe_dist.engine.run_folder import Claim, flush_directory, write_durably
+from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256, flush_directory, write_atomically, write_json
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
@@ -142,7 +142,7 @@ def _publish(
     try:
         _check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
-        write_durably(unfinished / "state.json", json.dumps(asdict(progress), indent=2) + "\n")
+        write_json(unfinished / "state.json", asdict(progress))
         own = {name: file_sha256(unfinished / name) for name in (".metadata", "config.yaml", "state.json")}
         write_sums(unfinished, {name: value for part in (*sums, own) for name, value in part.items()})
         claim.check()
@@ -219,7 +219,7 @@ def _damage(checkpoint: Path, rank: int, ranks: int) -> str | None:
 
 def write_sums(folder: Path, sums: dict[str, str]) -> None:
     """SHA256SUMS, which `sha256sum --check` reads too."""
-    write_durably(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+    write_atomically(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
 
 
 def read_sums(folder: Path) -> dict[str, str]:

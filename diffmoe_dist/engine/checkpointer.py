@@ -22,10 +22,10 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.engine.checkpoint import CheckpointError, Progress, save_checkpoint
-from diffmoe_dist.engine.metrics import logger
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import Fragment
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.logs import logger
 
 
 class Checkpointer:

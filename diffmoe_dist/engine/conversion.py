@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffmoe_dist.config import Config
-from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
 from diffmoe_dist.engine.weights import CONFIG_NAME, WEIGHTS_NAME, check_out, read_settings, write_weights
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.published import check_tensors, correspondence, fill, threshold_decay
 

@@ -20,10 +20,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from diffmoe_dist.config import Config, ModelConfig
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import MicroBatchSampler
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.engine.build import open_data, progress_from
+from diffmoe_dist.engine.build import progress_from
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
-from diffmoe_dist.engine.planning import held_bytes
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT
@@ -31,6 +31,7 @@ from diffmoe_dist.model.moe import ExpertInput, Experts, MoELayer
 from diffmoe_dist.model.routing import Routing
 from diffmoe_dist.parallel.expert_parallel import ExpertShard, apply_expert_parallel, create_topology
 from diffmoe_dist.parallel.topology import Topology
+from diffmoe_dist.planning.planning import held_bytes
 
 META = torch.device("meta")
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from diffmoe_dist.data.loader import Batch
-from diffmoe_dist.engine.run_folder import write_durably
+from diffmoe_dist.data.batch import Batch
+from diffmoe_dist.files import write_atomically
 
 
 @dataclass(frozen=True, order=True)
@@ -124,5 +124,5 @@ def keep_sample_ids(folder: Path, step: int, what: str, batches: Sequence[Batch]
     path = folder / f"step-{step:08d}.json"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_durably(path, json.dumps({"step": step, "what": what, "micro_steps_of_rank": ranks}, indent=1) + "\n")
+        write_atomically(path, json.dumps({"step": step, "what": what, "micro_steps_of_rank": ranks}, indent=1) + "\n")
     return path

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from diffmoe_dist.config import ProfileConfig
-from diffmoe_dist.engine.metrics import logger
+from diffmoe_dist.logs import logger
 
 # all_to_all is the exchange of tokens: a share of forward and backward, with the wait for slower ranks in it.
 ON_DEVICE = ("forward", "backward", "all_to_all", "optimizer")

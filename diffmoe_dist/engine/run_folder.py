@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import write_atomically
 from diffmoe_dist.parallel.topology import on_first_rank
 
 ATTEMPT_VARIABLE = "DIFFMOE_ATTEMPT"  # JOB.RESTARTS of a scheduler that restarts jobs
@@ -69,7 +70,7 @@ class FolderClaim:
 
     def mark_done(self, step: int) -> None:
         self.check()
-        write_durably(self.run_dir / "DONE", json.dumps({"step": step}) + "\n")
+        write_atomically(self.run_dir / "DONE", json.dumps({"step": step}) + "\n")
 
     def release(self) -> None:
         if self._lock is not None:
@@ -121,7 +122,7 @@ def _claim(run_dir: Path) -> FolderClaim:
                 f"run_dir={run_dir}: another run is using it (attempt {before}); wait for its end or choose another "
                 "run_dir"
             ) from None
-    write_durably(run_dir / "attempt", attempt + "\n")
+    write_atomically(run_dir / "attempt", attempt + "\n")
     return FolderClaim(run_dir, attempt, lock)
 
 
@@ -139,22 +140,3 @@ def _read_attempt(run_dir: Path) -> str | None:
         return (run_dir / "attempt").read_text().strip()
     except FileNotFoundError:
         return None
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there, also after a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    flush_directory(path.parent)
-
-
-def flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,25 +19,27 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config, loss_weights
-from diffmoe_dist.data.loader import Batch, BatchLoader
+from diffmoe_dist.data.batch import Batch
+from diffmoe_dist.data.loader import BatchLoader
 from diffmoe_dist.diffusion.objectives import Objective
-from diffmoe_dist.engine.accelerators import device_peak
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.ema import WeightAverage
-from diffmoe_dist.engine.metrics import Log, logger
+from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
-from diffmoe_dist.engine.planning import achieved_share
 from diffmoe_dist.engine.profiling import Profiler, Timings
 from diffmoe_dist.engine.run_folder import Claim
+from diffmoe_dist.engine.run_log import Log
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout
+from diffmoe_dist.logs import logger
 from diffmoe_dist.model.accounting import account
-from diffmoe_dist.model.condition import Condition
 from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.model.routing import RoutingStats
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
 from diffmoe_dist.parallel.topology import Topology
+from diffmoe_dist.planning.accelerators import device_peak
+from diffmoe_dist.planning.planning import achieved_share
 
 DrawSamples = Callable[[DiT], np.ndarray]
 Validate = Callable[[DiT], dict[str, float | None]]
@@ -377,17 +379,6 @@ class Trainer:
 
 def _relative(load_LN: Tensor) -> Tensor:
     return load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
-
-
-def noisy_inputs(batch: Batch, objective: Objective, config: Config) -> tuple[Tensor, Tensor, Condition]:
-    """What a training step shows the model: noisy images (N, C, H, W), the objective's times (N,), the condition."""
-    t = objective.times(batch.time_uniform)
-    z = objective.corrupt(batch.images, batch.noise, t)
-    dropped = batch.drop_uniform < config.train.label_dropout
-    if config.model.condition == "class":
-        return z, t, torch.where(dropped, config.model.num_classes, batch.labels)
-    assert batch.text is not None and batch.null_text is not None
-    return z, t, batch.text.replaced(dropped, batch.null_text)
 
 
 class StepTimer:

@@ -12,7 +12,7 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective
-from diffmoe_dist.engine.trainer import noisy_inputs
+from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import Topology
 

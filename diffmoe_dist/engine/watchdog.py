@@ -22,8 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from diffmoe_dist.engine.metrics import logger
 from diffmoe_dist.errors import HANG_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
+from diffmoe_dist.logs import logger
 
 SLOW_FACTOR = 3  # start-up, sampling and saving may take this many times train.hang_timeout
 

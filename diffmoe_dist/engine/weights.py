@@ -23,17 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config, load_config
-from diffmoe_dist.data.index import file_sha256
-from diffmoe_dist.engine.checkpoint import (
-    Spread,
-    find_checkpoint,
-    flush_directory,
-    read_checkpoint_model,
-    refuse_other_model,
-    write_durably,
-)
+from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model, refuse_other_model
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256, flush_directory, write_json
 from diffmoe_dist.model.dit import DiT
 
 FORMAT = "diffmoe-weights"
@@ -167,7 +160,7 @@ def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, so
         "source": dict(source),
         "settings": settings,
     }
-    write_durably(folder / CONFIG_NAME, json.dumps(record, indent=2) + "\n")
+    write_json(folder / CONFIG_NAME, record)
     shutil.copymode(folder / CONFIG_NAME, weights)  # safetensors leaves it to its owner alone
     flush_directory(folder)
 

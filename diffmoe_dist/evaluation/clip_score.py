@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from diffmoe_dist.data.encoding import model_sha256
 from diffmoe_dist.data.text_encoder import without_loading_bar
-from diffmoe_dist.engine.metrics import logger
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.images import ImageSource
+from diffmoe_dist.evaluation.image_sources import ImageSource
 from diffmoe_dist.evaluation.scores import add_up, share
+from diffmoe_dist.logs import logger
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,6 @@ Shape legend: N images, C channels, H = W image size, F features, K classes.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_dist.data.index import file_sha256
+from diffmoe_dist.command import import_callable
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.inception import PUBLISHED_SHA256, load_inception
+from diffmoe_dist.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -114,18 +112,7 @@ def _open_program(path: str, device: torch.device) -> Extractor:
 
 def _import_function(name: str, device: torch.device) -> Extractor:
     """The user's own code: what it raises is shown as it is."""
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a launcher's -m may leave it out
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(f"--features {name}: there is no module {error.name} that Python can import") from None
-    found: Any = getattr(module, attribute, None)
-    if not callable(found):
-        raise UserError(f"--features {name}: {module_name} has no function {attribute}")
+    found: Any = import_callable(name, "--features")
     if isinstance(found, torch.nn.Module):
         found = found.to(device).eval()
     return Extractor(name, device, is_inception=False, function=lambda images: Features(found(images)))

@@ -18,8 +18,9 @@ from torch import Tensor
 from diffmoe_dist.data.randomness import Stream, permutation
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor
-from diffmoe_dist.evaluation.images import NpzImages, ShardImages, write_npz
+from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import Statistics
+from diffmoe_dist.files import write_npz
 
 REFERENCE_IMAGES = 10_000  # for precision and recall, as ADM
 
@@ -66,7 +67,7 @@ def write_reference(
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean_F, "sigma_s": spatial.covariance_FF}
     numbers = {name: value.cpu().numpy() for name, value in arrays.items()}
-    write_npz(path, {**numbers, "extractor": np.array(extractor.identity), "arr_0": images})
+    write_npz(path, **numbers, extractor=np.array(extractor.identity), arr_0=images)
 
 
 def _check_extractor(path: Path, arrays: dict[str, np.ndarray], extractor: Extractor) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor, describe
-from diffmoe_dist.evaluation.images import ImageSource, NpzImages, ShardImages
+from diffmoe_dist.evaluation.image_sources import ImageSource, NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import (
     NEIGHBOURS,
     ClassSums,

@@ -12,13 +12,13 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import Conditions
 from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
-from diffmoe_dist.evaluation.generate import Decode, default_sampler, generate, open_decoder, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
 from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.sampling.conditions import Conditions
+from diffmoe_dist.sampling.generate import Decode, default_sampler, generate, open_decoder, to_uint8
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from data_tools.folder import ShardFolder
 from data_tools.shards import write_shard
-from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.files import file_sha256
 
 
 def write_folder(

@@ -9,10 +9,10 @@ import pytest
 
 from diffmoe_dist.config import Config, build_config, load_config, save_config
 from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.engine.build import open_data
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.generate import open_decoder
+from diffmoe_dist.sampling.generate import open_decoder
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.engine.runs import TINY

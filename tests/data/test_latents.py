@@ -16,13 +16,15 @@ from data_tools.folder import PROGRESS_NAME
 from data_tools.latents import LatentSettings, encode_latents
 from data_tools.parallel import Workers
 from data_tools.verify import verify
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.images import crop_image, decode_image
-from diffmoe_dist.data.index import CorruptShardError, ShardIndex, file_sha256
+from diffmoe_dist.data.index import CorruptShardError, ShardIndex
 from diffmoe_dist.data.latents import Autoencoder
-from diffmoe_dist.data.loader import Batch, TrainingDataset
+from diffmoe_dist.data.loader import TrainingDataset
 from diffmoe_dist.data.randomness import Stream, sample_generator
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from tests.data.folders import png, random_images, write_folder
 
 NUM_SAMPLES = 11

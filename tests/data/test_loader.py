@@ -19,10 +19,11 @@ from torch import Tensor
 
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.images import crop_image
 from diffmoe_dist.data.index import CorruptShardError
-from diffmoe_dist.data.loader import Batch, TrainingDataset, TrainingLoader
+from diffmoe_dist.data.loader import TrainingDataset, TrainingLoader
 from diffmoe_dist.errors import UserError
 from tests.data.folders import png, random_images, repeated_sample, write_folder
 

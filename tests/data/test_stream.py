@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.index import CorruptShardError
-from diffmoe_dist.data.loader import Batch
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.errors import UserError
 from tests.data.folders import png, random_images, write_folder

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from data_tools.text import TextSettings, encode_text
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
-from diffmoe_dist.data.index import CorruptShardError, ShardIndex, file_sha256
-from diffmoe_dist.data.loader import Batch, TrainingDataset
+from diffmoe_dist.data.index import CorruptShardError, ShardIndex
+from diffmoe_dist.data.loader import TrainingDataset
 from diffmoe_dist.data.text import EncodedText, TextReader, pad_text
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from tests.data.encoders import CAPTIONS, save_encoder
 from tests.data.folders import png, random_images, write_folder
 

@@ -14,8 +14,9 @@ import webdataset
 from data_tools import shards as shards_module
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
-from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -51,7 +51,8 @@ def train_one(rank: int, world_size: int, config: Config) -> None:
 
 
 def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+    from diffmoe_dist.data.open import open_data
+    from diffmoe_dist.engine.build import build_trainer, find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     check_world(config, world_size)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from diffmoe_dist import load_model
 from diffmoe_dist.config import CheckpointConfig, load_config
-from diffmoe_dist.data.index import ShardIndex, file_sha256
+from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.engine.build import find_start
 from diffmoe_dist.engine.checkpoint import (
     _check_coverage,
@@ -34,6 +34,7 @@ from diffmoe_dist.engine.checkpoint import (
 )
 from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER, buffers, weights
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
 from tests.distributed import run_ranks
 from tests.engine.runs import tiny_config, train_all, whole_state

@@ -17,11 +17,11 @@ from torch import Tensor
 from diffmoe_dist import load_model
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.convert import main
-from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine import weights as weights_module
 from diffmoe_dist.engine.weights import read_model
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
 from tests.commands import start
 from tests.published import forward, synthetic_state_dict
@@ -352,7 +352,7 @@ def test_a_conversion_that_fails_while_writing_leaves_nothing(
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights_module, "write_durably", full)
+    monkeypatch.setattr(weights_module, "write_json", full)
     with pytest.raises(UserError, match=r"--out .*out: cannot be written \(.*No space left on device\)"):
         convert("dit", synthetic_state_dict("dit"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "published.pt"]

@@ -13,9 +13,9 @@ import torch
 from data_tools.latents import LatentSettings, encode_latents
 from diffmoe_dist.config import build_config
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.generate import open_decoder
-from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.sampling.generate import open_decoder
+from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.distributed import run_ranks

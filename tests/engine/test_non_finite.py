@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffmoe_dist.data.loader import Batch
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, MASTER
 from diffmoe_dist.engine.trainer import Trainer
 from tests.distributed import run_ranks

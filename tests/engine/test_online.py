@@ -12,14 +12,16 @@ import torch
 
 from data_tools.latents import LatentSettings, encode_latents
 from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.text import captions_of
-from diffmoe_dist.engine.build import find_start, open_data
+from diffmoe_dist.engine.build import find_start
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import run_conditions
-from diffmoe_dist.evaluation.generate import open_decoder
+from diffmoe_dist.sampling.conditions import run_conditions
+from diffmoe_dist.sampling.generate import open_decoder
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.data.test_text import save_encoder

@@ -10,11 +10,12 @@ import torch
 
 from data_tools.text import TextSettings, encode_text
 from diffmoe_dist.config import build_config
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
-from diffmoe_dist.data.loader import Batch, TrainingDataset, TrainingLoader
+from diffmoe_dist.data.loader import TrainingDataset, TrainingLoader
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.build import open_data
-from diffmoe_dist.engine.trainer import noisy_inputs
+from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.condition import TextCondition
 from tests.data.folders import png, random_images, write_folder

@@ -13,8 +13,8 @@ from data_tools.pack import pack
 from diffmoe_dist.config import Config, check_world
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import TrainingDataset
+from diffmoe_dist.data.open import open_held_out
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.build import open_held_out
 from diffmoe_dist.engine.sharded_state import EMA
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
@@ -33,7 +33,8 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+    from diffmoe_dist.data.open import open_data
+    from diffmoe_dist.engine.build import build_trainer, find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     for run_dir, settings in jobs:

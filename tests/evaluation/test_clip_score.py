@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
-from diffmoe_dist.evaluation.images import NpzImages
+from diffmoe_dist.evaluation.image_sources import NpzImages
 from tests.commands import start
 from tests.distributed import run_ranks
 from tests.evaluation.colours import colours

@@ -173,7 +173,7 @@ BAD = {
     "nowhere.pt2": "nowhere.pt2: not a torch.export program that can be used: No such file",
     "README.md": "README.md: neither a file NAME.pt2 nor a module:callable",
     "nowhere:f": "nowhere:f: there is no module nowhere",
-    f"{HERE}:nothing": f"{HERE} has no function nothing",
+    f"{HERE}:nothing": f"{HERE} has no callable .nothing.",
     f"{HERE}:too_many_axes": "it returned \\[2, 3, 8, 8\\] for 2 images; return \\(N, F\\)",
     f"{HERE}:broken": "features that are not finite",
 }

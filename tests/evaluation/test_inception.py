@@ -19,7 +19,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffmoe_dist.data.index import file_sha256
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.inception import (
     PUBLISHED_SHA256,
@@ -28,6 +27,7 @@ from diffmoe_dist.evaluation.inception import (
     load_inception,
     resize_as_tensorflow,
 )
+from diffmoe_dist.files import file_sha256
 
 SEVEN = ((1, 7), (7, 1))
 

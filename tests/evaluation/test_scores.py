@@ -16,7 +16,7 @@ from torch import Tensor
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor, Features, open_extractor
-from diffmoe_dist.evaluation.images import NpzImages, ShardImages
+from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import frechet_distance
 from diffmoe_dist.evaluation.reference import REFERENCE_IMAGES, read_reference
 from diffmoe_dist.evaluation.scores import build_result, collect, count_name, make_reference, score, share, table

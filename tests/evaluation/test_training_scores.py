@@ -14,11 +14,11 @@ from diffmoe_dist.config import check_world
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import ClassLabels
-from diffmoe_dist.evaluation.generate import generate, to_uint8
 from diffmoe_dist.evaluation.metrics import Moments, Statistics, frechet_distance
 from diffmoe_dist.evaluation.training_scores import open_training_scores
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.sampling.conditions import ClassLabels
+from diffmoe_dist.sampling.generate import generate, to_uint8
 from tests.distributed import run_ranks
 from tests.engine.runs import metrics, tiny_config
 from tests.evaluation.colours import colours
@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 
 
 def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
-    from diffmoe_dist.engine.build import build_trainer, find_start, open_data
+    from diffmoe_dist.data.open import open_data
+    from diffmoe_dist.engine.build import build_trainer, find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     for run_dir, settings in jobs:

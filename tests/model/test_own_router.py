@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from diffmoe_dist import config as configuration
-from diffmoe_dist.engine.planning import workload
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.planning.planning import workload
 
 DOCUMENT = Path(__file__).parents[2] / "docs/architecture.md"
 LAYERS = [

@@ -1,0 +1,1 @@
+"""A router a file: which tokens go to which experts."""

@@ -7,9 +7,7 @@ The first rank has a `RunLog`; the others have a `NullRunLog`, whose methods do 
 from __future__ import annotations
 
 import json
-import logging
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +16,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-logger = logging.getLogger("diffmoe_dist")
+from diffmoe_dist.files import write_atomically
+from diffmoe_dist.logs import logger
 
 
 class Log(Protocol):
@@ -101,48 +100,17 @@ class NullRunLog:
     def close(self) -> None: ...
 
 
-def make_writable(folder: Path) -> None:
-    """Make a folder and prove that files can be written there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The logged steps of a metrics.jsonl or expert_load.jsonl, without a line that a kill has torn."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
-def set_up_logging(run_dir: Path | None, rank: int) -> None:
-    """Every rank logs to logs/rank-N.log; the first one also to the terminal, where a bar does not take its place.
-
-    Args:
-        run_dir: None for a command without log files.
-    """
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    handlers: list[logging.Handler] = []
-    if run_dir is not None:
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log"))
-    if rank == 0 and not sys.stderr.isatty():
-        handlers.append(logging.StreamHandler(sys.stderr))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
 def _continue_jsonl(path: Path, first_step: int) -> Any:
     """Open for appending, without the lines of steps that a resume is about to take again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(kept))
-        replacement.replace(path)
+        write_atomically(path, "".join(kept))
     return path.open("a")
 
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from diffmoe_dist.config import Config, load_config
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
-from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.trainer import noisy_inputs
+from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.calibration import recalibrate, recalibrate_on_training_data
-from diffmoe_dist.evaluation.sampling_job import SamplingSettings
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.sampling.calibration import recalibrate, recalibrate_on_training_data
+from diffmoe_dist.sampling.job import SamplingSettings
 
 ROOT = Path(__file__).parents[2]
 

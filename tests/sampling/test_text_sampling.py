@@ -17,17 +17,17 @@ from data_tools.text import TextSettings, encode_text
 from diffmoe_dist import encode_captions, load_model
 from diffmoe_dist.config import build_config, load_config
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.prompts import Prompt, encode_prompts
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
-from diffmoe_dist.engine.build import open_data
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import PromptConditions, run_conditions
-from diffmoe_dist.evaluation.generate import generate
-from diffmoe_dist.evaluation.sampling_job import SamplingSettings, open_conditions, sample_to_folder
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import TextCondition
+from diffmoe_dist.sampling.conditions import PromptConditions, run_conditions
+from diffmoe_dist.sampling.generate import generate
+from diffmoe_dist.sampling.job import SamplingSettings, open_conditions, sample_to_folder
 from tests.commands import start
 from tests.data.test_text import save_encoder
 from tests.distributed import run_ranks
@@ -180,7 +180,8 @@ def test_an_encoder_that_is_not_the_models_is_refused(folder: Path, tmp_path: Pa
 
 def run_on_other_captions(folder: Path, text: Path) -> None:
     from diffmoe_dist.config import check_world
-    from diffmoe_dist.engine.build import find_start, open_data
+    from diffmoe_dist.data.open import open_data
+    from diffmoe_dist.engine.build import find_start
 
     sizes = {"model": {"text_pooled_size": 0}, "data": {"text": str(text)}}
     config = build_config(TINY, text_settings(folder, "run"), sizes)

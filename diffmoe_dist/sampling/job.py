@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +26,6 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.prompts import (
@@ -43,12 +40,16 @@ from diffmoe_dist.data.text import is_utf8
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
-from diffmoe_dist.engine.metrics import logger, make_writable
-from diffmoe_dist.engine.run_folder import write_durably
 from diffmoe_dist.engine.weights import find_model, read_model, read_settings
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import ClassLabels, Conditions, PromptConditions, draw_labels
-from diffmoe_dist.evaluation.generate import (
+from diffmoe_dist.files import make_writable, write_atomically, write_json, write_npz
+from diffmoe_dist.launch import Launch
+from diffmoe_dist.logs import ProgressLog, logger
+from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.parallel.topology import Topology, from_first_rank
+from diffmoe_dist.sampling.conditions import ClassLabels, Conditions, PromptConditions, draw_labels
+from diffmoe_dist.sampling.generate import (
     UINT8_RULE,
     Decode,
     choose_sampler,
@@ -58,18 +59,13 @@ from diffmoe_dist.evaluation.generate import (
     open_decoder,
     to_uint8,
 )
-from diffmoe_dist.evaluation.geneval import check_metadata, write_geneval
-from diffmoe_dist.launch import Launch
-from diffmoe_dist.model.accounting import account
-from diffmoe_dist.model.dit import DiT
-from diffmoe_dist.parallel.topology import Topology, from_first_rank
+from diffmoe_dist.sampling.geneval import check_metadata, write_geneval
 
 SAMPLING_OVERRIDES = (
     "moe.inference", "moe.constant_threshold", "data.shards", "data.latents", "data.text", "data.autoencoder",
     "data.text_encoder", "data.tokenizer",
 )  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"
-SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -363,7 +359,7 @@ def _read_model(settings: SamplingSettings, checkpoint: Path, device: torch.devi
     model, config = read_model(checkpoint, device, settings.overrides, spread)
     weights = weights_fingerprint(model, settings.expert > 1)
     if settings.recalibrate:
-        from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine
+        from diffmoe_dist.sampling.calibration import recalibrate_on_training_data  # imports the training engine
 
         recalibrate_on_training_data(model, config, settings.recalibrate, settings.batch_size)
     return model, weights
@@ -450,12 +446,11 @@ def _draw_missing_blocks(
     """Draw what is not on disk yet, block by block; collective."""
     if launch.rank == 0:
         blocks.mkdir(exist_ok=True)
-        write_durably(blocks / ".job.json", json.dumps(job, indent=2) + "\n")
-        (blocks / ".job.json").replace(blocks / "job.json")
+        write_json(blocks / "job.json", job)
     starts = list(range(0, job["num"], job["batch_size"]))
     missing = from_first_rank(_missing(blocks, starts))
     objective = build_objective(config.objective)
-    with Watch(job["num"], job["num"] - _images(missing, job), launch.rank == 0) as watch:
+    with ProgressLog(job["num"], job["num"] - _images(missing, job), launch.rank == 0) as watch:
         for begin in range(0, len(missing), launch.world_size):
             at_once = missing[begin : begin + launch.world_size]
             if launch.rank < len(at_once):
@@ -516,7 +511,7 @@ def _missing(blocks: Path, starts: list[int]) -> list[int]:
 def _write_block(path: Path, block: Block) -> None:
     """All of it or nothing."""
     counts = np.array([block.evaluations, block.slots, block.tokens, block.seconds], dtype=np.float64)
-    _savez(path, images=block.images, counts=counts)
+    write_npz(path, images=block.images, counts=counts)
 
 
 def _read_block(path: Path) -> Block:
@@ -526,15 +521,6 @@ def _read_block(path: Path) -> Block:
             return Block(file["images"], int(evaluations), slots, int(tokens), seconds)
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and run the command again") from None
-
-
-def _savez(path: Path, **arrays: np.ndarray) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    with open(unfinished, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _join_blocks(out: Path, job: dict[str, Any], config: Config, conditions: Conditions, about: dict[str, Any]) -> None:
@@ -549,11 +535,10 @@ def _join_blocks(out: Path, job: dict[str, Any], config: Config, conditions: Con
         slots, tokens, seconds = slots + block.slots, tokens + block.tokens, seconds + block.seconds
         evaluations += block.evaluations * len(block.images)
     labels = [conditions.label(number) for number in range(job["num"])]
-    _savez(out / "samples.npz", arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
+    write_npz(out / "samples.npz", arr_0=images, arr_1=np.asarray(labels, dtype=np.int64))
     if isinstance(conditions, PromptConditions):
         lines = [json.dumps(conditions.every_metadata[label]) + "\n" for label in labels]
-        write_durably(out / f".{PROMPTS_NAME}", "".join(lines))
-        (out / f".{PROMPTS_NAME}").replace(out / PROMPTS_NAME)
+        write_atomically(out / PROMPTS_NAME, "".join(lines))
     columns = grid_columns(config, job["num"])
     Image.fromarray(image_grid(images[: 10 * columns], columns).squeeze()).save(out / "grid.png")
     capacity = slots / tokens if tokens else None
@@ -567,8 +552,7 @@ def _join_blocks(out: Path, job: dict[str, Any], config: Config, conditions: Con
         "activated_parameters": round(counts.activated(capacity)),
         "images_per_second": job["num"] / seconds,
     }
-    write_durably(out / ".sampling.json", json.dumps(record, indent=2) + "\n")
-    (out / ".sampling.json").replace(out / "sampling.json")
+    write_json(out / "sampling.json", record)
     shutil.rmtree(out / "blocks")
 
 
@@ -591,33 +575,3 @@ def _write_geneval(out: Path, conditions: PromptConditions) -> None:
     with np.load(out / "samples.npz") as file:
         images_NHWC = file["arr_0"]
     write_geneval(out / "geneval", images_NHWC, prompts, len(images_NHWC) // len(prompts))
-
-
-class Watch:
-    """Shows how many images there are: a bar on a terminal, else a line now and then; on the first rank."""
-
-    def __init__(self, total: int, there: int, shown: bool) -> None:
-        self.shown = shown
-        self.total, self.there, self.before = total, there, there
-        on_terminal = shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=there, unit="image", disable=not on_terminal, dynamic_ncols=True)
-        self.begun = time.perf_counter()
-        self.last_line = -SECONDS_BETWEEN_LINES
-
-    def __enter__(self) -> Watch:
-        if self.shown and self.there:
-            logger.info("%d of %d images are there already", self.there, self.total)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
-    def advance(self, images: int) -> None:
-        self.there += images
-        self.bar.update(images)
-        seconds = time.perf_counter() - self.begun
-        if self.shown and (seconds - self.last_line >= SECONDS_BETWEEN_LINES or self.there == self.total):
-            self.last_line = seconds
-            rate = (self.there - self.before) / seconds
-            left = tqdm.format_interval((self.total - self.there) / rate)
-            logger.info("%d/%d images  %.1f images/s  %s left", self.there, self.total, rate, left)

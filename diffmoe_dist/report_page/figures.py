@@ -15,8 +15,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from diffmoe_dist.evaluation.loss_curve import plot_grad_norm, plot_losses
-from diffmoe_dist.evaluation.routing_report import Passes, RoutingTrace
+from diffmoe_dist.report_page.loss_curve import plot_grad_norm, plot_losses
+from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -23,9 +23,11 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import ClassLabels
-from diffmoe_dist.evaluation.generate import generate
-from diffmoe_dist.evaluation.sampling_job import (
+from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.moe import MoELayer
+from diffmoe_dist.sampling.conditions import ClassLabels
+from diffmoe_dist.sampling.generate import generate
+from diffmoe_dist.sampling.job import (
     SamplingSettings,
     describe_job,
     open_conditions,
@@ -33,8 +35,6 @@ from diffmoe_dist.evaluation.sampling_job import (
     share_experts,
     weights_fingerprint,
 )
-from diffmoe_dist.launch import Launch
-from diffmoe_dist.model.moe import MoELayer
 from tests.distributed import run_ranks
 from tests.engine.runs import train_all
 
@@ -153,7 +153,7 @@ def test_an_interrupted_job_of_a_thousand_images_gives_the_same_npz_when_it_is_r
 def interrupted_then_resumed(
     rank: int, ranks: int, settings: SamplingSettings, out: Path, kept: dict[str, int]
 ) -> None:
-    import diffmoe_dist.evaluation.sampling_job as job
+    import diffmoe_dist.sampling.job as job
 
     written: list[str] = []
     write = job._write_block

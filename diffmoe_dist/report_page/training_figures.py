@@ -8,11 +8,11 @@ import torch.distributed as dist
 from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
-from diffmoe_dist.evaluation import report_figures as figures
-from diffmoe_dist.evaluation.conditions import Conditions
-from diffmoe_dist.evaluation.generate import default_sampler, generate
-from diffmoe_dist.evaluation.routing_report import recorded
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.report_page import figures
+from diffmoe_dist.sampling.conditions import Conditions
+from diffmoe_dist.sampling.generate import default_sampler, generate
+from diffmoe_dist.sampling.routing_trace import recorded
 
 
 def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict[str, np.ndarray]:

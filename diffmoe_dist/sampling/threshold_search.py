@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +11,10 @@ import matplotlib
 import numpy as np
 import torch
 
-from diffmoe_dist.engine.checkpoint import write_durably
-from diffmoe_dist.engine.metrics import logger
-from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.sampling_job import SamplingSettings, sample_to_folder
+from diffmoe_dist.files import write_json
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.logs import logger
+from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -67,25 +63,6 @@ def _score(score: Score, folder: Path) -> float:
         return float(score(file["arr_0"]))
 
 
-def find_score(name: str) -> Score:
-    """The callable that `module:callable` names; modules of the working folder count.
-
-    Raises:
-        UserError: there is none.
-    """
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise UserError(f"--score {name}: {error}; give module:callable, such as my_metrics:fid") from None
-    finally:
-        sys.path.pop(0)
-    if not callable(found):
-        raise UserError(f"--score {name}: {module} has no callable {attribute!r}; give module:callable")
-    return found
-
-
 def best_point(points: list[Point], most_capacity: float = 1.0) -> Point | None:
     """The best score at C <= 1 (eq. 16), or without scores the largest such C; None: no threshold is high enough."""
     allowed = [point for point in points if point.capacity <= most_capacity]
@@ -103,7 +80,7 @@ def format_table(points: list[Point]) -> str:
 
 def write_points(points: list[Point], out: Path) -> Path:
     """Write interval_search.json and interval_search.png; returns the picture's path."""
-    write_durably(out / "interval_search.json", json.dumps([asdict(point) for point in points], indent=2) + "\n")
+    write_json(out / "interval_search.json", [asdict(point) for point in points])
     ordered = sorted(points, key=lambda point: point.threshold)
     scored = ordered[0].score is not None
     figure, panels = plt.subplots(1, 2 if scored else 1, figsize=(9.5 if scored else 5, 3.8), squeeze=False)

@@ -26,11 +26,11 @@ from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, sample, with_guidance
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import Conditions
-from diffmoe_dist.evaluation.routing_report import Recorder
 from diffmoe_dist.model.condition import Condition, join, on_device
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather
+from diffmoe_dist.sampling.conditions import Conditions
+from diffmoe_dist.sampling.routing_trace import Recorder
 
 Decode = Callable[[Tensor], Tensor]  # the model's images, (N, C, H, W), to pixels in about [-1, 1]
 DEFAULT_STEPS = 50

@@ -18,22 +18,22 @@ from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model, read_progress
-from diffmoe_dist.engine.metrics import read_metrics
+from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation import report_figures as figures
-from diffmoe_dist.evaluation.conditions import Conditions, run_conditions
-from diffmoe_dist.evaluation.generate import (
+from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.report_page import figures
+from diffmoe_dist.report_page.loss_curve import read_run_metrics
+from diffmoe_dist.sampling.conditions import Conditions, run_conditions
+from diffmoe_dist.sampling.generate import (
     choose_sampler,
     generate,
     grid_columns,
     image_grid,
     to_uint8,
 )
-from diffmoe_dist.evaluation.loss_curve import read_run_metrics
-from diffmoe_dist.evaluation.routing_report import Recorder, RoutingTrace, recorded
-from diffmoe_dist.evaluation.sampling_job import job_classes, job_prompts, weights_fingerprint
-from diffmoe_dist.model.accounting import account
-from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.sampling.job import job_classes, job_prompts, weights_fingerprint
+from diffmoe_dist.sampling.routing_trace import Recorder, RoutingTrace, recorded
 
 CSS = """
 :root{--ink:#1c1f24;--soft:#5b616b;--line:#e3e6ea;--accent:#2a5d9f}
@@ -137,7 +137,7 @@ def _draw(
     if samples is not None and record["weights"] != weights_fingerprint(model, is_shared=False):
         raise UserError(f"--samples {samples}: they are of other weights than {checkpoint}; give samples of those")
     if record.get("recalibrate"):
-        from diffmoe_dist.evaluation.calibration import recalibrate_on_training_data  # imports the training engine
+        from diffmoe_dist.sampling.calibration import recalibrate_on_training_data  # imports the training engine
 
         recalibrate_on_training_data(model, config, record["recalibrate"], record["batch_size"])
     sampler, steps = choose_sampler(record.get("sampler"), record.get("steps"), config.objective.name)
@@ -191,7 +191,7 @@ def _conditions(
         return job_prompts(samples, record, config, encoder[0], encoder[1], device)
     if config.model.condition == "class":
         return run_conditions(config, None)
-    from diffmoe_dist.engine.build import open_data  # imports the training engine
+    from diffmoe_dist.data.open import open_data  # imports the training engine
 
     return run_conditions(config, open_data(config, device))
 

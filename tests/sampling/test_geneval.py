@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation import geneval
-from diffmoe_dist.evaluation.geneval import write_geneval
+from diffmoe_dist.files import PARTIAL
+from diffmoe_dist.sampling import geneval
+from diffmoe_dist.sampling.geneval import write_geneval
 
 METADATA: list[dict[str, Any]] = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -81,7 +82,7 @@ def test_an_interrupted_writing_is_finished_by_the_same_call_and_scored_by_nobod
 
     def save_some(path: Path, image: np.ndarray) -> None:
         if len(written) >= stop:
-            path.with_name(f".{path.name}").write_bytes(b"half a picture")
+            path.with_name(path.name + PARTIAL).write_bytes(b"half a picture")
             raise KeyboardInterrupt
         written.append(path)
         save(path, image)

@@ -17,13 +17,13 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation import report_figures as figures
-from diffmoe_dist.evaluation.conditions import ClassLabels
-from diffmoe_dist.evaluation.generate import generate
-from diffmoe_dist.evaluation.report_page import write_report
-from diffmoe_dist.evaluation.routing_report import Passes, RoutingTrace, overlap_of_rules, recorded
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.moe import MoELayer
+from diffmoe_dist.report_page import figures
+from diffmoe_dist.report_page.page import write_report
+from diffmoe_dist.sampling.conditions import ClassLabels
+from diffmoe_dist.sampling.generate import generate
+from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace, overlap_of_rules, recorded
 from tests.distributed import run_ranks
 from tests.engine.runs import TINY, train_all
 

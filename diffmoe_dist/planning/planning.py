@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from diffmoe_dist.config import Config, RouterSettings, check_world, loss_weights
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.accelerators import Accelerator, matmul_format
 from diffmoe_dist.model.accounting import Accounting, account, meta_model
+from diffmoe_dist.planning.accelerators import Accelerator, matmul_format
 
 REDUCE_BUCKET = 200_000_000  # gradients that DeepSpeed reduces together, elements
 

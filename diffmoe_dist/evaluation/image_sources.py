@@ -6,12 +6,10 @@ Shape legend: N images, C channels, H, W image size.
 from __future__ import annotations
 
 import io
-import json
-import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -100,25 +98,6 @@ class ShardImages:
         except ImageError as error:
             raise self.index.corrupt(sample_id, str(error)) from None
         return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
-
-
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an npz file that is complete or not there."""
-    _write_whole(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that is complete or not there."""
-    _write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def _write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -9,15 +9,15 @@ from diffmoe_dist.config import build_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.conditions import ClassLabels, draw_labels
-from diffmoe_dist.evaluation.generate import (
+from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.sampling.conditions import ClassLabels, draw_labels
+from diffmoe_dist.sampling.generate import (
     UINT8_RULE,
     Generated,
     choose_sampler,
     generate,
     to_uint8,
 )
-from diffmoe_dist.model.dit import DiT, initialize
 
 CONFIG = {
     "run_dir": "r",

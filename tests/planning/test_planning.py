@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffmoe_dist.config import check_world
-from diffmoe_dist.engine.accelerators import ACCELERATORS, device_peak
-from diffmoe_dist.engine.planning import (
+from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.condition import Condition, TextCondition
+from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.planning.accelerators import ACCELERATORS, device_peak
+from diffmoe_dist.planning.planning import (
     Cluster,
     Plan,
     Transfer,
@@ -24,9 +27,6 @@ from diffmoe_dist.engine.planning import (
     make_plan,
     workload,
 )
-from diffmoe_dist.model.accounting import account
-from diffmoe_dist.model.condition import Condition, TextCondition
-from diffmoe_dist.model.dit import DiT, initialize
 from tests.distributed import run_ranks
 from tests.engine.runs import make_trainer, tiny_config
 

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.generate import image_grid
+from diffmoe_dist.files import atomic_file, write_atomically
+from diffmoe_dist.sampling.generate import image_grid
 
 _READ_BY_GENEVAL = ("tag", "prompt")
 
@@ -72,9 +73,7 @@ def write_geneval(folder: Path, images_NHWC: np.ndarray, metadata: Sequence[dict
         list(threads.map(write_images, range(prompts)))
     for number, described in enumerate(metadata):
         path = _samples(folder, number).with_name("metadata.jsonl")
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text(json.dumps(described) + "\n")
-        unfinished.replace(path)
+        write_atomically(path, json.dumps(described) + "\n")
 
 
 def _check_no_others(folder: Path, prompts: int, copies: int) -> None:
@@ -94,6 +93,5 @@ def _image_name(copy: int) -> str:
 
 
 def _save(path: Path, image: np.ndarray) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(unfinished)
-    unfinished.replace(path)
+    with atomic_file(path) as file:
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")

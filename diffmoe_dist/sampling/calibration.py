@@ -12,11 +12,12 @@ from collections.abc import Iterable
 import torch
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
-from diffmoe_dist.data.loader import Batch, TrainingLoader
+from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.build import open_data
-from diffmoe_dist.engine.trainer import noisy_inputs
+from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 

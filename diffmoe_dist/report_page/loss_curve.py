@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-from diffmoe_dist.engine.metrics import read_metrics
+from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
 
 matplotlib.use("Agg")

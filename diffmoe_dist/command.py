@@ -1,0 +1,98 @@
+"""What every command does alike: read its arguments, and end the way the contract promises."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from diffmoe_dist.errors import USER_ERROR_EXIT_CODE, UserError
+from diffmoe_dist.launch import detect_launch
+
+# Launchers end all processes when one has ended: those that are silent about a mistake let the first one tell it.
+_SECONDS_TO_SPEAK = 5.0
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main function and end the process the way the contract promises.
+
+    A `UserError` becomes one line on standard error and exit code 2, without a traceback, of which only the first
+    process of a node speaks; any other exception is a fault, with its traceback and exit code 1 (130 for Ctrl-C).
+
+    Args:
+        main: returns the exit code; None is 0.
+    """
+    try:
+        code = main()
+    except SystemExit:  # --help
+        raise
+    except KeyboardInterrupt:
+        _exit(130)
+    except UserError as error:
+        if _is_first_of_node():
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        else:
+            time.sleep(_SECONDS_TO_SPEAK)
+        _exit(USER_ERROR_EXIT_CODE)
+    except BaseException:
+        traceback.print_exc()
+        _exit(1)
+    _exit(code or 0)
+
+
+def import_callable(name: str, option: str) -> Callable[..., Any]:
+    """What `module:callable` names, a function of the user's; modules of the working folder count.
+
+    Args:
+        option: how the user gave it, for the message.
+
+    Raises:
+        UserError: there is no such module, or no such callable in it.
+    """
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # a launcher's -m may leave it out
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (ModuleNotFoundError, ValueError) as error:  # ValueError: an empty name
+        missing = getattr(error, "name", None) or module_name
+        if not f"{module_name}.".startswith(f"{missing}."):
+            raise  # an import of the module's own
+        raise UserError(
+            f"{option} {name}: there is no module {missing or 'without a name'} that Python can import; give "
+            "module:callable, such as my_metrics:fid"
+        ) from None
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"{option} {name}: {module_name} has no callable {attribute!r}; give module:callable")
+    return found
+
+
+def _is_first_of_node() -> bool:
+    try:
+        return detect_launch().local_rank == 0
+    except UserError:
+        return True  # a launcher's damaged variable is a mistake to tell, too
+
+
+def _exit(code: int) -> NoReturn:
+    # Leaving through os._exit skips the C++ static destructors: gloo's threads may still be unwinding after
+    # destroy_process_group, and a std::thread that is destroyed while joinable aborts a finished run.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

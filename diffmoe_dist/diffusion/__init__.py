@@ -1,0 +1,1 @@
+"""Objectives and samplers: formulas over tensors, which know no model."""

@@ -1,0 +1,1 @@
+"""Scores of images: nothing here makes any."""

@@ -1,0 +1,1 @@
+"""The transformer, the routers and the experts: one device, no ranks."""

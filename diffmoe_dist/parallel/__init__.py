@@ -1,0 +1,1 @@
+"""The ranks: how they meet, the pool that is global, and the tokens that travel."""
