@@ -260,8 +260,8 @@ def _open_prompts(settings: SamplingSettings, config: Config, device: torch.devi
     else:
         if settings.encoder is None:
             raise UserError("--encoder is missing: the folder of the text encoder that the model was trained with")
-        named = settings.prompts
-        prompts = [Prompt(str(settings.prompt))] if named is None else read_prompts(named)
+        file = settings.prompts
+        prompts = [Prompt(str(settings.prompt))] if file is None else read_prompts(file)
         encoder = TextEncoder.open(
             settings.encoder, settings.tokenizer, config.model.text_max_length, device, "--encoder"
         )
