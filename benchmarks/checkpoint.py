@@ -101,7 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="checkpoint-benchmark-") as name:
         folder = Path(name)
-        pack(DigitsSource(), folder / "digits", samples_per_shard=512, seed=0)
+        pack(DigitsSource(), folder / "digits")
         trainer = make_trainer(settings(folder, arguments.micro_batch, arguments.device))
         found = measure(trainer, arguments.rounds, arguments.interval)
         size = sum(file.stat().st_size for file in (folder / "run/checkpoints").rglob("*") if file.is_file())

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.stored_images import ImageRules
 
 SIZE = 256
@@ -87,7 +87,7 @@ def compare(folder: Path, images: ImageRules, baseline: Callable[[Path], int], r
     out = folder.parent / "out"
 
     def run_pack() -> None:
-        pack(ImageFolderSource(folder), out, images=images)
+        pack(ImageFolderSource(folder), out, PackSettings(images=images))
 
     ours, theirs = [], []
     for round_number in range(rounds + 1):

@@ -261,17 +261,7 @@ def _pack(arguments: argparse.Namespace, workers: Workers) -> None:
     settings = _settings(arguments)
     source = _open(arguments)
     with _progress("pack", len(source)) as advance:
-        packed = pack(
-            source,
-            arguments.out,
-            samples_per_shard=settings.samples_per_shard,
-            seed=settings.seed,
-            shuffled=settings.shuffled,
-            images=settings.images,
-            max_bad=arguments.max_bad,
-            workers=workers,
-            on_shard=advance,
-        )
+        packed = pack(source, arguments.out, settings, max_bad=arguments.max_bad, workers=workers, on_shard=advance)
     sys.stdout.write(
         f"packed {packed.num_samples} samples into {packed.num_shards} shards, {packed.num_bytes} bytes: "
         f"data.shards={arguments.out}\n"

@@ -58,11 +58,8 @@ class _ShardJob:
 def pack(
     source: Source,
     out: Path,
+    settings: PackSettings = PackSettings(),  # noqa: B008  # frozen
     *,
-    samples_per_shard: int = 512,
-    seed: int = 0,
-    shuffled: bool = True,
-    images: ImageRules | None = None,
     max_bad: int = 100,
     workers: Workers = SERIAL,
     on_shard: Callable[[int], None] = lambda num_items: None,
@@ -70,16 +67,16 @@ def pack(
     """Write `<source>-000000.tar` ... and, last, the index into the folder `out`. Run again, it goes on where it was.
 
     One seeded permutation of all items comes before the cut into shards, so no shard is sorted by class. Position p
-    of it has the key p, in the shard p // samples_per_shard; a bad item leaves its position empty, so which items are
-    good can be found out shard by shard, by any worker.
-    `on_shard` is called with the number of items of each shard that is done.
+    of it has the key p, and lies in the shard p // samples_per_shard. A bad item leaves its position empty: so any
+    worker can find out which items of a shard are good. `on_shard` is called with the number of items of each shard
+    that is done.
+
     Raises UserError for a folder that holds anything but the same pack, whole or begun, and where more than `max_bad`
     items are bad.
     """
-    settings = PackSettings(samples_per_shard, seed, shuffled, images or ImageRules())
     check_settings(source, settings)
-    starts = range(0, len(source), samples_per_shard)
-    names = [f"{source.name}-{shard:06d}.tar" for shard in range(len(starts))]
+    num_shards = -(-len(source) // settings.samples_per_shard)
+    names = [f"{source.name}-{shard:06d}.tar" for shard in range(num_shards)]
     folder = ShardFolder(out, names, _identity(source, settings))
     folder.claim()
     num_bad = 0

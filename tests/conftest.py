@@ -15,5 +15,5 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # the tests run on the CPU, also where the
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as shards."""
     folder = tmp_path_factory.mktemp("shards") / "digits"
-    pack(DigitsSource(), folder, samples_per_shard=512, seed=0)
+    pack(DigitsSource(), folder)
     return folder

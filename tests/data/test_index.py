@@ -15,7 +15,7 @@ import pytest
 
 from data_tools.digits import DigitsSource
 from data_tools.folder import ShardFolder
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.shards import write_shard
 from diffmoe_dist.data import index as index_module
 from diffmoe_dist.data.index import CorruptShardError, ShardIndex
@@ -37,7 +37,7 @@ _LATENTS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
-    pack(_FewDigits(), out, samples_per_shard=20, seed=0)
+    pack(_FewDigits(), out, PackSettings(samples_per_shard=20))
     return out
 
 
@@ -236,7 +236,7 @@ def test_shards_that_changed_places_are_noticed_at_the_first_read(folder: Path) 
 
 
 def test_the_index_of_another_order_is_noticed_at_the_first_read(folder: Path, tmp_path: Path) -> None:
-    pack(_FewDigits(), tmp_path / "other", samples_per_shard=20, seed=1)
+    pack(_FewDigits(), tmp_path / "other", PackSettings(samples_per_shard=20, seed=1))
     for name in ("index.json", "offsets.npy", "keys.npy"):
         shutil.copy(tmp_path / "other" / name, folder / name)
     index = ShardIndex.open(folder)  # the shards of the two have the same sizes
@@ -290,7 +290,7 @@ def test_a_side_folder_belongs_to_its_base_and_to_no_other(packed: Path, tmp_pat
     assert (side.image_size, side.channels, side.num_classes, side.image_fields) == (None, None, 0, ())
     assert side.fields == ("latent.npy",) and side.read(7).keys() == {"latent.npy"}
     assert side.latents is not None and side.latents.scale == (0.18215,) * 4 and side.latents.views == ("plain",)
-    pack(_FewDigits(), tmp_path / "other", samples_per_shard=20, seed=1)
+    pack(_FewDigits(), tmp_path / "other", PackSettings(samples_per_shard=20, seed=1))
     with pytest.raises(UserError, match="data.shards=.*latents: computed from another data set"):
         side.check_base(ShardIndex.open(tmp_path / "other"))
     with pytest.raises(UserError, match="not a side folder"):

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.digits import DigitsSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.images import crop_image
@@ -39,7 +39,7 @@ class _FewDigits(DigitsSource):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     out = tmp_path_factory.mktemp("packed")
-    pack(_FewDigits(), out, samples_per_shard=30, seed=0)
+    pack(_FewDigits(), out, PackSettings(samples_per_shard=30))
     return TrainingData((DataSet.open(out),), 8)
 
 
@@ -232,7 +232,7 @@ class _OneSample:
 
 
 def _only_batch(out: Path, source: _OneSample, workers: int = 0) -> Batch:
-    pack(source, out, samples_per_shard=1, seed=0)
+    pack(source, out, PackSettings(samples_per_shard=1))
     loader = TrainingLoader(
         TrainingData((DataSet.open(out),), 8),
         seed=0,

@@ -32,7 +32,7 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(messy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
-    pack(ImageFolderSource(messy), out, samples_per_shard=10)
+    pack(ImageFolderSource(messy), out, PackSettings(samples_per_shard=10))
     return out
 
 
@@ -47,7 +47,7 @@ def test_a_plan_foretells_counts_classes_sizes_and_bad_items_and_writes_nothing(
 ) -> None:
     before = sorted(messy.rglob("*"))
     plan = plan_pack(ImageFolderSource(messy), PackSettings(10, images=rules))
-    packed = pack(ImageFolderSource(messy), tmp_path / "out", samples_per_shard=10, images=rules)
+    packed = pack(ImageFolderSource(messy), tmp_path / "out", PackSettings(samples_per_shard=10, images=rules))
     assert (plan.num_items, plan.num_shards, plan.num_classes) == (64, packed.num_shards, 2)
     assert (plan.smallest_class, plan.largest_class) == (("dog", 30), ("cat", 34))
     assert {item for item, _ in plan.bad} == set(BAD)  # 64 items: all of them were looked at
@@ -137,7 +137,7 @@ def test_verify_names_the_damage_and_ends_with_exit_code_2(packed: Path, tmp_pat
 
 
 def test_listed_order_is_the_order_of_the_source(messy: Path, tmp_path: Path) -> None:
-    pack(ImageFolderSource(messy), tmp_path, samples_per_shard=10, shuffled=False)
+    pack(ImageFolderSource(messy), tmp_path, PackSettings(samples_per_shard=10, shuffled=False))
     labels = [int(ShardIndex.open(tmp_path).read(sample)["cls"]) for sample in range(60)]
     assert labels == sorted(labels)
     names = [WebDatasetSource(tmp_path).item_name(item) for item in (0, 59)]

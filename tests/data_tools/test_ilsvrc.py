@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_tools.ilsvrc import train_source, validation_source
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.sources import SourceOptions, guess_format, open_source
 from data_tools.tars import TarDamageError
 from diffmoe_dist.data.index import ShardIndex
@@ -90,7 +90,7 @@ def test_the_train_tar_is_read_in_place_with_the_rank_of_the_wordnet_id_as_label
     assert guess_format(train) == "ilsvrc-train"
     source = open_source(str(train), None, SourceOptions())
     assert source.labels is not None and np.bincount(source.labels).tolist() == [IMAGES_PER_CLASS] * 5
-    packed = pack(source, tmp_path / "out", samples_per_shard=7)
+    packed = pack(source, tmp_path / "out", PackSettings(samples_per_shard=7))
     index = ShardIndex.open(tmp_path / "out")
     assert (packed.num_samples, packed.num_bad, index.class_names) == (20, 0, sorted(LABEL_OF))
     samples = [index.read(sample) for sample in range(20)]
@@ -102,7 +102,11 @@ def test_the_train_tar_is_read_in_place_with_the_rank_of_the_wordnet_id_as_label
 def test_validation_labels_equal_the_rank_of_the_wordnet_id(validation: Path, tmp_path: Path, table: str) -> None:
     devkit = _make_devkit(tmp_path, TRUTH, table)
     assert guess_format(validation) == "ilsvrc-val"
-    pack(open_source(str(validation), None, SourceOptions(devkit=devkit)), tmp_path / "out", samples_per_shard=7)
+    pack(
+        open_source(str(validation), None, SourceOptions(devkit=devkit)),
+        tmp_path / "out",
+        PackSettings(samples_per_shard=7),
+    )
     index = ShardIndex.open(tmp_path / "out")
     samples = [index.read(sample) for sample in range(index.num_samples)]
     assert {sample["jpg"]: int(sample["cls"]) for sample in samples} == _label_of_bytes()

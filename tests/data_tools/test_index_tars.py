@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 from data_tools.index_tars import index_tars
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.parallel import make_workers
 from data_tools.tars import TarDamageError
 from data_tools.verify import verify
@@ -103,7 +103,7 @@ def test_keys_and_samples_are_those_that_webdataset_finds(foreign: Path) -> None
 
 def test_what_the_index_leaves_out_packing_again_leaves_out_too(foreign: Path, tmp_path: Path) -> None:
     index_tars(foreign)
-    packed = pack(WebDatasetSource(foreign), tmp_path / "out", samples_per_shard=2)
+    packed = pack(WebDatasetSource(foreign), tmp_path / "out", PackSettings(samples_per_shard=2))
     assert (packed.num_samples, packed.num_bad) == (5, 2)
     contents = []
     for folder in (foreign, tmp_path / "out"):

@@ -14,7 +14,7 @@ import pytest
 import webdataset
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.stored_images import ImageRules
 from data_tools.verify import verify
 from diffmoe_dist.data.images import decode_image
@@ -35,7 +35,7 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serial(messy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The reference: resized, packed in this process."""
     out = tmp_path_factory.mktemp("serial") / "out"
-    pack(ImageFolderSource(messy), out, samples_per_shard=10, images=ImageRules("adm", 32))
+    pack(ImageFolderSource(messy), out, PackSettings(samples_per_shard=10, images=ImageRules("adm", 32)))
     return out
 
 
@@ -58,7 +58,7 @@ def test_every_bad_item_is_listed_with_its_reason_and_every_good_one_is_packed(
 ) -> None:
     source = ImageFolderSource(messy)
     packed = pack(
-        source, tmp_path, samples_per_shard=10, images=ImageRules("adm", 32) if resized else ImageRules()
+        source, tmp_path, PackSettings(samples_per_shard=10, images=ImageRules("adm", 32) if resized else ImageRules())
     )  # fmt: skip
     assert (packed.num_samples, packed.num_bad) == (NUM_GOOD, len(BAD))
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
@@ -71,7 +71,7 @@ def test_every_bad_item_is_listed_with_its_reason_and_every_good_one_is_packed(
 
 
 def test_files_that_are_not_resized_are_packed_byte_for_byte_with_their_label(messy: Path, tmp_path: Path) -> None:
-    pack(ImageFolderSource(messy), tmp_path, samples_per_shard=10)
+    pack(ImageFolderSource(messy), tmp_path, PackSettings(samples_per_shard=10))
     index = ShardIndex.open(tmp_path)
     assert (index.image_size, index.channels, index.class_names) == (None, 3, ["cat", "dog"])
     assert index.fields == ("gif", "jpg", "png", "webp", "cls")
@@ -128,11 +128,11 @@ def test_more_bad_items_than_allowed_stop_the_pack_and_are_listed_and_a_higher_l
 ) -> None:
     source, rules = ImageFolderSource(messy), ImageRules("adm", 32)
     with pytest.raises(UserError, match=r"--max-bad=3: 4 bad items so far, as cat/empty.jpg \(the file is empty\)"):
-        pack(source, tmp_path, samples_per_shard=10, images=rules, max_bad=3)
+        pack(source, tmp_path, PackSettings(samples_per_shard=10, images=rules), max_bad=3)
     assert (tmp_path / "quarantine.jsonl").read_bytes() == (serial / "quarantine.jsonl").read_bytes()
     with pytest.raises(UserError, match="index.json is missing"):
         ShardIndex.open(tmp_path)
-    pack(source, tmp_path, samples_per_shard=10, images=rules, max_bad=4)
+    pack(source, tmp_path, PackSettings(samples_per_shard=10, images=rules), max_bad=4)
     assert _contents(tmp_path) == _contents(serial)
 
 
@@ -150,7 +150,7 @@ def test_a_file_that_is_gone_since_the_listing_is_bad_and_a_disk_that_fails_stop
     copied = Path(shutil.copytree(messy, tmp_path / "in"))
     source = ImageFolderSource(copied)
     (copied / "cat" / "plain.jpg").unlink()
-    pack(source, tmp_path / "out", samples_per_shard=10)
+    pack(source, tmp_path / "out", PackSettings(samples_per_shard=10))
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert {"cat/plain.jpg": "no such file"}.items() <= {line["item"]: line["reason"] for line in lines}.items()
 
@@ -167,5 +167,5 @@ def test_other_files_in_the_source_make_another_pack(messy: Path, serial: Path, 
     (copied / "cat" / "plain.jpg").rename(copied / "cat" / "renamed.jpg")
     out = Path(shutil.copytree(serial, tmp_path / "out"))
     with pytest.raises(UserError, match="packed before with other arguments"):
-        pack(ImageFolderSource(copied), out, samples_per_shard=10, images=ImageRules("adm", 32))
+        pack(ImageFolderSource(copied), out, PackSettings(samples_per_shard=10, images=ImageRules("adm", 32)))
     assert _contents(out) == _contents(serial)

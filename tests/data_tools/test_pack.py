@@ -13,7 +13,7 @@ import webdataset
 
 from data_tools import shards as shards_module
 from data_tools.digits import DigitsSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
-    pack(DigitsSource(), out, samples_per_shard=512, seed=0)
+    pack(DigitsSource(), out)
     return out
 
 
@@ -38,12 +38,12 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _pack_few(out: Path, samples_per_shard: int = 20, seed: int = 0) -> dict[str, bytes]:
-    pack(_FewDigits(), out, samples_per_shard=samples_per_shard, seed=seed)
+    pack(_FewDigits(), out, PackSettings(samples_per_shard=samples_per_shard, seed=seed))
     return _contents(out)
 
 
 def test_packing_twice_gives_the_same_bytes(packed: Path, tmp_path: Path) -> None:
-    pack(DigitsSource(), tmp_path, samples_per_shard=512, seed=0)
+    pack(DigitsSource(), tmp_path)
     first = _contents(packed)
     assert sorted(first) == [f"digits-{shard:06d}.tar" for shard in range(4)] + [
         "index.json",
@@ -51,7 +51,7 @@ def test_packing_twice_gives_the_same_bytes(packed: Path, tmp_path: Path) -> Non
         "offsets.npy",
     ]
     assert _contents(tmp_path) == first
-    pack(DigitsSource(), tmp_path, samples_per_shard=512, seed=0)
+    pack(DigitsSource(), tmp_path)
     assert _contents(tmp_path) == first
 
 
@@ -143,7 +143,7 @@ def test_an_interrupted_pack_is_no_data_set_and_is_finished_by_the_same_command(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(_FewDigits(), out, samples_per_shard=20, seed=0, on_shard=interrupt)
+        pack(_FewDigits(), out, PackSettings(samples_per_shard=20), on_shard=interrupt)
     with pytest.raises(UserError, match="index.json is missing"):
         ShardIndex.open(out)
     assert _pack_few(out) == expected
@@ -155,7 +155,7 @@ def test_a_reader_that_fails_leaves_no_half_written_shard(tmp_path: Path) -> Non
             raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        pack(Failing(), tmp_path, samples_per_shard=20, seed=0)
+        pack(Failing(), tmp_path, PackSettings(samples_per_shard=20))
     assert _contents(tmp_path) == {}  # nothing but the note of what was begun
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.source import Source
 from data_tools.sources import FORMATS, SourceOptions, guess_format, open_source
 from data_tools.table import Columns
@@ -32,7 +32,7 @@ def _write_images(folder: Path, names: list[str]) -> None:
 
 def _packed(source: Source, out: Path) -> list[dict[str, bytes]]:
     """Packed over parts of two items, as other processes get them, and read back in the order of the source."""
-    pack(source, out, samples_per_shard=2, shuffled=False)
+    pack(source, out, PackSettings(samples_per_shard=2, shuffled=False))
     index = ShardIndex.open(out)
     return [index.read(sample) for sample in range(index.num_samples)]
 
@@ -260,7 +260,7 @@ def test_a_packed_folder_can_be_packed_again_in_another_order(tmp_path: Path) ->
     _write_images(tmp_path / "in", [f"{'ab'[n % 2]}/{n}.jpg" for n in range(6)])
     first = _packed(_open(tmp_path / "in"), tmp_path / "first")
     assert guess_format(tmp_path / "first") == "webdataset"
-    pack(WebDatasetSource(tmp_path / "first"), tmp_path / "second", samples_per_shard=4, seed=3)
+    pack(WebDatasetSource(tmp_path / "first"), tmp_path / "second", PackSettings(samples_per_shard=4, seed=3))
     index = ShardIndex.open(tmp_path / "second")
     second = [index.read(sample) for sample in range(6)]
     assert second != first and sorted(map(str, second)) == sorted(map(str, first))
@@ -270,7 +270,7 @@ def test_a_packed_folder_can_be_packed_again_in_another_order(tmp_path: Path) ->
 def test_every_source_travels_in_small_parts(tmp_path: Path) -> None:
     _write_images(tmp_path / "in", [f"{'ab'[n % 2]}/{n}.jpg" for n in range(6)])
     folder = _open(tmp_path / "in")
-    pack(folder, tmp_path / "tars", shuffled=False)
+    pack(folder, tmp_path / "tars", PackSettings(shuffled=False))
     _write_hf(tmp_path / "hf", 0, 4, captions=True)
     (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"in/{'ab'[n % 2]}/{n}.jpg,{n}\n" for n in range(6)))
     sources = [

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import make_messy_folder
@@ -30,7 +30,7 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(messy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("expected")
-    pack(ImageFolderSource(messy), out, samples_per_shard=4)
+    pack(ImageFolderSource(messy), out, PackSettings(samples_per_shard=4))
     return _contents(out)
 
 
@@ -39,7 +39,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _pack(messy: Path, out: Path) -> None:
-    pack(ImageFolderSource(messy), out, samples_per_shard=4)
+    pack(ImageFolderSource(messy), out, PackSettings(samples_per_shard=4))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -127,7 +127,12 @@ def test_a_whole_pack_stays_a_data_set_while_it_is_checked(
 ) -> None:
     _pack(messy, tmp_path)
     seen = []
-    pack(ImageFolderSource(messy), tmp_path, samples_per_shard=4, on_shard=lambda n: seen.append(_whole(tmp_path)))
+    pack(
+        ImageFolderSource(messy),
+        tmp_path,
+        PackSettings(samples_per_shard=4),
+        on_shard=lambda n: seen.append(_whole(tmp_path)),
+    )
     assert seen == [True] * 16 and _contents(tmp_path) == expected
 
 
@@ -149,7 +154,7 @@ def test_a_damaged_record_of_a_shard_costs_only_that_shard(
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        pack(ImageFolderSource(messy), tmp_path, samples_per_shard=4, on_shard=stop)
+        pack(ImageFolderSource(messy), tmp_path, PackSettings(samples_per_shard=4), on_shard=stop)
     records = sorted((tmp_path / ".progress").glob("*.tar.json"))
     assert len(records) == 6
     records[0].write_bytes(b"{")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data_tools.image_folder import ImageFolderSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from data_tools.verify import verify
 from diffmoe_dist.data.index import CorruptShardError, ShardIndex
 from diffmoe_dist.errors import UserError
@@ -25,7 +25,9 @@ SHARD = "image-folder-000002.tar"
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed")
-    pack(ImageFolderSource(make_messy_folder(tmp_path_factory.mktemp("messy"))), out, samples_per_shard=10)
+    pack(
+        ImageFolderSource(make_messy_folder(tmp_path_factory.mktemp("messy"))), out, PackSettings(samples_per_shard=10)
+    )
     return out
 
 
@@ -135,7 +137,7 @@ def test_a_member_too_many_is_named(folder: Path) -> None:
 def test_a_swapped_index_is_named(folder: Path, packed: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
     """The index, or a part of it, of the same images in another order."""
     source = ImageFolderSource(make_messy_folder(tmp_path / "messy"))
-    pack(source, tmp_path / "other", samples_per_shard=10, seed=1)
+    pack(source, tmp_path / "other", PackSettings(samples_per_shard=10, seed=1))
     for name in names:
         shutil.copy(tmp_path / "other" / name, folder / name)
     with pytest.raises(UserError, match="data.shards=.*(SHA-256|has .* bytes)"):
@@ -148,7 +150,7 @@ def test_swapped_shards_of_one_size_are_named_by_the_quick_look(tmp_path: Path) 
         (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / "a" / f"{number}.bmp").write_bytes(encoded(picture(20, 20, number), "BMP"))
     out = tmp_path / "out"
-    pack(ImageFolderSource(tmp_path / "in"), out, samples_per_shard=2)
+    pack(ImageFolderSource(tmp_path / "in"), out, PackSettings(samples_per_shard=2))
     first, second = out / "image-folder-000000.tar", out / "image-folder-000001.tar"
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
@@ -185,7 +187,7 @@ def test_samples_that_contradict_the_index_are_named(tmp_path: Path) -> None:
             images = [encoded(picture(8, 9), "PNG"), b"none", right]
             return {"png": images[item], "cls": b"5" if item == 2 else b"1"}
 
-    pack(Wrong(), tmp_path, shuffled=False)  # type: ignore[arg-type]
+    pack(Wrong(), tmp_path, PackSettings(shuffled=False))  # type: ignore[arg-type]
     problems = verify(ShardIndex.open(tmp_path), full=True).problems
     said = ["8x9 pixels, the index says 8", "png: not an image", "label b'5' is not a number below 2"]
     assert [said[n] in problem and f"key {n:09d}" in problem for n, problem in enumerate(problems)] == [True] * 3

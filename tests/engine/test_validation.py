@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_tools.digits import DigitsSource
-from data_tools.pack import pack
+from data_tools.pack import PackSettings, pack
 from diffmoe_dist.config import Config, check_world
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import TrainingDataset
@@ -28,7 +28,7 @@ IMAGES = 40  # no multiple of the 16 of a step
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits in another order: other shards, which is what counts here."""
     folder = tmp_path_factory.mktemp("held-out") / "digits"
-    pack(DigitsSource(), folder, samples_per_shard=512, seed=1)
+    pack(DigitsSource(), folder, PackSettings(seed=1))
     return folder
 
 
