@@ -58,7 +58,7 @@ class _ShardJob:
 def pack(
     source: Source,
     out: Path,
-    settings: PackSettings = PackSettings(),  # noqa: B008  # frozen
+    settings: PackSettings = PackSettings(),  # frozen
     *,
     max_bad: int = 100,
     workers: Workers = SERIAL,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 import tarfile
@@ -11,7 +13,6 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_tools import shards as shards_module
 from data_tools.digits import DigitsSource
 from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.index import ShardIndex
@@ -161,22 +162,22 @@ def test_a_reader_that_fails_leaves_no_half_written_shard(tmp_path: Path) -> Non
 
 def test_every_file_takes_its_name_after_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, replace = shards_module.os.fsync, shards_module.os.replace
+    fsync, replace = os.fsync, Path.replace
 
     def note_fsync(descriptor: int) -> None:
-        events.append("fsync")
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
         fsync(descriptor)
 
-    def note_replace(partial: Path, path: Path) -> None:
+    def note_replace(partial: Path, path: Path) -> Path:
         events.append(path.name)
-        replace(partial, path)
+        return replace(partial, path)
 
-    monkeypatch.setattr(shards_module.os, "fsync", note_fsync)
-    monkeypatch.setattr(shards_module.os, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Path, "replace", note_replace)
     _pack_few(tmp_path)
-    assert events[0::2] == ["fsync"] * 11
     shards = [f"digits-{shard:06d}.tar{kind}" for shard in range(3) for kind in ("", ".json")]
-    assert events[1::2] == ["pack.json", *shards, "quarantine.jsonl", "offsets.npy", "keys.npy", "index.json"]
+    names = ["pack.json", *shards, "quarantine.jsonl", "offsets.npy", "keys.npy", "index.json"]
+    assert events == [event for name in names for event in ("file", name, "folder")]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
