@@ -1,6 +1,7 @@
-"""Runs commands in processes that have torch and deepspeed loaded already: forks of one process that imported them.
+"""Runs commands: `run` as a shell does, `start` in processes that have torch and deepspeed loaded already.
 
-What a command does is what it does in a process of its own, but it starts in a fraction of a second.
+Those are forks of one process that imported them. What a command does there is what it does in a process of its own,
+but it starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import importlib
 import os
 import signal
-import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import LOADED
+from tests.machine import ROOT, TIME_LIMIT, free_port
 
-ROOT = Path(__file__).parents[1]
+# For a command in a process of its own. No CUDA device is visible, so that every machine tests the same.
+ENV = {
+    **os.environ,
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
+
+
+def run(*command: object, env: dict[str, str] = ENV) -> subprocess.CompletedProcess[str]:
+    """Run a command from the root of the clone to its end, whatever its exit code."""
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
 
 
 class Command:
@@ -54,7 +68,7 @@ class Command:
     def running(self) -> bool:
         return self.process.is_alive()
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = TIME_LIMIT) -> int:
         """Its exit code; it is killed if it has none in that time."""
         self.process.join(seconds)
         if self.process.is_alive():
@@ -82,19 +96,13 @@ def start(
     common = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
     launcher: list[dict[str, str]] = [{}]
     if ranks > 1:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(ranks)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
         launcher = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     words = tuple(str(argument) for argument in arguments)
     return [Command(module, words, folder, {**common, **rank}, prepare) for rank in launcher]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = TIME_LIMIT) -> Any:
     """The condition's value, once it is true."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -8,7 +8,12 @@ import pytest
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
 
-os.environ["DS_ACCELERATOR"] = "cpu"  # the tests run on the CPU, also where there is a GPU
+os.environ.update(
+    DS_ACCELERATOR="cpu",  # the tests run on the CPU, also where there is a GPU
+    HWLOC_COMPONENTS="-gl",  # else mpirun asks ports 6000 to 6009 for X displays: TensorBoard's never answers
+    OMPI_ALLOW_RUN_AS_ROOT="1",
+    OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ from diffmoe_dist.config import (
     save_config,
 )
 from diffmoe_dist.errors import UserError
+from tests.machine import ROOT
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MOE = {"router": "global_pool", "num_experts": 8}
 
 

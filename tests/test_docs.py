@@ -11,8 +11,7 @@ from PIL import Image
 
 from tests.distributed import run_ranks
 from tests.engine.runs import train_all
-
-ROOT = Path(__file__).parents[1]
+from tests.machine import ROOT
 
 
 def test_the_python_example_of_the_sampling_page_draws_ten_digits(

@@ -9,8 +9,9 @@ import pytest
 
 from diffmoe_dist.config import check_world, load_config, loss_weights
 from diffmoe_dist.model.accounting import account
+from tests.machine import ROOT
 
-FOLDER = Path(__file__).parents[1] / "configs" / "imagenet256"
+FOLDER = ROOT / "configs" / "imagenet256"
 # Millions of parameters, of sizes S, B, L and XL. DiffMoE's have 16 experts, ProMoE's 12 routed ones.
 TOTALS = {
     "dense": (32.96, 130.51, 458.10, 675.13),

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import diffmoe_dist
+from tests.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "data")
 
 

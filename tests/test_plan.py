@@ -10,8 +10,8 @@ import pytest
 
 from diffmoe_dist.plan import main
 from tests.commands import start
+from tests.machine import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/imagenet256/global_pool_l.yaml")
 
 

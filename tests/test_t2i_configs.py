@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from diffmoe_dist.config import check_world, load_config
 from diffmoe_dist.model.accounting import account
+from tests.machine import ROOT
 
-FOLDER = Path(__file__).parents[1] / "configs" / "t2i"
+FOLDER = ROOT / "configs" / "t2i"
 LARGE = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "debug")
 
 

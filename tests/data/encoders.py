@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from diffmoe_dist.data.text import EncodedText
+
+MAX_LENGTH = 12
 CAPTIONS = [["a red square", "a square"], ["blue circle on a red square"], [], ["a circle"] * 3, ["green " * 40]]
 
 
@@ -47,3 +51,10 @@ def save_encoder(folder: Path, kind: str) -> Path:
         ).save_pretrained(folder)
     save_tokenizer(folder, kind)
     return folder
+
+
+def same_bits(first: EncodedText, second: EncodedText) -> bool:
+    assert first.tokens_TD.dtype == second.tokens_TD.dtype == np.float16
+    pooled = [b"" if text.pooled_P is None else text.pooled_P.tobytes() for text in (first, second)]
+    tokens = [(text.tokens_TD.shape, text.tokens_TD.tobytes()) for text in (first, second)]
+    return tokens[0] == tokens[1] and pooled[0] == pooled[1] and first.is_null == second.is_null

@@ -25,27 +25,15 @@ from diffmoe_dist.data.prompts import (
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
 from tests.commands import start
-from tests.data.encoders import save_encoder
-from tests.data.test_text_encoder import same_bits
+from tests.data.encoders import MAX_LENGTH, same_bits, save_encoder
 
-MAX_LENGTH = 12
 PROMPTS = [Prompt("a red square"), Prompt("", {"prompt": "", "tag": "none"}), Prompt("blue circle"), Prompt("gr" * 30)]
 
 
-@pytest.fixture(scope="module", params=["clip", "t5"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_encoder(tmp_path_factory.mktemp(request.param) / "encoder", request.param)
-
-
 @pytest.fixture(scope="module")
-def encoder(folder: Path) -> TextEncoder:
-    return TextEncoder.open(folder, None, MAX_LENGTH, "cpu", "--encoder")
-
-
-@pytest.fixture(scope="module")
-def written(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("written") / "prompts.npz"
-    write_prompts(PROMPTS, "a green circle", out, TextSettings(folder, max_length=MAX_LENGTH))
+    write_prompts(PROMPTS, "a green circle", out, TextSettings(encoder_folder, max_length=MAX_LENGTH))
     return out
 
 
@@ -153,18 +141,20 @@ class _Backwards(Workers):
         yield from reversed([function(job) for job in jobs])
 
 
-def test_the_file_has_the_same_bytes_in_whatever_order_the_work_is_done(folder: Path, tmp_path: Path) -> None:
+def test_the_file_has_the_same_bytes_in_whatever_order_the_work_is_done(encoder_folder: Path, tmp_path: Path) -> None:
     prompts = [Prompt(f"{number} circles") for number in range(40)]  # two jobs
-    settings = TextSettings(folder, max_length=MAX_LENGTH)
+    settings = TextSettings(encoder_folder, max_length=MAX_LENGTH)
     write_prompts(prompts, None, tmp_path / "one.npz", settings)
     write_prompts(prompts, "", tmp_path / "two.npz", settings, workers=_Backwards())
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npz", "two.npz"]
 
 
-def test_the_fingerprint_changes_with_all_that_an_image_could_depend_on(encoder: TextEncoder, folder: Path) -> None:
-    shorter = TextEncoder.open(folder, None, MAX_LENGTH - 1, "cpu", "--encoder")
-    other_files = TextEncoder.open(folder, folder, MAX_LENGTH, "cpu", "--encoder")
+def test_the_fingerprint_changes_with_all_that_an_image_could_depend_on(
+    encoder: TextEncoder, encoder_folder: Path
+) -> None:
+    shorter = TextEncoder.open(encoder_folder, None, MAX_LENGTH - 1, "cpu", "--encoder")
+    other_files = TextEncoder.open(encoder_folder, encoder_folder, MAX_LENGTH, "cpu", "--encoder")
     found = {
         encode_prompts(PROMPTS, None, encoder).fingerprint,
         encode_prompts(PROMPTS, "a circle", encoder).fingerprint,
@@ -245,12 +235,14 @@ def test_another_file_is_refused_in_one_line(written: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("out", ["prompts.txt", "nowhere/prompts.npz"])
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(folder: Path, tmp_path: Path, out: str) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    encoder_folder: Path, tmp_path: Path, out: str
+) -> None:
     with pytest.raises(UserError, match="OUT=.*: must be a file .npz in a folder that exists"):
-        write_prompts(PROMPTS, None, tmp_path / out, TextSettings(folder))
+        write_prompts(PROMPTS, None, tmp_path / out, TextSettings(encoder_folder))
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(UserError, match="OUT=.*folder.npz: cannot be written"):
-        write_prompts(PROMPTS, None, tmp_path / "folder.npz", TextSettings(folder, max_length=MAX_LENGTH))
+        write_prompts(PROMPTS, None, tmp_path / "folder.npz", TextSettings(encoder_folder, max_length=MAX_LENGTH))
 
 
 def test_the_command_encodes_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,35 +11,21 @@ from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.text import EncodedText, TextReader
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
-from tests.data.encoders import CAPTIONS, save_encoder
+from tests.data.encoders import CAPTIONS, MAX_LENGTH, same_bits, save_encoder
 from tests.data.folders import png, random_images, write_folder
 
-MAX_LENGTH = 12
 ALL_CAPTIONS = [caption for captions in CAPTIONS for caption in captions]
 
 
-@pytest.fixture(scope="module", params=["clip", "t5"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_encoder(tmp_path_factory.mktemp(request.param) / "encoder", request.param)
-
-
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> TextEncoder:
-    return TextEncoder.open(folder, None, MAX_LENGTH, "cpu", "--encoder")
-
-
-def same_bits(first: EncodedText, second: EncodedText) -> bool:
-    assert first.tokens_TD.dtype == second.tokens_TD.dtype == np.float16
-    pooled = [b"" if text.pooled_P is None else text.pooled_P.tobytes() for text in (first, second)]
-    tokens = [(text.tokens_TD.shape, text.tokens_TD.tobytes()) for text in (first, second)]
-    return tokens[0] == tokens[1] and pooled[0] == pooled[1] and first.is_null == second.is_null
-
-
-def test_captions_are_bit_for_bit_what_the_model_gives_for_their_batch(encoder: TextEncoder, folder: Path) -> None:
+def test_captions_are_bit_for_bit_what_the_model_gives_for_their_batch(
+    encoder: TextEncoder, encoder_folder: Path
+) -> None:
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = (CLIPTextModel if encoder.kind == "clip" else T5EncoderModel).from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    model = (CLIPTextModel if encoder.kind == "clip" else T5EncoderModel).from_pretrained(
+        encoder_folder, dtype=torch.float32
+    )
     encoded = list(encoder.encode(ALL_CAPTIONS, 3))
     assert len(encoded) == len(ALL_CAPTIONS) == 7
     for start in range(0, 7, 3):
@@ -77,11 +62,11 @@ def test_training_with_tf32_does_not_reach_the_encoder(encoder: TextEncoder) -> 
 
 
 def test_a_blank_caption_is_the_null_caption_of_a_side_folder(
-    encoder: TextEncoder, folder: Path, tmp_path: Path
+    encoder: TextEncoder, encoder_folder: Path, tmp_path: Path
 ) -> None:
     (image,) = random_images(1, 8)
     base = write_folder(tmp_path / "base", [{"png": png(image), "txt": b"a circle"}], [1], class_names=[])
-    encode_text(base, tmp_path / "text", TextSettings(folder, max_length=MAX_LENGTH))
+    encode_text(base, tmp_path / "text", TextSettings(encoder_folder, max_length=MAX_LENGTH))
     null = TextReader(ShardIndex.open(tmp_path / "text")).null
     for blank in ("", "  ", "\n\t"):
         assert same_bits(encoder.encode_alone(blank), null)
@@ -113,7 +98,7 @@ def test_an_encoder_tells_its_sizes(encoder: TextEncoder) -> None:
     assert encoder.pooled_size == (0 if encoded.pooled_P is None else len(encoded.pooled_P))
 
 
-def test_the_fingerprint_is_of_the_files_of_encoder_and_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_the_files_of_encoder_and_tokenizer(encoder_folder: Path, tmp_path: Path) -> None:
     def sha256(path: Path) -> str:
         digest = hashlib.sha256()
         for file in sorted(path.iterdir()):
@@ -122,25 +107,25 @@ def test_the_fingerprint_is_of_the_files_of_encoder_and_tokenizer(folder: Path, 
 
     other = save_encoder(tmp_path / "other", "clip")
     (other / "config.json").unlink()
-    own, others = sha256(folder), sha256(other)
-    assert TextEncoder.open(folder, None, MAX_LENGTH, "cpu", "--encoder").sha256 == own
-    assert TextEncoder.open(folder, other, MAX_LENGTH, "cpu", "--encoder").sha256 == own[:32] + others[:32]
+    own, others = sha256(encoder_folder), sha256(other)
+    assert TextEncoder.open(encoder_folder, None, MAX_LENGTH, "cpu", "--encoder").sha256 == own
+    assert TextEncoder.open(encoder_folder, other, MAX_LENGTH, "cpu", "--encoder").sha256 == own[:32] + others[:32]
 
 
-def test_an_encoder_that_cannot_be_is_refused_by_the_name_of_the_setting(folder: Path, tmp_path: Path) -> None:
+def test_an_encoder_that_cannot_be_is_refused_by_the_name_of_the_setting(encoder_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for given, tokenizer, length, problem in (
         (tmp_path / "nowhere", None, None, "nowhere: no config.json that can be read"),
         (tmp_path, None, None, ".*: is bert; CLIP and T5 text encoders are known"),
-        (folder, tmp_path / "nowhere", None, ".*: no tokenizer loads from .*nowhere"),
-        (folder, None, 1, ".*: takes captions of 2 to .* tokens, not of 1"),
+        (encoder_folder, tmp_path / "nowhere", None, ".*: no tokenizer loads from .*nowhere"),
+        (encoder_folder, None, 1, ".*: takes captions of 2 to .* tokens, not of 1"),
     ):
         with pytest.raises(UserError, match=f"data.text_encoder=.*{problem}"):
             TextEncoder.open(given, tokenizer, length, "cpu", "data.text_encoder")
 
 
 def test_clip_has_a_longest_caption(tmp_path: Path) -> None:
-    folder = save_encoder(tmp_path / "clip", "clip")
+    encoder_folder = save_encoder(tmp_path / "clip", "clip")
     with pytest.raises(UserError, match=r"--encoder=.*clip: takes captions of 2 to 16 tokens, not of 17"):
-        TextEncoder.open(folder, None, 17, "cpu", "--encoder")
-    assert TextEncoder.open(folder, None, 16, "cpu", "--encoder").max_length == 16
+        TextEncoder.open(encoder_folder, None, 17, "cpu", "--encoder")
+    assert TextEncoder.open(encoder_folder, None, 16, "cpu", "--encoder").max_length == 16

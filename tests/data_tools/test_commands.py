@@ -20,8 +20,7 @@ from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import BAD, encoded, make_messy_folder
 from tests.data_tools.messy import picture as one_picture
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.machine import ROOT, TIME_LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def packed(messy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "data_tools", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
 
 
 @pytest.mark.parametrize("rules", [ImageRules(), ImageRules("adm", 32)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +20,8 @@ from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import BAD, NUM_GOOD, make_messy_folder
+from tests.machine import ROOT, TIME_LIMIT
 
-ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = ("--samples-per-shard", "10", "--crop", "adm", "--size", "32")
 
 
@@ -45,10 +44,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def _run(messy: Path, out: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, *(("-m", "mpi4py") if launcher else ()), "-m", "data_tools"]
-    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.run(
         [*launcher, *program, "pack", str(messy), str(out), *ARGUMENTS, *arguments],
-        cwd=ROOT, env=os.environ | allowed, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
     )  # fmt: skip
 
 

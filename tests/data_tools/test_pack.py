@@ -18,8 +18,7 @@ from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.machine import ROOT, TIME_LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +181,7 @@ def test_every_file_takes_its_name_after_it_is_on_the_disk(tmp_path: Path, monke
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "data_tools", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
 
 
 def test_the_command_packs_a_folder_that_opens(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from data_tools.parallel import SERIAL, make_workers
 from diffmoe_dist.errors import UserError
+from tests.machine import ROOT, TIME_LIMIT
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 
 # What a rank of the real command does, with a job that goes wrong on one of them.
@@ -86,9 +86,7 @@ def test_an_error_in_a_job_is_raised_and_a_process_that_dies_is_one() -> None:
 
 def _mpirun(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
     (tmp_path / "program.py").write_text(_PROGRAM)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [
         "mpirun",
         "--oversubscribe",
@@ -100,7 +98,7 @@ def _mpirun(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
         str(tmp_path / "program.py"),
         how,
     ]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
 
 
 @needs_mpirun
@@ -115,11 +113,10 @@ def test_a_rank_that_fails_ends_the_mpi_job_with_its_error(tmp_path: Path, how: 
 
 @needs_mpirun
 def test_mpirun_without_mpi4py_is_refused_before_every_rank_writes_the_same_files(tmp_path: Path) -> None:
-    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     command = ["mpirun", "--oversubscribe", "-n", "2", sys.executable, "-m", "data_tools", "pack", "digits"]
     done = subprocess.run(
         [*command, str(tmp_path / "out")],
-        cwd=ROOT, env=os.environ | allowed, capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "use: mpirun -n N python -m mpi4py -m data_tools" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -132,7 +129,7 @@ def test_a_launcher_that_does_not_speak_to_the_mpi_library_is_refused(tmp_path: 
     done = subprocess.run(
         [sys.executable, "-m", "mpi4py", "-m", "data_tools", "pack", "digits", str(tmp_path / "out")],
         cwd=ROOT, env=os.environ | {f"SLURM_{name}": value for name, value in slurm.items()},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "started 4 times, but MPI connects 1" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -140,7 +137,7 @@ def test_a_launcher_that_does_not_speak_to_the_mpi_library_is_refused(tmp_path: 
 
 def test_mpi4py_is_imported_only_when_asked_for() -> None:
     program = "import sys, data_tools.__main__; sys.exit('mpi4py' in sys.modules or 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=TIME_LIMIT, check=False).returncode == 0
 
 
 def test_a_number_of_workers_that_makes_no_sense_is_refused() -> None:

@@ -18,8 +18,7 @@ from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import make_messy_folder
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.machine import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,15 @@ from data_tools.shapes import (
 )
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
+from tests.machine import ROOT, TIME_LIMIT
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTHING = Drawing(None, None, None)
 COUNT = len(ShapesSource())
 
 
 def _run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,7 @@ from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
 from tests.distributed import run_ranks
 from tests.engine.runs import tiny_config, train_all, whole_state
-
-ROOT = Path(__file__).parents[2]
+from tests.machine import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.machine import ROOT, TIME_LIMIT
 
 # The debug model's checkpoint is 13 MB.
 TRAIN = """\
@@ -46,7 +46,7 @@ def train_on_tmpfs(
         pytest.skip("this machine does not allow a mount namespace with a tmpfs")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [*namespace, "bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        [*namespace, "bash", "-c", script], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
     )
     return int((tmp_path / "code").read_text()), ended.stderr
 

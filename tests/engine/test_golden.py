@@ -10,8 +10,8 @@ import pytest
 from diffmoe_dist.config import load_config
 from tests.distributed import run_ranks
 from tests.engine.runs import curve, train_one
+from tests.machine import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "configs/debug").glob("*.yaml"))]
 STEPS = {1: 50, 2: 20}  # on so many ranks
 

@@ -19,8 +19,9 @@ from diffmoe_dist.engine.checkpoint import complete_checkpoints
 from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.errors import UserError
-from tests.commands import ROOT, Command, start, wait_for
+from tests.commands import Command, start, wait_for
 from tests.engine.runs import TINY, curve, metrics
+from tests.machine import ROOT
 
 STEPS = 60
 

@@ -18,10 +18,10 @@ from PIL import Image
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
 from diffmoe_dist.evaluation.image_sources import NpzImages
-from tests.commands import start
+from tests.commands import run, start
 from tests.distributed import run_ranks
 from tests.evaluation.colours import colours
-from tests.test_commands import free_port, run
+from tests.machine import free_port
 
 CPU = torch.device("cpu")
 COLOURS = f"{colours.__module__}:{colours.__name__}"

@@ -28,6 +28,7 @@ from diffmoe_dist.evaluation.inception import (
     resize_as_tensorflow,
 )
 from diffmoe_dist.files import file_sha256
+from tests.machine import ROOT
 
 SEVEN = ((1, 7), (7, 1))
 
@@ -280,7 +281,7 @@ def test_adms_samples_have_the_published_scores(tmp_path: Path) -> None:
     weights, reference, samples = (os.environ[name] for name in FILES)
     command = [sys.executable, "-m", "diffmoe_dist.evaluate", "--samples", samples, "--reference", reference]
     options = ["--inception", weights, "--out", str(tmp_path / "scores.json")]
-    subprocess.run([*command, *options], cwd=Path(__file__).parents[2], check=True)
+    subprocess.run([*command, *options], cwd=ROOT, check=True)
     scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
     # TensorFlow takes distances between features in fp16, which moves precision and recall.
     published = {"fid": (3.9426, 0.01), "sfid": (6.1404, 0.01), "inception_score": (215.84, 0.5)}

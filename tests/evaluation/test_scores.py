@@ -20,10 +20,10 @@ from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import frechet_distance
 from diffmoe_dist.evaluation.reference import REFERENCE_IMAGES, read_reference
 from diffmoe_dist.evaluation.scores import build_result, collect, count_name, make_reference, score, share, table
-from tests.commands import start
+from tests.commands import run, start
 from tests.distributed import run_ranks
 from tests.evaluation.colours import colours
-from tests.test_commands import free_port, run
+from tests.machine import free_port
 
 CPU = torch.device("cpu")
 COLOURS = "tests.evaluation.colours:colours"

@@ -15,8 +15,9 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.planning.planning import workload
+from tests.machine import ROOT
 
-DOCUMENT = Path(__file__).parents[2] / "docs/architecture.md"
+DOCUMENT = ROOT / "docs/architecture.md"
 LAYERS = [
     {"run_dir": "r", "data": {"shards": "s"}},
     {"model": {"depth": 4, "hidden_size": 16, "num_heads": 2, "input_size": 8, "in_channels": 1, "num_classes": 5}},

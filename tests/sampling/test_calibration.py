@@ -15,8 +15,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.sampling.calibration import recalibrate, recalibrate_on_training_data
 from diffmoe_dist.sampling.job import SamplingSettings
-
-ROOT = Path(__file__).parents[2]
+from tests.machine import ROOT
 
 
 def make(router: str, digits: Path, *overrides: str) -> tuple[DiT, Config]:

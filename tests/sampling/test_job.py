@@ -37,8 +37,8 @@ from diffmoe_dist.sampling.job import (
 )
 from tests.distributed import run_ranks
 from tests.engine.runs import train_all
+from tests.machine import ROOT
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LABELS = [number % 10 for number in range(8)]
 

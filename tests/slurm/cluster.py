@@ -15,7 +15,6 @@ import os
 import pwd
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
-ROOT = Path(__file__).parents[2]  # where commands run
+from tests.machine import ROOT, free_port
+
 HEAD = "head"  # the node of slurmctld and of the commands
 CPUS = 4  # that Slurm believes each node has
 SUBNET = "10.77.0"
@@ -219,11 +219,8 @@ class Cluster:
             controller, port = f"{HEAD}({self._address(HEAD)})", 6817
             places = [f"NodeAddr={self._address(name)} Port=6818" for name in self.names]
         else:
-            port = _free_ports(len(self.names) + 1)
-            controller = "localhost(127.0.0.1)"
-            places = [
-                f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={port + 1 + index}" for index in range(len(self.names))
-            ]
+            controller, port = "localhost(127.0.0.1)", free_port()
+            places = [f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()}" for _ in self.names]
         nodes = [
             f"NodeName={name} {place} CPUs={CPUS} RealMemory=16000 State=UNKNOWN"
             for name, place in zip(self.names, places, strict=True)
@@ -291,19 +288,3 @@ class Cluster:
             parent.stdin.close()  # type: ignore[union-attr]
         for parent in self.parents.values():
             parent.wait(timeout=10)
-
-
-def _free_ports(number: int) -> int:
-    """The first of `number` free TCP ports in a row, below those that Linux gives out by itself."""
-    for first in range(21000 + os.getpid() % 1000 * 8, 31000, number):
-        sockets = [socket.socket() for _ in range(number)]
-        try:
-            for offset, one in enumerate(sockets):
-                one.bind(("127.0.0.1", first + offset))
-            return first
-        except OSError:
-            continue
-        finally:
-            for one in sockets:
-                one.close()
-    raise RuntimeError("no free ports")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.machine import ROOT
+
 RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=2 BatchFlag=1"
 
 

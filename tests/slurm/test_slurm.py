@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from diffmoe_dist.config import load_config
-from tests.slurm.cluster import PATH, ROOT, Cluster, missing
+from tests.machine import ROOT
+from tests.slurm.cluster import PATH, Cluster, missing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
