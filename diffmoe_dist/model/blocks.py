@@ -1,6 +1,6 @@
-"""The transformer block with adaptive layer norm (DiT, adaLN-Zero) and the output layer.
+"""The transformer block with adaptive layer norm (adaLN-Zero; DiT, Peebles and Xie 2022, Sec. 3.2), the output layer.
 
-Shape legend: N images, T tokens, D width.
+Shape legend: N images, T tokens an image, D width, L tokens of a caption, p patch size.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from diffmoe_dist.model.routing import Routing
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(N, T, D) with shift and scale, (N, D), of each image."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each image."""
+    """(N, T, D) to (N, T, D): multi-head self-attention over the tokens of each image."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the tokens of each image to those of its caption."""
+    """(N, T, D) to (N, T, D): multi-head attention from the tokens of each image to those of its caption."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -44,8 +45,10 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, text_NLD: Tensor, mask_NL: Tensor) -> Tensor:
+        """`mask_NL` is bool, false for padding."""
+
         def heads(values: Tensor) -> Tensor:
-            return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, tokens, D / heads)
+            return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or L, D / heads)
 
         k, v = self.kv(text_NLD).chunk(2, dim=-1)
         mixed = F.scaled_dot_product_attention(heads(self.q(x)), heads(k), heads(v), attn_mask=mask_NL[:, None, None])
@@ -53,9 +56,9 @@ class CrossAttention(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention, then a feed-forward layer that is dense or a mixture of experts; both gated by the condition.
+    """Attention, then a feed-forward layer that is dense or a mixture of experts. The condition modulates both.
 
-    With a caption there is cross-attention to it in between, whose output starts at zero: as if there were none.
+    A model of captions has cross-attention between the two. Its output is initialised to zero.
     """
 
     def __init__(
@@ -77,9 +80,12 @@ class DiTBlock(nn.Module):
         """
         Args:
             x: (N, T, D).
-            condition: (N, D).
-            null_N: bool, images whose condition is the null label or caption.
-            text: (N, L, D) tokens of the captions and (N, L) which of them are not padding.
+            condition: (N, D), the embedded time plus the embedded label or pooled caption.
+            null_N: bool, true for unconditional images (null label or null caption).
+            text: (N, L, D) the embedded captions and their mask (N, L) bool, false for padding.
+
+        Returns:
+            (N, T, D), and the routing where the feed-forward layer is a mixture of experts.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)

@@ -1,4 +1,7 @@
-"""What a model is told about each image: the number of its class, or its caption as a text encoder sees it.
+"""What a model is conditioned on: class labels, or captions as a text encoder encodes them.
+
+The unconditional images of classifier-free guidance have the null label (the number after the last class) or the null
+caption (the empty one).
 
 Shape legend: N images; of a text encoder L tokens after padding, E their width, P the width of its pooled vector.
 """
@@ -17,9 +20,9 @@ class TextCondition:
     """Encoded captions, in the place of class labels."""
 
     tokens: Tensor  # (N, L, E)
-    mask: Tensor  # (N, L) bool, true where there is a token; at least one of every caption
+    mask: Tensor  # (N, L) bool, false for padding; every caption has at least one token
     pooled: Tensor | None  # (N, P)
-    null: Tensor  # (N,) bool, images whose caption is the empty one, which guidance calls unconditional
+    null: Tensor  # (N,) bool, true for the null caption
 
     def __len__(self) -> int:
         return len(self.null)
@@ -29,7 +32,7 @@ class TextCondition:
         return TextCondition(function(self.tokens), function(self.mask), pooled, function(self.null))
 
     def replaced(self, rows_N: Tensor, other: TextCondition) -> TextCondition:
-        """These captions, but `other`, one caption, in the rows that are true in `rows_N`, (N,) bool."""
+        """These captions, with the one caption `other` in the rows where `rows_N`, (N,) bool, is true."""
         pooled = None
         if self.pooled is not None:
             assert other.pooled is not None
@@ -46,7 +49,7 @@ Condition = Tensor | TextCondition  # (N,) int64 class labels, or captions
 
 
 def is_null(condition: Condition, null_label: int) -> Tensor:
-    """(N,) bool: images that are told nothing."""
+    """(N,) bool: true for unconditional images."""
     return condition.null if isinstance(condition, TextCondition) else condition == null_label
 
 
@@ -57,7 +60,7 @@ def on_device(condition: Condition, device: torch.device) -> Condition:
 
 
 def join(first: Condition, second: Condition) -> Condition:
-    """The conditions of two batches as those of one."""
+    """The conditions of the first batch and then of the second, as one batch."""
     if not isinstance(first, TextCondition):
         assert not isinstance(second, TextCondition)
         return torch.cat([first, second])

@@ -1,4 +1,4 @@
-"""What turns images, timesteps and labels into vectors of the model's width.
+"""Embeddings: of patches, times, class labels and captions into vectors of the model's width; the position table.
 
 Shape legend: N images, C channels, H = W input size, p patch size, T = (H / p)^2 tokens, D width; of a text encoder
 L tokens after padding, E their width, P the width of its pooled vector.
@@ -41,7 +41,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(N,) class labels to (N, D). The last row, label `num_classes`, is the null label of guidance."""
+    """(N,) class labels to (N, D). The last row is the null label, `num_classes`, for classifier-free guidance."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Captions to what the image's tokens attend to, (N, L, D), and to a part of the time condition, (N, D)."""
+    """Encoded captions to the tokens for cross-attention, (N, L, D), and a vector to add to the time's, (N, D)."""
 
     def __init__(self, text_hidden_size: int, text_pooled_size: int, hidden_size: int) -> None:
         super().__init__()
         self.tokens = nn.Sequential(
             nn.Linear(text_hidden_size, hidden_size), nn.GELU("tanh"), nn.Linear(hidden_size, hidden_size)
         )
-        # Encoders without a pooled vector: the mean of the caption's tokens takes its place.
+        # An encoder may have no pooled vector (P is 0); the mean of the caption's tokens is taken instead.
         self.pooled = nn.Sequential(
             nn.Linear(text_pooled_size or text_hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )

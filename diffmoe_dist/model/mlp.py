@@ -1,4 +1,4 @@
-"""Dense feed-forward layers: those of blocks without experts, and the experts that need no routing.
+"""Dense feed-forward layers: of the blocks without experts, and the shared and the unconditional expert.
 
 Shape legend: D width, H hidden width.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """(..., D) to H to D with a tanh-approximated GELU."""
+    """(..., D) to (..., D): fc2(gelu(fc1(x))) with a tanh-approximated GELU, fc1 to H."""
 
     def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """(..., D) to H to D: down(silu(gate(x)) * up(x)), without biases."""
+    """(..., D) to (..., D): down(silu(gate(x)) * up(x)), gate and up to H, without biases."""
 
     def __init__(self, hidden_size: int, mlp_hidden_size: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The weights of published models: what their files call each tensor of ours, and how it lies there.
+"""The weights of published models: which of their tensors make up each tensor of ours.
 
-DiT's names are ours too, but for the feed-forward layers that are mixtures of experts: there each code base has names
-of its own, and one module for each expert where we have a stack of all.
+Outside the mixture-of-experts layers our names are DiT's. In those layers each code base has its own names, and one
+module for each expert, where we stack all experts into one tensor.
 
 Shape legend: D width, H hidden width, N experts.
 """
@@ -9,7 +9,6 @@ Shape legend: D width, H hidden width, N experts.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -30,23 +29,23 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A published tensor, and what it is of one of ours."""
+    """A published tensor that is one of our tensors, or one expert of it."""
 
     name: str
     shape: tuple[int, ...]
-    expert: int | None = None  # it is this row of our stack of experts; None: the whole tensor
+    expert: int | None = None  # its row in our stack of experts; None: the whole tensor
     meaning: Literal["weights", "transposed", "decay"] = "weights"  # decay: see `settled_updates`
 
 
 @dataclass(frozen=True)
 class _Names:
-    """What a layer of experts calls its tensors in a published file."""
+    """The names in a mixture-of-experts layer of a published file."""
 
-    linear: tuple[str, str]  # the two maps of an expert
+    linear: tuple[str, str]  # the two linear layers of an expert
     expert: str  # the module of expert {e}
-    shared: str
-    unconditional: str
-    router: Mapping[str, str]
+    shared: str  # of the shared expert
+    unconditional: str  # of the unconditional expert; {N} routed experts
+    router: Mapping[str, str]  # our name of a router's tensor -> the published one
 
 
 _PREDICTOR = [f"capacity_predictor.{place}.{kind}" for place in (0, 2) for kind in ("weight", "bias")]
@@ -65,10 +64,10 @@ _NAMES = {
         ("up_proj", "down_proj"), "experts.{e}.", "shared_expert.", "experts.{N}.", {"prototypes": "cluster_centers"}
     ),
 }
-# A dense layer that becomes a mixture of experts: each of them is that layer, and no router comes with it.
+# Upcycling: every expert is a copy of the dense layer, which has no router.
 _DENSE_LAYER = _Names(("fc1", "fc2"), "", "", "", {})
 
-# What decides whether a published tensor is there and its shape, by a part of its name.
+# For messages: the settings that decide whether a tensor exists and its shape, by a part of its name.
 _SETTINGS = (
     ("pos_embed", "model.input_size, model.patch_size and model.hidden_size"),
     ("x_embedder", "model.in_channels, model.patch_size and model.hidden_size"),
@@ -88,43 +87,48 @@ _SETTINGS = (
 def correspondence(
     layout: str, config: Config, shapes: Mapping[str, torch.Size], upcycle: bool = False
 ) -> dict[str, list[Part]]:
-    """For each tensor of our model the published tensors that it is made of.
+    """For each tensor of our model, by name, the published tensors that it is made of.
 
     Args:
         layout: a key of `LAYOUTS`.
-        shapes: the tensors of the model that `config` describes.
-        upcycle: the file is of the dense counterpart. Its feed-forward layers become the experts, every one of a layer
-            the same; the tensors of the routers are left out.
+        config: the settings of our model.
+        shapes: the names and shapes of our model's tensors.
+        upcycle: the file holds a dense model. Every expert of a layer becomes a copy of the dense feed-forward layer,
+            and the routers' tensors are left out of the result.
 
     Raises:
-        UserError: that layout has no such model, or a dense layer cannot be such an expert.
+        UserError: the layout has no such model, or an expert of it cannot be a copy of a dense layer.
     """
     _check_layout(layout, config, upcycle)
     parts = {name: [Part(name, tuple(shape))] for name, shape in shapes.items()}
     if config.experts is None:
         return parts
     names = _DENSE_LAYER if upcycle else _NAMES[config.experts.router]
-    layers = {f"blocks.{block}" for block in config.moe_blocks}
+    blocks = {f"blocks.{block}" for block in config.moe_blocks}
+    assert config.experts.num_experts is not None
     for name, shape in shapes.items():
-        layer, _, inside = name.partition(".mlp.")
-        module, _, rest = inside.partition(".")
-        if layer not in layers or not inside:
+        block, _, inside = name.partition(".mlp.")
+        module, _, tensor = inside.partition(".")
+        if block not in blocks or not inside:
             continue
         if upcycle and module == "router":
             del parts[name]
         else:
-            parts[name] = _layer_parts(f"{layer}.mlp.", module, rest, tuple(shape), names, config.experts.num_experts)
+            layer = f"{block}.mlp."
+            parts[name] = _layer_parts(layer, module, tensor, tuple(shape), names, config.experts.num_experts)
     return parts
 
 
 def check_tensors(parts: Mapping[str, list[Part]], found: Mapping[str, Tensor], file: str) -> None:
-    """Every tensor of the file is used and none is missing.
+    """Check that the file has exactly the tensors that `parts` needs, of the right shapes, in floating point.
 
     Args:
-        file: what the messages begin with.
+        parts: from `correspondence`.
+        found: the tensors of the file, by name.
+        file: its path, for messages.
 
     Raises:
-        UserError: the first tensor that is not as needed, with the settings that decide it.
+        UserError: names the first tensor that is wrong, and the settings that decide its shape.
     """
     needed = {part.name: part.shape for pieces in parts.values() for part in pieces}
     problems = [
@@ -156,7 +160,7 @@ def check_tensors(parts: Mapping[str, list[Part]], found: Mapping[str, Tensor], 
 
 @torch.no_grad()
 def fill(model_tensors: Mapping[str, Tensor], parts: Mapping[str, list[Part]], published: Mapping[str, Tensor]) -> None:
-    """Write published tensors, of any floating-point type, into those of our model."""
+    """Copy published tensors, of any floating-point type, into the tensors of our model, in place."""
     for name, pieces in parts.items():
         for part in pieces:
             source = published[part.name]
@@ -168,10 +172,10 @@ def fill(model_tensors: Mapping[str, Tensor], parts: Mapping[str, list[Part]], p
 
 
 def threshold_decay(parts: Mapping[str, list[Part]], published: Mapping[str, Tensor], file: str) -> float | None:
-    """The one decay of the file's moving averages of thresholds; None where it has none.
+    """The decay of the file's moving averages of capacity thresholds, the same in all layers; None: it has none.
 
     Raises:
-        UserError: it is out of range, or layers disagree.
+        UserError: it is out of range, or differs between layers.
     """
     decays = {
         part.name: as_decay(published[part.name])
@@ -191,14 +195,15 @@ def threshold_decay(parts: Mapping[str, list[Part]], published: Mapping[str, Ten
 
 
 def as_decay(ema_decay: Tensor) -> float:
-    """(1,) to the number that was meant: 0.95, not what fp32 makes of it."""
+    """(1,) to the decimal number that was stored: 0.95, not 0.949999988079071, its nearest fp32 number."""
     return float(f"{ema_decay.item():.7g}")
 
 
 def settled_updates(decay: float) -> int:
-    """After how many updates our bias-corrected moving average moves on as the published one, which is not corrected.
+    """The number of updates that a converted threshold is said to have had, so that it continues as the published one.
 
-    The correction divides by 1 - decay^n; this is the n from which on that is 1 in double precision.
+    After n updates our moving average corrects its bias by 1 / (1 - decay^n); the published one does not. At this n
+    the correction is 1 in double precision.
     """
     return math.ceil(54 * math.log(2) / -math.log(decay)) if decay > 0 else 0
 
@@ -250,24 +255,21 @@ def _check_upcycle(layout: str, config: Config) -> None:
 
 
 def _layer_parts(
-    layer: str, module: str, rest: str, shape: tuple[int, ...], names: _Names, num_experts: int | None
+    layer: str, module: str, tensor: str, shape: tuple[int, ...], names: _Names, num_experts: int
 ) -> list[Part]:
-    """Of one tensor `rest` of a module of a layer of experts."""
+    """The published tensors of our tensor `layer` + `module`.`tensor`, where `layer` is a mixture of experts."""
     if module == "router":
-        # `ema_decay` is one number; what takes its place here counts updates.
-        return [
-            Part(layer + names.router[rest], (1,), meaning="decay")
-            if rest == "threshold_updates"
-            else Part(layer + names.router[rest], shape)
-        ]
+        if tensor == "threshold_updates":  # the published tensor in its place is the decay, one number
+            return [Part(layer + names.router[tensor], (1,), meaning="decay")]
+        return [Part(layer + names.router[tensor], shape)]
     if module == "experts":
-        linear = names.linear[int(rest[1]) - 1]
-        # w1 (N, D, H) is a stack of transposed (H, D) weights, b1 (N, H) one of biases.
-        kind, meaning = ("weight", "transposed") if rest[0] == "w" else ("bias", "weights")
-        return [
-            Part(f"{layer}{names.expert.format(e=e)}{linear}.{kind}", shape[:0:-1], e, meaning)  # type: ignore[arg-type]
-            for e in range(shape[0])
-        ]
+        linear = names.linear[0 if tensor[1] == "1" else 1]  # w1, b1, w2, b2
+        experts = [(e, f"{layer}{names.expert.format(e=e)}{linear}.") for e in range(shape[0])]
+        if tensor[0] == "b":  # b1 is (N, H)
+            return [Part(f"{name}bias", shape[1:], e) for e, name in experts]
+        # w1 is (N, D, H), each published weight (H, D)
+        return [Part(f"{name}weight", (shape[2], shape[1]), e, "transposed") for e, name in experts]
     owner = names.shared if module == "shared" else names.unconditional.format(N=num_experts)
-    linear = names.linear[0 if rest.startswith("fc1") else 1]
-    return [Part(f"{layer}{owner}{linear}.{re.sub(r'^fc[12][.]', '', rest)}", shape)]
+    place, kind = tensor.split(".")  # fc1 or fc2, weight or bias
+    linear = names.linear[0 if place == "fc1" else 1]
+    return [Part(f"{layer}{owner}{linear}.{kind}", shape)]

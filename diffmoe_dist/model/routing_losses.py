@@ -1,4 +1,4 @@
-"""Losses that routers are trained with, as plain functions; their weights live in the configuration.
+"""The losses that routers are trained with, unweighted; the weights are settings (`moe.NAME_loss_weight`).
 
 Shape legend: T tokens, D width, N experts.
 """
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def capacity_loss(logits_TN: Tensor, chosen_TN: Tensor) -> Tensor:
-    """How well the capacity predictor knows which tokens each expert takes (DiffMoE eq. 12).
+    """Binary cross-entropy of the capacity predictor: does each expert take this token? (DiffMoE eq. 12)
 
-    Binary cross-entropy, the mean over tokens and experts of one layer. The paper prints the mean over layers too, and
-    so the routers have it (the published code adds the layers up).
+    This is the mean over the tokens and experts of one layer. Eq. 12 is also a mean over the layers: the router divides
+    by their number. (The published code sums over the layers.)
 
     Args:
-        logits_TN: the predictor's outputs.
-        chosen_TN: bool, the tokens in the experts' top k.
+        logits_TN: the predictor's outputs, with gradient.
+        chosen_TN: bool, the tokens in each expert's top k.
 
     Returns:
         () fp32.
@@ -27,14 +27,15 @@ def capacity_loss(logits_TN: Tensor, chosen_TN: Tensor) -> Tensor:
 
 
 def balance_loss(scores_TN: Tensor, picks_N: Tensor) -> Tensor:
-    """How unevenly tokens choose experts (the load-balance loss of TC-DiT): N * sum of f_i * P_i, 1 where even.
+    """Load-balance loss of token choice (Switch Transformer, Fedus et al. 2021, eq. 4): N * sum of f_i * P_i.
 
-    f_i, the fraction of all picks that fall on expert i, is of the whole batch; P_i, the mean score of i, of the local
-    tokens. As each rank has the same number of tokens, the mean over ranks is the loss of the whole batch.
+    It is 1 where the load is even. f_i is the fraction of the whole batch's assignments that go to expert i, P_i the
+    mean score of expert i over the local tokens. Each rank has the same number of tokens, so the mean over the ranks
+    is the loss of the whole batch.
 
     Args:
         scores_TN: softmax over the experts, with gradient.
-        picks_N: how often each expert was picked in the whole batch.
+        picks_N: int64, the assignments to each expert in the whole batch.
 
     Returns:
         () fp32.
@@ -44,15 +45,15 @@ def balance_loss(scores_TN: Tensor, picks_N: Tensor) -> Tensor:
 
 
 def contrastive_loss(prototypes_ND: Tensor, sums_ND: Tensor, counts_N: Tensor, temperature: float) -> Tensor:
-    """How well each prototype tells the mean of its own tokens from the others' means (ProMoE eq. 6).
+    """Routing contrastive loss (ProMoE eq. 6): InfoNCE of each prototype and the mean of its expert's tokens.
 
-    Experts without tokens take no part; with fewer than two experts left the loss is 0. Gradients reach the prototypes
-    and the tokens. The published code adds it up over the layers.
+    The means of the other experts' tokens are the negatives. Experts without tokens are left out; with fewer than two
+    experts left the loss is 0. Gradients reach the prototypes and the tokens. The published code sums over the layers.
 
     Args:
         prototypes_ND: one for each expert.
         sums_ND: (..., N, D) the sum of each expert's tokens.
-        counts_N: (..., N) their number.
+        counts_N: (..., N) the number of each expert's tokens.
 
     Returns:
         (...) fp32.
@@ -61,7 +62,7 @@ def contrastive_loss(prototypes_ND: Tensor, sums_ND: Tensor, counts_N: Tensor, t
     cosine_NN = F.normalize(prototypes_ND, dim=-1) @ F.normalize(means_ND, dim=-1).mT
     active_N = counts_N > 0
     logits_NN = (cosine_NN / temperature).masked_fill(~active_N[..., None, :], -torch.inf)
-    # A row of nothing but -inf has no softmax; its expert is not active and takes no part.
+    # An inactive expert's row may be -inf throughout, and its softmax NaN. It is left out, so any finite row will do.
     logits_NN = torch.where(active_N[..., None], logits_NN, 0.0)
     loss_N = logits_NN.logsumexp(dim=-1) - logits_NN.diagonal(dim1=-2, dim2=-1)
     return torch.where(active_N, loss_N, 0.0).sum(dim=-1) / active_N.sum(dim=-1).clamp_min(1)
