@@ -93,8 +93,8 @@ def train(config: Config, stop: StopSignals) -> int:
     from diffmoe_dist.data.open import open_data, open_held_out
     from diffmoe_dist.engine.build import build_trainer, find_start, prepare_run_dir
     from diffmoe_dist.engine.run_folder import claim_run_dir
-    from diffmoe_dist.engine.trainer import Supervision
-    from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout, shared_fate
+    from diffmoe_dist.engine.trainer import RunGuards
+    from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, abort_all_on_failure, collective_timeout
     from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.sampling.conditions import run_conditions
@@ -116,15 +116,15 @@ def train(config: Config, stop: StopSignals) -> int:
     prepare_run_dir(config)
     run_dir = Path(str(config.run_dir))
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
-    watchdog.expect("start-up", SLOW_FACTOR)
+    watchdog.set_deadline("start-up", SLOW_FACTOR)
     launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
-    with shared_fate(watchdog):
+    with abort_all_on_failure(watchdog):
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size))
         topology = create_topology(launch, device, config.parallel.expert)
-        supervision = Supervision(claim, stop.asked, watchdog)
+        guards = RunGuards(claim, stop.asked, watchdog)
         trainer = build_trainer(
-            config, topology, data, start, draw_samples, held_out, score_samples, draw_figures, supervision
+            config, topology, data, start, draw_samples, held_out, score_samples, draw_figures, guards
         )
         finished = trainer.train()
         stop.ignore()

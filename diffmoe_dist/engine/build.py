@@ -19,13 +19,13 @@ from diffmoe_dist.engine.checkpoint import (
     check_same_model,
     check_same_run,
     load_fragments,
-    newest_sound_checkpoint,
+    newest_valid_checkpoint,
     read_progress,
 )
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.run_log import NullRunLog, RunLog
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawFigures, DrawSamples, ScoreSamples, Supervision, Trainer
+from diffmoe_dist.engine.trainer import DrawFigures, DrawSamples, RunGuards, ScoreSamples, Trainer
 from diffmoe_dist.engine.validation import Validation
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
@@ -61,14 +61,14 @@ class Start:
 
 
 def find_start(config: Config, data: TrainingData | StreamedData, world_size: int) -> Start:
-    """Look for the newest sound checkpoint in `run_dir` and check that this run continues it.
+    """Look for the newest valid checkpoint in `run_dir` and check that this run continues it.
 
     Collective where a process group exists.
 
     Raises:
         UserError: the checkpoint is of another model, seed, data set or pool size; or all checkpoints are damaged.
     """
-    checkpoint, damaged = newest_sound_checkpoint(Path(str(config.run_dir)) / "checkpoints")
+    checkpoint, damaged = newest_valid_checkpoint(Path(str(config.run_dir)) / "checkpoints")
     return Start(checkpoint, progress_from(checkpoint, config, data, world_size), tuple(damaged))
 
 
@@ -101,7 +101,7 @@ def progress_from(
     return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
 
 
-UNSUPERVISED = Supervision(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
+UNGUARDED = RunGuards(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
 
 
 def build_trainer(
@@ -113,7 +113,7 @@ def build_trainer(
     held_out: TrainingData | None = None,
     score_samples: ScoreSamples | None = None,
     draw_figures: DrawFigures | None = None,
-    supervision: Supervision = UNSUPERVISED,
+    guards: RunGuards = UNGUARDED,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
@@ -153,7 +153,7 @@ def build_trainer(
         draw_samples=draw_samples,
         validate=None if validation is None else validation.losses,
         score_samples=score_samples,
-        supervision=supervision,
+        guards=guards,
         draw_figures=draw_figures,
     )
 

@@ -150,13 +150,13 @@ def _publish(
             _remove(final)
         unfinished.rename(final)
         flush_directory(final.parent)
-        for old in superfluous(complete_checkpoints(final.parent), config.checkpoint):
+        for old in checkpoints_to_delete(complete_checkpoints(final.parent), config.checkpoint):
             _remove(old)
     except OSError as error:
         raise CheckpointError(f"checkpoint {final}: {error.strerror} ({error.filename})") from None
 
 
-def superfluous(checkpoints: list[Path], settings: CheckpointConfig) -> list[Path]:
+def checkpoints_to_delete(checkpoints: list[Path], settings: CheckpointConfig) -> list[Path]:
     """Those to remove of complete checkpoints, oldest first."""
     every = settings.keep_every
     return [old for old in checkpoints[: -settings.keep] if not every or _step_of(old) % every]
@@ -168,7 +168,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
-def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with newer ones.
 
     Collective where a process group exists: the ranks share the files out and read each of them once.
@@ -181,16 +181,16 @@ def newest_sound_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         found = from_first_rank(found)
     complaints: list[str] = []
     for checkpoint in reversed(found):
-        damage = find_damage(checkpoint)
+        damage = verify_checkpoint(checkpoint)
         if damage is None:
             return checkpoint, complaints
         complaints.append(f"checkpoint {checkpoint} is damaged ({damage})")
     if complaints:
-        raise UserError(f"{complaints[0]}, and no other one is sound; remove {folder} to begin at step 0")
+        raise UserError(f"{complaints[0]}, and no other one is valid; remove {folder} to begin at step 0")
     return None, []
 
 
-def find_damage(checkpoint: Path) -> str | None:
+def verify_checkpoint(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, if something is; collective where a process group exists."""
     if not dist.is_initialized():
         return _damage(checkpoint, 0, 1)
@@ -333,7 +333,7 @@ def read_checkpoint_model(
     Raises:
         UserError: it is damaged. Another one is not taken in its place: its images would be another step's.
     """
-    damage = find_damage(checkpoint)
+    damage = verify_checkpoint(checkpoint)
     if damage is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); remove that folder, or give an older step-N")
     config = load_config(checkpoint / "config.yaml", overrides)

@@ -67,7 +67,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Supervision:
+class RunGuards:
     """What the world outside may want of a rank, and what it owes it."""
 
     claim: Claim  # to the run folder
@@ -89,7 +89,7 @@ class Trainer:
         loader: BatchLoader,
         progress: Progress,
         log: Log,
-        supervision: Supervision,
+        guards: RunGuards,
         draw_samples: DrawSamples | None = None,
         validate: Validate | None = None,
         score_samples: ScoreSamples | None = None,
@@ -121,10 +121,10 @@ class Trainer:
             if isinstance(layer.dispatcher, AllToAllDispatcher):
                 layer.dispatcher.timed = partial(self.timings.part, "all_to_all")
         self.profiler = Profiler(config.profile, self.run_dir, topology.rank, topology.device)
-        self.supervision = supervision
-        self.expect = supervision.watchdog.expect
+        self.guards = guards
+        self.set_deadline = guards.watchdog.set_deadline
         timeout = collective_timeout(config.train.hang_timeout)
-        self.checkpointer = Checkpointer(config, topology.device, supervision.claim, progress.step, timeout)
+        self.checkpointer = Checkpointer(config, topology.device, guards.claim, progress.step, timeout)
 
     def train(self) -> bool:
         """Returns whether train.steps was reached; else the run was asked to stop. Everything is saved either way."""
@@ -132,12 +132,12 @@ class Trainer:
         if begun >= config.train.steps:
             logger.info("already at step %d of train.steps=%d: nothing to do", begun, config.train.steps)
         else:
-            self.supervision.claim.mark_going_on()
+            self.guards.claim.mark_going_on()
         stop_asked = False
         while self.progress.step < config.train.steps and not stop_asked:
             step = self.progress.step + 1
             # The first step allocates, and on a GPU compiles.
-            self.expect(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
+            self.set_deadline(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
             with self.timer, self.profiler.step(step):
                 report = self.train_step()
             stop_asked = report.stop_asked
@@ -160,7 +160,7 @@ class Trainer:
         if step < config.train.steps:
             logger.info("stopped at step %d of %d, as asked; everything is saved", step, config.train.steps)
             return False
-        self.supervision.claim.mark_done(step)
+        self.guards.claim.mark_done(step)
         return True
 
     def train_step(self) -> StepReport:
@@ -196,7 +196,7 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint; collective. Training goes on meanwhile."""
-        self.expect("saving a checkpoint", SLOW_FACTOR)
+        self.set_deadline("saving a checkpoint", SLOW_FACTOR)
         fragments = list(self.state.fragments())
         if self.topology.rank == 0:  # the same on every rank, so one writes them
             fragments += buffers(self.model)
@@ -207,14 +207,14 @@ class Trainer:
         """Return when the state is saved; collective."""
         if self.checkpointer.last != self.progress.step:
             self.save()
-        self.expect("saving a checkpoint", SLOW_FACTOR)
+        self.set_deadline("saving a checkpoint", SLOW_FACTOR)
         with self.timings.part("checkpoint"):
             self.checkpointer.wait(must_succeed=True)
 
     def sample(self) -> None:
         """Draw a grid of images with the averaged weights; collective."""
         assert self.draw_samples is not None, "sample.every is set"
-        self.expect("sampling", SLOW_FACTOR)
+        self.set_deadline("sampling", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
             grid = self.draw_samples(self.model)
@@ -225,7 +225,7 @@ class Trainer:
         """Losses of the averaged weights on held-out images, named for metrics.jsonl; collective."""
         if self.validate is None:
             return {}
-        self.expect("validation", SLOW_FACTOR)
+        self.set_deadline("validation", SLOW_FACTOR)
         with self.average.applied():
             losses = self.validate(self.model)
         logger.info("validation loss %.5f", losses["loss_val"])
@@ -235,7 +235,7 @@ class Trainer:
         """Scores of samples of the averaged weights, named for metrics.jsonl; collective."""
         if self.score_samples is None:
             return {}
-        self.expect("scoring samples", SLOW_FACTOR)
+        self.set_deadline("scoring samples", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
             scores = self.score_samples(self.model)
@@ -246,7 +246,7 @@ class Trainer:
     def figures(self) -> None:
         """Draw what the experts do with the averaged weights; collective."""
         assert self.draw_figures is not None, "log.figures_every is set"
-        self.expect("drawing figures", SLOW_FACTOR)
+        self.set_deadline("drawing figures", SLOW_FACTOR)
         self.model.eval()
         with self.average.applied():
             drawn = self.draw_figures(self.model)
@@ -255,7 +255,7 @@ class Trainer:
             self.log.figure(name, picture, self.progress.step)
 
     def close(self) -> None:
-        self.expect("the end", SLOW_FACTOR)
+        self.set_deadline("the end", SLOW_FACTOR)
         self.checkpointer.close()
         self.profiler.close()
         self.loader.close()
@@ -291,8 +291,8 @@ class Trainer:
 
     def _update(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
         """Average over micro-steps and ranks, in one reduction, and update the weights if all of it is finite."""
-        supervision = self.supervision
-        stop_asked = supervision.stop_asked() or supervision.claim.stop_asked()
+        guards = self.guards
+        stop_asked = guards.stop_asked() or guards.claim.stop_asked()
         shapes = {name: value.shape for name, value in micro_steps[0].items()}
         flat = torch.stack([torch.cat([v.double().flatten() for v in step.values()]) for step in micro_steps])
         flat = torch.cat([flat.mean(dim=0), flat.new_full((1,), float(stop_asked))])
@@ -320,10 +320,10 @@ class Trainer:
         """Say where it began and keep the batch's sample ids; stop there unless told to skip. Collective.
 
         Raises:
-            FloatingPointError: on every rank, once the last sound state is saved.
+            FloatingPointError: on every rank, once the last valid state is saved.
         """
         step = self.progress.step + 1
-        self.expect(f"looking for what is not finite in step {step}", SLOW_FACTOR)
+        self.set_deadline(f"looking for what is not finite in step {step}", SLOW_FACTOR)
         origin = find_origin(self.model, [partial(self._loss_again, batch) for batch in batches])
         where = f"first in {origin}" if origin else "in no output or gradient when computed again: look at the hardware"
         what = f"step {step}: {', '.join(report.non_finite)} not finite, {where}"

@@ -60,7 +60,7 @@ class Watchdog:
     def off(cls) -> Watchdog:
         return cls(0, Path())
 
-    def expect(self, what: str, factor: float = 1) -> None:
+    def set_deadline(self, what: str, factor: float = 1) -> None:
         """Begin something that takes at most `factor` times the hang timeout; ends what was expected before."""
         if self.hang_timeout:
             self._what, self._allowed = what, factor * self.hang_timeout
@@ -102,7 +102,7 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def shared_fate(watchdog: Watchdog) -> Iterator[None]:
+def abort_all_on_failure(watchdog: Watchdog) -> Iterator[None]:
     """What fails in here on one rank ends all ranks within seconds; the process group is initialised."""
     rank = dist.get_rank()
     if dist.get_world_size() == 1:

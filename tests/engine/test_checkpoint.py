@@ -24,12 +24,12 @@ from diffmoe_dist.engine.build import find_start
 from diffmoe_dist.engine.checkpoint import (
     _check_coverage,
     _SafeReader,
+    checkpoints_to_delete,
     complete_checkpoints,
     find_checkpoint,
     load_fragments,
     read_progress,
     read_sums,
-    superfluous,
     write_sums,
 )
 from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER, buffers, weights
@@ -317,7 +317,7 @@ def test_a_run_goes_back_to_the_checkpoint_before_a_damaged_one_and_says_so(
 def test_a_run_does_not_begin_anew_where_all_checkpoints_are_damaged(run_dir: Path, digits: Path) -> None:
     for data in run_dir.rglob("__0_0.distcp"):
         data.unlink()
-    with pytest.raises(UserError, match="__0_0.distcp is missing.* no other one is sound"):
+    with pytest.raises(UserError, match="__0_0.distcp is missing.* no other one is valid"):
         start(run_dir, digits)
 
 
@@ -334,9 +334,9 @@ def test_two_ranks_resume_from_the_checkpoint_before_a_damaged_one_and_replace_i
 
 def test_the_newest_checkpoints_are_kept_and_those_of_every_nth_step_for_good() -> None:
     saved = [Path(f"step-{step:08d}") for step in (100, 200, 250, 300, 400, 500)]
-    removed = superfluous(saved, CheckpointConfig(every=100, keep=2, keep_every=200))
+    removed = checkpoints_to_delete(saved, CheckpointConfig(every=100, keep=2, keep_every=200))
     assert [path.name[-3:] for path in removed] == ["100", "250", "300"]
-    assert superfluous(saved, CheckpointConfig(keep=2)) == saved[:4]
+    assert checkpoints_to_delete(saved, CheckpointConfig(keep=2)) == saved[:4]
 
 
 @pytest.fixture(scope="module")
