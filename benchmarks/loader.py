@@ -49,7 +49,7 @@ from diffmoe_dist.data.format import LATENT_FIELD, MEAN_LOGVAR
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import LatentReader, npy_bytes
 from diffmoe_dist.data.loader import TrainingLoader, parse_label, read_pixels
-from diffmoe_dist.data.order import StreamOrder
+from diffmoe_dist.data.order import BatchSplit, StreamOrder
 from diffmoe_dist.data.randomness import Stream, sample_generator
 from tests.data.folders import repeated_sample, write_folder
 
@@ -93,10 +93,7 @@ def write_data(folder: Path, count: int) -> TrainingData:
 
 def loader_way(data: TrainingData) -> Way:
     def way(count: int) -> None:
-        loader = TrainingLoader(
-            data, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1, images_seen=0,
-            flip=True, num_workers=0,
-        )  # fmt: skip
+        loader = TrainingLoader(data, BatchSplit(BATCH, BATCH), seed=0, flip=True)
         for _ in range(count // BATCH):
             next(loader)
         loader.close()
@@ -199,10 +196,8 @@ def compare(ways: dict[str, Way], count: int, rounds: int) -> dict[str, tuple[fl
 def worker_memory(folder: Path, entries: int, sample: dict[str, bytes]) -> int:
     """Bytes private to a worker that has read from an index of so many entries."""
     data = TrainingData((DataSet(repeated_sample(folder, sample, entries)),), SIZE)
-    loader = TrainingLoader(
-        data, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1,
-        images_seen=entries - 250 * BATCH, flip=True, num_workers=1,
-    )  # fmt: skip
+    first = entries - 250 * BATCH
+    loader = TrainingLoader(data, BatchSplit(BATCH, BATCH), seed=0, images_seen=first, flip=True, num_workers=1)
     for _ in range(500):  # half of them in the next epoch
         next(loader)
     (worker,) = multiprocessing.active_children()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from diffmoe_dist.data.format import LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, crop_image, decode_image
 from diffmoe_dist.data.latents import FLIP_VIEW, LatentReader
 from diffmoe_dist.data.online import OnlineEncoders
-from diffmoe_dist.data.order import MixtureOrder, batch_positions
+from diffmoe_dist.data.order import BatchSplit, MixtureOrder
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.data.text import EncodedText, TextReader, captions_of, choose_caption, pad_text
 from diffmoe_dist.errors import UserError
@@ -185,18 +186,12 @@ class TrainingDataset(Dataset[Batch]):
 class MicroBatchSampler(Sampler[range]):
     """The stream positions of a rank's micro-batches, endlessly, from `images_seen` on."""
 
-    def __init__(
-        self, images_seen: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> None:
-        self.images_seen, self.global_batch_size = images_seen, global_batch_size
-        self._share = (global_batch_size, micro_batch_size, rank, world_size)
-        batch_positions(images_seen, *self._share)  # a wrong batch size is refused here, not in the first step
+    def __init__(self, split: BatchSplit, images_seen: int) -> None:
+        self.split, self.images_seen = split, images_seen
 
     def __iter__(self) -> Iterator[range]:
-        images_seen = self.images_seen
-        while True:
-            yield from batch_positions(images_seen, *self._share)
-            images_seen += self.global_batch_size
+        for images_seen in itertools.count(self.images_seen, self.split.global_batch_size):
+            yield from self.split.positions(images_seen)
 
 
 class BatchLoader:
@@ -229,30 +224,25 @@ class BatchLoader:
 
 
 class TrainingLoader(BatchLoader):
-    """A rank's micro-batches from indexed shards, `global_batch_size / (micro_batch_size * world_size)` a step.
+    """A rank's micro-batches from indexed shards.
 
     `images_seen` is the only state: a loader made with it continues exactly where another one stopped, on any number
-    of ranks and workers. `rank` and `world_size` count data-parallel ranks.
+    of ranks and workers.
     """
 
     def __init__(
         self,
         data: TrainingData,
+        split: BatchSplit,
         *,
         seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        images_seen: int,
-        flip: bool,
-        num_workers: int,
+        images_seen: int = 0,
+        flip: bool = False,
+        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        sampler = MicroBatchSampler(images_seen, global_batch_size, micro_batch_size, rank, world_size)
-        super().__init__(
-            make_loader(TrainingDataset(data, seed, flip), sampler, num_workers, pin_memory), data.encoders
-        )
+        dataset, sampler = TrainingDataset(data, seed, flip), MicroBatchSampler(split, images_seen)
+        super().__init__(make_loader(dataset, sampler, num_workers, pin_memory), data.encoders)
         self.data = data
 
     def describe_bad(self, sample_id: int) -> str:

@@ -8,6 +8,7 @@ positions by their weights, and each follows a stream of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -107,22 +108,35 @@ class MixtureOrder:
         raise AssertionError("the last share is 1")
 
 
-def batch_positions(
-    images_seen: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-) -> list[range]:
-    """The stream positions that a rank takes in the optimizer step after `images_seen`, one range per micro-step.
+@dataclass(frozen=True)
+class BatchSplit:
+    """How the data-parallel ranks split a global batch: in each micro-step, every rank takes one micro-batch.
 
-    With M = micro_batch_size * world_size, micro-step a covers [images_seen + a*M, images_seen + (a+1)*M) on all
-    ranks together, and rank r takes the r-th run of micro_batch_size positions inside it.
-    Raises UserError where M does not divide the global batch.
+    Raises UserError where the micro-batches of all ranks do not divide the global batch.
     """
-    assert 0 <= rank < world_size and images_seen >= 0, (rank, world_size, images_seen)
-    micro_step = micro_batch_size * world_size
-    if micro_step < 1 or global_batch_size < 1 or global_batch_size % micro_step:
-        raise UserError(
-            f"train.global_batch_size={global_batch_size}: not a positive multiple of train.micro_batch_size="
-            f"{micro_batch_size} times {world_size} data-parallel ranks; use a multiple of {max(micro_step, 1)}"
-        )
-    first = images_seen + rank * micro_batch_size
-    starts = range(first, first + global_batch_size, micro_step)
-    return [range(start, start + micro_batch_size) for start in starts]
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size, self
+        micro_step = self.micro_batch_size * self.world_size
+        if micro_step < 1 or self.global_batch_size < 1 or self.global_batch_size % micro_step:
+            raise UserError(
+                f"train.global_batch_size={self.global_batch_size}: not a positive multiple of train.micro_batch_size="
+                f"{self.micro_batch_size} times {self.world_size} data-parallel ranks; "
+                f"use a multiple of {max(micro_step, 1)}"
+            )
+
+    def positions(self, images_seen: int) -> list[range]:
+        """The stream positions that this rank takes in the optimizer step after `images_seen`: a range a micro-step.
+
+        With M = micro_batch_size * world_size, micro-step a covers [images_seen + a*M, images_seen + (a+1)*M) on all
+        ranks together, and rank r takes the r-th run of micro_batch_size positions inside it.
+        """
+        assert images_seen >= 0, images_seen
+        first = images_seen + self.rank * self.micro_batch_size
+        starts = range(first, first + self.global_batch_size, self.micro_batch_size * self.world_size)
+        return [range(start, start + self.micro_batch_size) for start in starts]

@@ -26,6 +26,7 @@ from diffmoe_dist.data.format import IMAGE_FIELDS, LABEL_FIELD
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import CorruptShardError
 from diffmoe_dist.data.loader import BatchLoader, make_loader, parse_label, read_pixels
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.randomness import Stream, permutation, sample_generator
 from diffmoe_dist.errors import UserError
 
@@ -68,18 +69,17 @@ class StreamLoader(BatchLoader):
     def __init__(
         self,
         data: StreamedData,
+        split: BatchSplit,
         *,
         seed: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        images_seen: int,
-        flip: bool,
-        num_workers: int,
+        images_seen: int = 0,
+        flip: bool = False,
+        num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        dataset = StreamedDataset(data, seed, micro_batch_size, rank, world_size, images_seen, flip)
-        super().__init__(make_loader(dataset, None, num_workers, pin_memory))
+        super().__init__(
+            make_loader(StreamedDataset(data, split, seed, images_seen, flip), None, num_workers, pin_memory)
+        )
 
     def describe_bad(self, sample_id: int) -> str:
         return "a streamed sample does not decode; the next one takes its place"
@@ -88,24 +88,14 @@ class StreamLoader(BatchLoader):
 class StreamedDataset(IterableDataset[Batch]):
     """The micro-batches of one worker."""
 
-    def __init__(
-        self,
-        data: StreamedData,
-        seed: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
-        images_seen: int,
-        flip: bool,
-    ) -> None:
-        self.data, self.seed, self.micro_batch_size, self.flip = data, seed, micro_batch_size, flip
-        self.rank, self.world_size, self.images_seen = rank, world_size, images_seen
+    def __init__(self, data: StreamedData, split: BatchSplit, seed: int, images_seen: int, flip: bool) -> None:
+        self.data, self.split, self.seed, self.images_seen, self.flip = data, split, seed, images_seen, flip
 
     def __iter__(self) -> Iterator[Batch]:
         samples = self._samples()
         while True:
-            buffer = BatchBuffer(self.micro_batch_size, self.data.channels, self.data.image_size)
-            for row in range(self.micro_batch_size):
+            buffer = BatchBuffer(self.split.micro_batch_size, self.data.channels, self.data.image_size)
+            for row in range(self.split.micro_batch_size):
                 self._fill(buffer, row, samples)
             yield buffer.batch()
 
@@ -138,7 +128,7 @@ class StreamedDataset(IterableDataset[Batch]):
         """(pass, raw sample) for ever."""
         worker = get_worker_info()
         workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        place, places = self.rank * workers + own, self.world_size * workers
+        place, places = self.split.rank * workers + own, self.split.world_size * workers
         number = 0
         while True:
             urls = self._urls(number, place, places)

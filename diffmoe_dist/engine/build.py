@@ -12,6 +12,7 @@ from torch import nn
 from diffmoe_dist.config import Config, pool_samples, save_config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import (
@@ -162,19 +163,21 @@ def _open_loader(
     config: Config, topology: Topology, data: TrainingData | StreamedData, progress: Progress
 ) -> BatchLoader:
     assert config.train.micro_batch_size is not None
+    split = BatchSplit(
+        config.train.global_batch_size, config.train.micro_batch_size, topology.rank, topology.world_size
+    )
     settings: dict[str, Any] = {
         "seed": config.seed,
-        "micro_batch_size": config.train.micro_batch_size,
-        "rank": topology.rank,
-        "world_size": topology.world_size,
         "images_seen": progress.images_seen,
         "flip": config.data.flip,
         "num_workers": config.data.workers,
         "pin_memory": topology.device.type == "cuda",
     }
-    if isinstance(data, StreamedData):
-        return StreamLoader(data, **settings)
-    return TrainingLoader(data, global_batch_size=config.train.global_batch_size, **settings)
+    return (
+        StreamLoader(data, split, **settings)
+        if isinstance(data, StreamedData)
+        else TrainingLoader(data, split, **settings)
+    )
 
 
 def _build_engine(config: Config, topology: Topology) -> Any:

@@ -6,6 +6,7 @@ DeepSpeed's engine, which needs memory; its partitions follow from the parameter
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,8 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from diffmoe_dist.config import Config, ModelConfig
 from diffmoe_dist.data.dataset import TrainingData
-from diffmoe_dist.data.loader import MicroBatchSampler
 from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.build import progress_from
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
@@ -81,9 +82,8 @@ def _check_batches(config: Config, progress: Progress, world_size: int) -> None:
     assert micro is not None
     positions: list[int] = []
     for rank in range(world_size):
-        sampler = MicroBatchSampler(progress.images_seen, config.train.global_batch_size, micro, rank, world_size)
-        for batch, _ in zip(sampler, range(progress.micro_steps), strict=False):
-            positions.extend(batch)
+        split = BatchSplit(config.train.global_batch_size, micro, rank, world_size)
+        positions += itertools.chain.from_iterable(split.positions(progress.images_seen))
     first = progress.images_seen
     assert sorted(positions) == list(range(first, first + config.train.global_batch_size))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective
 from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.model.dit import DiT
@@ -41,13 +42,8 @@ class Validation:
         together = micro * self.topology.world_size
         loader = TrainingLoader(
             self.data,
+            BatchSplit(together, micro, self.topology.rank, self.topology.world_size),
             seed=self.config.seed,
-            global_batch_size=together,
-            micro_batch_size=micro,
-            rank=self.topology.rank,
-            world_size=self.topology.world_size,
-            images_seen=0,
-            flip=False,
             num_workers=self.config.data.workers,
         )
         sums_2B = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=self.topology.device)

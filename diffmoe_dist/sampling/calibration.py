@@ -16,6 +16,7 @@ from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
@@ -36,17 +37,7 @@ def recalibrate_on_training_data(model: DiT, config: Config, num_batches: int, b
     data = open_data(config, model.pos_embed.device)
     if not isinstance(data, TrainingData):
         raise UserError(f"--recalibrate {num_batches}: data.stream=true has no order to read again; leave it out")
-    loader = TrainingLoader(
-        data,
-        seed=config.seed,
-        global_batch_size=batch_size,
-        micro_batch_size=batch_size,
-        rank=0,
-        world_size=1,
-        images_seen=0,
-        flip=config.data.flip,
-        num_workers=0,
-    )
+    loader = TrainingLoader(data, BatchSplit(batch_size, batch_size), seed=config.seed, flip=config.data.flip)
     recalibrate(model, config, (next(loader) for _ in range(num_batches)))
     loader.close()
 

@@ -24,6 +24,7 @@ from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.images import crop_image
 from diffmoe_dist.data.index import CorruptShardError
 from diffmoe_dist.data.loader import TrainingDataset, TrainingLoader
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.errors import UserError
 from tests.data.folders import png, random_images, repeated_sample, write_folder
 
@@ -50,17 +51,8 @@ def _steps(
     accumulation = GLOBAL_BATCH // (micro * ranks)
     of_rank = []
     for rank in range(ranks):
-        loader = TrainingLoader(
-            data,
-            seed=5,
-            global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=micro,
-            rank=rank,
-            world_size=ranks,
-            images_seen=first * GLOBAL_BATCH,
-            flip=flip,
-            num_workers=workers,
-        )
+        split = BatchSplit(GLOBAL_BATCH, micro, rank, ranks)
+        loader = TrainingLoader(data, split, seed=5, images_seen=first * GLOBAL_BATCH, flip=flip, num_workers=workers)
         try:
             of_rank.append([next(loader) for _ in range((last - first) * accumulation)])
         finally:
@@ -166,17 +158,7 @@ def test_noise_is_standard_normal(data: TrainingData) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_leaves_the_global_generator_and_no_process_behind(data: TrainingData, workers: int) -> None:
     before, children = torch.get_rng_state(), set(multiprocessing.active_children())
-    loader = TrainingLoader(
-        data,
-        seed=0,
-        global_batch_size=8,
-        micro_batch_size=8,
-        rank=0,
-        world_size=1,
-        images_seen=0,
-        flip=False,
-        num_workers=workers,
-    )
+    loader = TrainingLoader(data, BatchSplit(8, 8), seed=0, num_workers=workers)
     next(loader)
     assert len(set(multiprocessing.active_children()) - children) == workers
     loader.close()
@@ -184,21 +166,6 @@ def test_a_loader_leaves_the_global_generator_and_no_process_behind(data: Traini
     assert set(multiprocessing.active_children()) == children
     assert torch.equal(torch.get_rng_state(), before)
     assert next(loader, None) is None
-
-
-def test_a_batch_size_that_does_not_divide_is_refused_at_once(data: TrainingData) -> None:
-    with pytest.raises(UserError, match="train.global_batch_size=8"):
-        TrainingLoader(
-            data,
-            seed=0,
-            global_batch_size=8,
-            micro_batch_size=3,
-            rank=0,
-            world_size=1,
-            images_seen=0,
-            flip=False,
-            num_workers=0,
-        )
 
 
 def _png(mode: str, size: tuple[int, int]) -> bytes:
@@ -233,17 +200,7 @@ class _OneSample:
 
 def _only_batch(out: Path, source: _OneSample, workers: int = 0) -> Batch:
     pack(source, out, PackSettings(samples_per_shard=1))
-    loader = TrainingLoader(
-        TrainingData((DataSet.open(out),), 8),
-        seed=0,
-        global_batch_size=1,
-        micro_batch_size=1,
-        rank=0,
-        world_size=1,
-        images_seen=0,
-        flip=False,
-        num_workers=workers,
-    )
+    loader = TrainingLoader(TrainingData((DataSet.open(out),), 8), BatchSplit(1, 1), seed=0, num_workers=workers)
     try:
         return next(loader)
     finally:

@@ -9,10 +9,10 @@ from diffmoe_dist.data.order import (
     BLOCK_SAMPLES,
     WINDOW_BLOCKS,
     WINDOW_SAMPLES,
+    BatchSplit,
     EpochOrder,
     MixtureOrder,
     StreamOrder,
-    batch_positions,
 )
 from diffmoe_dist.data.randomness import Stream, sample_generator
 from diffmoe_dist.errors import UserError
@@ -103,16 +103,16 @@ def test_each_data_set_of_a_mixture_follows_a_stream_of_its_own() -> None:
 
 def test_a_rank_takes_its_run_of_every_micro_step() -> None:
     # 8 images a step in micro-steps of 2 ranks x 2: [100..103], [104..107]; rank 1 has the second half of each.
-    assert batch_positions(100, 8, 2, rank=0, world_size=2) == [range(100, 102), range(104, 106)]
-    assert batch_positions(100, 8, 2, rank=1, world_size=2) == [range(102, 104), range(106, 108)]
-    assert batch_positions(0, 8, 2, rank=3, world_size=4) == [range(6, 8)]
-    assert batch_positions(7, 3, 1, rank=0, world_size=1) == [range(7, 8), range(8, 9), range(9, 10)]
+    assert BatchSplit(8, 2, 0, 2).positions(100) == [range(100, 102), range(104, 106)]
+    assert BatchSplit(8, 2, 1, 2).positions(100) == [range(102, 104), range(106, 108)]
+    assert BatchSplit(8, 2, 3, 4).positions(0) == [range(6, 8)]
+    assert BatchSplit(3, 1, 0, 1).positions(7) == [range(7, 8), range(8, 9), range(9, 10)]
 
 
 @pytest.mark.parametrize(("global_batch_size", "micro_batch_size"), [(6, 2), (2, 2), (0, 2), (8, 0)])
 def test_a_global_batch_that_does_not_divide_is_refused(global_batch_size: int, micro_batch_size: int) -> None:
     with pytest.raises(UserError, match="train.global_batch_size="):
-        batch_positions(0, global_batch_size, micro_batch_size, rank=0, world_size=2)
+        BatchSplit(global_batch_size, micro_batch_size, 0, 2)
 
 
 def test_every_sample_epoch_stream_and_seed_has_its_own_numbers() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.index import CorruptShardError
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.errors import UserError
 from tests.data.folders import png, random_images, write_folder
@@ -30,9 +31,7 @@ def _data(url: str, allow_pipe: bool = False) -> StreamedData:
 
 
 def _batches(data: StreamedData, count: int, *, rank: int = 0, ranks: int = 1, workers: int = 0) -> list[Batch]:
-    loader = StreamLoader(
-        data, seed=1, micro_batch_size=4, rank=rank, world_size=ranks, images_seen=0, flip=True, num_workers=workers
-    )
+    loader = StreamLoader(data, BatchSplit(4 * ranks, 4, rank, ranks), seed=1, flip=True, num_workers=workers)
     try:
         return [next(loader) for _ in range(count)]
     finally:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffmoe_dist import load_model
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import RectifiedFlow
 from diffmoe_dist.engine.sharded_state import EXP_AVG, MASTER
 from tests.distributed import run_ranks
@@ -147,10 +148,8 @@ def gradients_by_autograd(run_dir: Path, digits: Path) -> dict[str, torch.Tensor
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
-    loader = TrainingLoader(
-        TrainingData((DataSet.open(digits),), 8), seed=0, global_batch_size=16, micro_batch_size=16, rank=0,
-        world_size=1, images_seen=20 * 16, flip=False, num_workers=0,
-    )  # fmt: skip
+    data = TrainingData((DataSet.open(digits),), 8)
+    loader = TrainingLoader(data, BatchSplit(16, 16), seed=0, images_seen=20 * 16)
     batch = next(loader)
     loader.close()
     objective = RectifiedFlow(config.objective)

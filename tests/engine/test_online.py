@@ -17,6 +17,7 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.text import captions_of
 from diffmoe_dist.engine.build import find_start
 from diffmoe_dist.errors import UserError
@@ -62,10 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_batch(config: Config, workers: int = 0) -> Batch:
     data = open_data(config)
     assert isinstance(data, TrainingData)
-    loader = TrainingLoader(
-        data, seed=3, global_batch_size=30, micro_batch_size=30, rank=0, world_size=1, images_seen=0, flip=True,
-        num_workers=workers,
-    )  # fmt: skip
+    loader = TrainingLoader(data, BatchSplit(30, 30), seed=3, flip=True, num_workers=workers)
     batch = next(loader)
     loader.close()
     return batch
@@ -98,10 +96,7 @@ def test_what_a_sample_gives_does_not_depend_on_its_micro_batch(folder: Path) ->
     assert isinstance(data, TrainingData)
     parts = []
     for micro in (30, 5):
-        loader = TrainingLoader(
-            data, seed=3, global_batch_size=30, micro_batch_size=micro, rank=0, world_size=1, images_seen=0, flip=True,
-            num_workers=0,
-        )  # fmt: skip
+        loader = TrainingLoader(data, BatchSplit(30, micro), seed=3, flip=True)
         batches = [next(loader) for _ in range(30 // micro)]
         parts.append([torch.cat([batch.images for batch in batches])])
         parts[-1] += [torch.cat([batch.text.tokens for batch in batches])]  # type: ignore[union-attr]

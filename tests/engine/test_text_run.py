@@ -14,6 +14,7 @@ from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingDataset, TrainingLoader
 from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
@@ -70,10 +71,7 @@ def test_a_run_from_captions_that_is_resumed_on_other_ranks_goes_on_as_if_it_had
 def batches(folder: Path, count: int, seed: int = 0) -> list[Batch]:
     data = open_data(build_config(TINY, text_settings(folder, "unused")))
     assert isinstance(data, TrainingData)
-    loader = TrainingLoader(
-        data, seed=seed, global_batch_size=30, micro_batch_size=30, rank=0, world_size=1, images_seen=0, flip=False,
-        num_workers=0,
-    )  # fmt: skip
+    loader = TrainingLoader(data, BatchSplit(30, 30), seed=seed)
     return [next(loader) for _ in range(count)]
 
 

@@ -9,6 +9,7 @@ from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
@@ -31,10 +32,7 @@ def make(router: str, digits: Path, *overrides: str) -> tuple[DiT, Config]:
 
 def batches(digits: Path, config: Config, number: int, size: int) -> list[Batch]:
     data = TrainingData((DataSet.open(digits),), config.model.input_size)
-    loader = TrainingLoader(
-        data, seed=config.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1,
-        images_seen=0, flip=False, num_workers=0,
-    )  # fmt: skip
+    loader = TrainingLoader(data, BatchSplit(size, size), seed=config.seed)
     found = [next(loader) for _ in range(number)]
     loader.close()
     return found
