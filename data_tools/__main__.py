@@ -199,7 +199,7 @@ def _command(
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes, without MPI (default: %(default)s)"
     )
-    return parser.add_argument  # type: ignore[no-any-return]
+    return parser.add_argument
 
 
 def _add_pack_options(add: Callable[..., Any]) -> None:

@@ -54,7 +54,7 @@ class TarFile:
                             raise self._damage(member.offset, "a member ends after the archive")
                         if member.isreg():
                             yield Member(member.name, member.offset_data, member.size)
-                    self._check_end(file, tar.offset, end)  # type: ignore[attr-defined]
+                    self._check_end(file, tar.offset, end)
         except tarfile.TarError as error:
             raise self._damage(start, str(error)) from error
 

@@ -110,7 +110,7 @@ class TextReader:
         path = self.index.folder / file.name
         try:
             if file_sha256(path) == file.sha256:
-                return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)  # type: ignore[no-any-return]
+                return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         except FileNotFoundError:
             pass
         raise UserError(f"data.text={self.index.folder}: {file.name} is missing or another; encode the text again")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from torch import nn
 
@@ -35,7 +36,7 @@ from diffmoe_dist.files import make_writable
 from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
-from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, deepspeed, parameter_groups
+from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
 from diffmoe_dist.planning.planning import reduce_bucket
 

@@ -1,10 +1,8 @@
-"""What a model has and what it does: parameters and multiply-accumulates, part by part, from its settings alone.
+"""The parameters and multiply-accumulates (MACs) of a model, part by part, from its settings alone.
 
-The model is built on torch's meta device, which allocates nothing, so the counts are those of the very modules that
-train. Of a mixture-of-experts model a token passes through some parameters only; C, the capacity, says how many routed
-experts it visits on average (slots over tokens, DiffMoE eq. 8-9; the unconditional expert counts as one of them).
-
-Shape legend: S tokens an image, D width, N routed experts.
+The model is built on torch's meta device, which allocates nothing, so the counts are those of the modules that train. A
+token activates only some parameters of a mixture of experts. C, the capacity, is the mean number of routed experts per
+token (DiffMoE eq. 8-9); the unconditional expert counts as one of them. N is the number of routed experts.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 from diffmoe_dist.config import Config
 from diffmoe_dist.model.dit import DiT
 
-# Where a name in the model belongs; the first match counts.
+# The part that a parameter belongs to, by a pattern in its name; the first match counts.
 _PARTS = {
     "_embedder.": "embedders",
     "pos_embed": "position table",
@@ -41,14 +39,14 @@ _FEED_FORWARD = ("dense MLP", "routed experts", "router", "capacity predictor")
 
 @dataclass(frozen=True)
 class Accounting:
-    """The counts of one model; a dense one has no experts and any C."""
+    """The counts of one model. MACs are those of the forward pass of one image. A dense model does not depend on C."""
 
     parameters: dict[str, int]  # of each part in `PARTS`; the frozen position table is one
-    fixed_macs: dict[str, int]  # a forward pass of one image, linear layers, what does not depend on C
-    expert_macs: int  # the same, of one visit of every token to one routed expert
-    attention_macs: int  # the products of queries with keys and of weights with values, one image
+    fixed_macs: dict[str, int]  # of linear layers, by part; all but those of the routed experts
+    expert_macs: int  # of linear layers, where every token goes to one routed expert (C = 1)
+    attention_macs: int  # of the products of queries with keys and of weights with values
     num_experts: int  # N; 0: a dense model
-    nominal_capacity: float  # C as the settings mean it: `moe.capacity` or `moe.top_k`; 0: a dense model
+    nominal_capacity: float  # C of the settings: `moe.capacity` or `moe.top_k`; 0: a dense model
 
     @property
     def total(self) -> int:
@@ -56,19 +54,19 @@ class Accounting:
         return sum(self.parameters.values())
 
     def activated(self, capacity: float | None = None) -> float:
-        """Parameters that a token passes through at C: C routed experts, and everything else but idle experts.
+        """Activated parameters of a token at C (default: the nominal one): C routed experts and everything else.
 
-        The capacity predictor sees every token and counts whole, as do router, shared experts and embedders.
+        Router, capacity predictor, shared experts and embedders count whole: every token passes through them.
         """
         idle = self.parameters["routed experts"] + self.parameters["unconditional expert"]
         return self.total - idle + self._capacity(capacity) * self._one_expert
 
     def activated_eq40(self, capacity: float | None = None) -> float | None:
-        """DiffMoE's own count, which its tables print: (1 + C) / (1 + N) * FFN + attention + adaLN + other.
+        """Activated parameters as DiffMoE's tables count them: (1 + C) / (1 + N) * FFN + attention + adaLN + other.
 
-        FFN is dense MLPs, experts, router and capacity predictor together, so the formula hides most of the predictor,
-        though every token passes through it. None where the formula does not apply: with shared or unconditional
-        experts, of which it knows nothing.
+        FFN is dense MLPs, experts, router and capacity predictor together. So the formula counts only a part of the
+        predictor, though every token passes through it. None for models with shared or unconditional experts, which the
+        formula does not have.
         """
         if self.parameters["shared experts"] or self.parameters["unconditional expert"]:
             return None
@@ -76,16 +74,18 @@ class Accounting:
             return float(self.total)
         feed_forward = sum(self.parameters[part] for part in _FEED_FORWARD)
         # DiffMoE eq. 40
-        share = (1 + self._capacity(capacity)) / (1 + self.num_experts)
-        return share * feed_forward + self.total - feed_forward
+        activated = (1 + self._capacity(capacity)) / (1 + self.num_experts)
+        return activated * feed_forward + self.total - feed_forward
 
     def macs(self, capacity: float | None = None) -> dict[str, float]:
-        """Multiply-accumulates of a forward pass of one image at C by part, linear layers only, as the papers count."""
+        """MACs of a forward pass of one image at C, by part; of linear layers only, as the papers count."""
         return {**self.fixed_macs, "routed experts": self._capacity(capacity) * self.expert_macs}
 
     def training_flops(self, capacity: float | None = None) -> float:
-        """Floating-point operations of a training step, for one image: two for each multiply-accumulate, of linear
-        layers and of attention's products, forward and twice as much backward."""
+        """Floating-point operations of a training step for one image at C.
+
+        Two for each MAC of linear layers and of attention's products; backward is twice forward.
+        """
         return 3 * 2 * (sum(self.macs(capacity).values()) + self.attention_macs)
 
     @property
@@ -113,14 +113,14 @@ def account(config: Config) -> Accounting:
         macs[part_of(name)] += _macs_of(name, parameter, tokens, config.model.text_max_length or 0)
     experts = config.experts
     num_experts = 0 if experts is None else int(experts.num_experts or 0)
-    visit_of_all = macs.pop("routed experts")
-    macs.pop("unconditional expert")  # a visit to it counts in C
+    routed_macs = macs.pop("routed experts")  # as if every token went to every expert
+    macs.pop("unconditional expert")  # C counts it as a routed one
     keys = tokens + (config.model.text_max_length or 0)  # of self-attention and of cross-attention
     assert config.model.hidden_size is not None and config.model.depth is not None
     return Accounting(
         parameters=parameters,
         fixed_macs=macs,
-        expert_macs=visit_of_all // max(num_experts, 1),
+        expert_macs=routed_macs // max(num_experts, 1),
         attention_macs=config.model.depth * 2 * tokens * keys * config.model.hidden_size,
         num_experts=num_experts,
         nominal_capacity=0.0 if experts is None else experts.nominal_capacity(),
@@ -136,8 +136,10 @@ def part_of(name: str) -> str:
 
 
 def _macs_of(name: str, parameter: Tensor, tokens: int, text_tokens: int) -> int:
-    """Each weight of a linear layer is used once for each of its inputs: the tokens of the image, those of the caption
-    with its padding, or the one condition of an image."""
+    """MACs of one image: each weight of a linear layer is used once for each input vector.
+
+    These are the image's tokens, the caption's tokens with their padding, or the one vector of time and condition.
+    """
     if parameter.ndim < 2 or _is_bias_of_experts(name) or name in ("pos_embed", "y_embedder.embedding_table.weight"):
         return 0
     if ".cross_attn.kv." in name or name.startswith("y_embedder.tokens."):

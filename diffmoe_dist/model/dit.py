@@ -31,9 +31,9 @@ class DiTOutput:
 
 
 class DiT(nn.Module):
-    """Predicts the objective's target from a noisy image, a time and a class label or an encoded caption.
+    """Predicts the objective's target from a noisy image, a time, and a class label or an encoded caption.
 
-    The parameters are uninitialised until `initialize` fills them.
+    Parameters and buffers are undefined until `initialize` or a checkpoint fills them.
     """
 
     pos_embed: Tensor
@@ -70,8 +70,8 @@ class DiT(nn.Module):
         """
         Args:
             x: (N, C, H, W) noisy images or latents.
-            t: (N,) times as the objective scales them.
-            y: (N,) int64 labels, `num_classes` is the null label; or the captions.
+            t: (N,) the objective's `model_time`.
+            y: (N,) int64 class labels, of which `num_classes` is the null label, or N encoded captions.
         """
         x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
         x = x + self.pos_embed.to(x.dtype)
@@ -132,10 +132,10 @@ def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
 def initialize(model: DiT, seed: int) -> None:
     """Fill every parameter and buffer; each parameter is a function of (seed, its name, its expert) alone.
 
-    So a device that holds some of the experts fills them as a device that holds all of them would. The rules are the
-    published ones: linear layers xavier-uniform with zero bias; label table and time MLP N(0, 0.02); a router's own
-    weights as it says; zero for all adaLN output layers, the output of cross-attention and the final layer, so that
-    every block starts as the identity.
+    So a device with some of the experts gives them the same values as a device with all of them. The rules are DiT's:
+    linear layers Xavier-uniform with zero bias; label table and time MLP normal with standard deviation 0.02; zero for
+    the adaLN layers, the final layer and the output of cross-attention, so that every block starts as the identity. A
+    router's own matrices start as `Router.initial_weights` says.
     """
     for name, parameter in model.named_parameters():
         _initialize_parameter(model, name, parameter, seed)

@@ -104,7 +104,7 @@ class _AllToAllRows(torch.autograd.Function):
         return arrived
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         returned = grad.new_empty(sum(ctx.send), grad.shape[1])
         with ctx.timed():
             dist.all_to_all_single(returned, grad.contiguous(), ctx.send, ctx.receive, ctx.group)
@@ -118,7 +118,7 @@ class _PermuteRows(torch.autograd.Function):
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 

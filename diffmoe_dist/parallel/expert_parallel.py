@@ -46,9 +46,9 @@ def create_topology(launch: Launch, device: torch.device, expert: int) -> Topolo
 
 
 def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> None:
-    """Spread a single-device model's experts and token pools over the ranks, in place.
+    """Edit a single-device model in place: experts are sharded over the expert-parallel group, token pools span ranks.
 
-    Experts keep their names and hold this rank's share; the weights they hold are undefined afterwards.
+    The experts' parameters keep their names and become this rank's shard, of undefined values.
     """
     for layer in model.moe_layers:
         assert config.experts is not None
@@ -64,10 +64,10 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
 
 
 class ExpertShard(MoE):
-    """This rank's share of the experts, consecutive ones, as a layer that DeepSpeed's engine knows.
+    """This rank's shard of the experts, consecutive ones, as a layer that DeepSpeed's engine recognises.
 
-    DeepSpeed gives expert parameters their own groups only inside a subclass of its MoE layer; nothing else of that
-    layer is used.
+    DeepSpeed reduces expert parameters over their own groups only inside a subclass of its MoE layer. Nothing else of
+    that layer is used.
     """
 
     def __init__(self, experts: Experts, topology: Topology) -> None:
@@ -83,7 +83,7 @@ class ExpertShard(MoE):
             setattr(self, name, nn.Parameter(torch.empty_like(parameter[: self.num_local_experts])))
 
     def forward(self, rows: ExpertInput) -> Tensor:
-        return Experts.forward(self, rows)  # type: ignore[arg-type]
+        return Experts.forward(self, rows)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed's engine calls this to make the groups; `create_topology` has made them."""
@@ -91,15 +91,15 @@ class ExpertShard(MoE):
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The parameters in the groups that DeepSpeed's ZeRO asks for, expert shares apart and marked as such.
+    """The optimizer's parameter groups as DeepSpeed's ZeRO needs them: sharded experts in a group of their own, marked.
 
-    To be called once the parameters are on their device: moving a module off the meta device makes new ones.
+    Call it when the parameters are on their device: moving a module off the meta device makes new ones.
     """
     shards = [module for module in model.modules() if isinstance(module, ExpertShard)]
     experts = [parameter for shard in shards for parameter in shard.parameters()]
     for parameter in experts:
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = shards[0].expert_group_name  # type: ignore[attr-defined]
+        parameter.allreduce = False
+        parameter.group_name = shards[0].expert_group_name
     marked = set(experts)
     result: list[dict[str, Any]] = [{"name": "dense", "params": [p for p in model.parameters() if p not in marked]}]
     if experts:

@@ -43,7 +43,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # Every rank has the same loss of the same sum, so the same gradient: adding them up needs no exchange. The mean
         # of the ranks' losses, which the engine differentiates, divides by their number again.
         return grad * ctx.ranks, None

@@ -1,4 +1,4 @@
-"""The ranks of a run: how they find each other, which of them share experts, and how they part."""
+"""The ranks of a run: devices, process groups, how ranks find each other under each launcher, and how they leave."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class Topology:
     """The process groups of a run.
 
-    Ranks are laid out experts first: an expert-parallel group is `expert` consecutive ranks that together hold one set
-    of experts; an expert-data-parallel group is the ranks, `expert` apart, that hold the same share.
+    An expert-parallel group is `expert` consecutive ranks over which one set of experts is sharded. An
+    expert-data-parallel group is the ranks, `expert` apart, that hold the same shard.
     """
 
     rank: int
@@ -43,17 +43,21 @@ class Topology:
         return self.rank % self.expert
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over all ranks, in fp64 (exact where all ranks agree)."""
+        """The mean over all ranks, fp64, of the shape of `values`; exact where all ranks agree. Collective."""
         values = values.double()
         dist.all_reduce(values, group=self.world_group)
         return values / self.world_size
 
 
 def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.device:
-    """The device of this rank for the setting `device`: auto, cpu or cuda. To be asked before deepspeed is imported.
+    """The device of this rank. Call it before deepspeed is imported.
 
     Args:
+        setting: `auto`, `cpu` or `cuda`.
         tf32: let products of fp32 matrices on CUDA use TF32.
+
+    Raises:
+        UserError: there is no CUDA device, or fewer than the ranks of this node.
     """
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that is there, and warns where none is
@@ -74,10 +78,10 @@ def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.dev
 
 
 def set_deterministic(device: torch.device) -> None:
-    """Let torch take only algorithms whose results are the same bits every time; to be asked before the first step.
+    """Let torch use only algorithms whose results are the same bits every time. Call it before the first step.
 
-    On CUDA that also costs cuBLAS a workspace, convolutions their benchmark, and operations without such an algorithm
-    are refused. On a CPU nothing changes but that refusal: on the same ranks and threads its bits are the same anyway.
+    Operations without such an algorithm are refused. On CUDA, cuBLAS also gets a workspace, and convolutions are not
+    benchmarked. On a CPU nothing else changes: with the same ranks and threads its bits are always the same.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
     torch.use_deterministic_algorithms(True)
@@ -89,10 +93,13 @@ def set_deterministic(device: torch.device) -> None:
 
 
 def start_process_group(device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> Launch:
-    """Initialise torch.distributed for whichever launcher started this process.
+    """Initialise torch.distributed under whichever launcher started this process.
 
     Args:
-        timeout: after which a collective gives up.
+        timeout: how long a collective waits before it fails.
+
+    Raises:
+        UserError: mpirun started this process, and mpi4py does not load.
     """
     launch = detect_launch()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -112,14 +119,14 @@ def start_process_group(device: torch.device, timeout: timedelta = timedelta(min
 
 
 def stop_process_group() -> None:
-    """Leave together: nobody tears down connections that another rank still uses."""
+    """Leave together, so that no rank closes connections that another one still uses. Collective."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _meet_over_mpi() -> Launch:
-    """Exchange the address of rank 0 through mpi4py, and hand it to torch as its launchers would."""
+    """Broadcast the address of rank 0 with mpi4py, and set the variables that torch's launchers set."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -145,7 +152,7 @@ def _meet_over_mpi() -> Launch:
 
 
 def _meet_under_slurm(launch: Launch) -> None:
-    """srun tells ranks but no address: the first node of the step, and a port that follows from the job."""
+    """srun sets ranks but no address: take the first node of the step, and a port computed from the job's number."""
     env = os.environ
     if "MASTER_ADDR" not in env:
         nodes = subprocess.run(
@@ -157,14 +164,14 @@ def _meet_under_slurm(launch: Launch) -> None:
 
 
 def from_first_rank(value: Any) -> Any:
-    """The first rank's value, on every rank: what each would find by itself may differ on a shared disk; collective."""
+    """The first rank's value, on every rank. Collective; for what ranks may see differently on a shared disk."""
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
 
 def on_first_rank(function: Callable[[], Any], group: Group | None = None) -> Any:
-    """Call it on the first rank alone; what it returns or raises, every rank returns or raises; collective."""
+    """Call `function` on the group's first rank alone; every rank returns, or raises, what it does. Collective."""
     box: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:
@@ -178,5 +185,5 @@ def on_first_rank(function: Callable[[], Any], group: Group | None = None) -> An
 
 
 def _publish(launch: Launch) -> None:
-    """DeepSpeed reads these whatever initialised the process group."""
+    """Set the variables that DeepSpeed reads, whatever initialised the process group."""
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
