@@ -29,7 +29,8 @@ from data_tools.digits import DigitsSource
 from data_tools.pack import pack
 from diffmoe_dist.config import Config, build_config, check_world
 from diffmoe_dist.data.open import open_data
-from diffmoe_dist.engine.build import build_trainer, find_start
+from diffmoe_dist.engine.build import build_trainer
+from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.parallel.expert_parallel import create_topology

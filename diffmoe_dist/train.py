@@ -91,8 +91,9 @@ def train(config: Config, stop: StopSignals) -> int:
         set_deterministic(device)
 
     from diffmoe_dist.data.open import open_data, open_held_out
-    from diffmoe_dist.engine.build import build_trainer, find_start, prepare_run_dir
-    from diffmoe_dist.engine.run_folder import claim_run_dir
+    from diffmoe_dist.engine.build import build_trainer
+    from diffmoe_dist.engine.resume import find_start
+    from diffmoe_dist.engine.run_folder import claim_run_dir, prepare_run_dir
     from diffmoe_dist.engine.trainer import RunGuards
     from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, abort_all_on_failure, collective_timeout
     from diffmoe_dist.evaluation.training_scores import open_training_scores

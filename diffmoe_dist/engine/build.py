@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,98 +9,28 @@ import deepspeed
 import torch
 from torch import nn
 
-from diffmoe_dist.config import Config, pool_samples, save_config
+from diffmoe_dist.config import Config, save_config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.checkpoint import (
-    Progress,
-    check_same_model,
-    check_same_run,
-    load_fragments,
-    newest_valid_checkpoint,
-    read_progress,
-)
+from diffmoe_dist.engine.checkpoint import Progress
+from diffmoe_dist.engine.fragment_io import load_fragments
+from diffmoe_dist.engine.resume import Start
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.run_log import NullRunLog, RunLog
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import DrawFigures, DrawSamples, RunGuards, ScoreSamples, Trainer
 from diffmoe_dist.engine.validation import Validation
 from diffmoe_dist.engine.watchdog import Watchdog
-from diffmoe_dist.engine.weights import check_initial_weights, fill_fragments
-from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import make_writable
+from diffmoe_dist.engine.weights import fill_fragments
 from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
 from diffmoe_dist.planning.planning import reduce_bucket
-
-
-def prepare_run_dir(config: Config) -> None:
-    """Make the run folder, before anything is computed for it.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    try:
-        make_writable(Path(str(config.run_dir)))
-    except OSError as error:
-        raise UserError(f"run_dir={config.run_dir}: cannot be written ({error.strerror}); choose another") from None
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: at its newest complete checkpoint, or at step 0."""
-
-    checkpoint: Path | None
-    progress: Progress
-    damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
-
-
-def find_start(config: Config, data: TrainingData | StreamedData, world_size: int) -> Start:
-    """Look for the newest valid checkpoint in `run_dir` and check that this run continues it.
-
-    Collective where a process group exists.
-
-    Raises:
-        UserError: the checkpoint is of another model, seed, data set or pool size; or all checkpoints are damaged.
-    """
-    checkpoint, damaged = newest_valid_checkpoint(Path(str(config.run_dir)) / "checkpoints")
-    return Start(checkpoint, progress_from(checkpoint, config, data, world_size), tuple(damaged))
-
-
-def progress_from(
-    checkpoint: Path | None, config: Config, data: TrainingData | StreamedData, world_size: int
-) -> Progress:
-    """Where a run stands that continues a checkpoint, or begins.
-
-    Raises:
-        UserError: the checkpoint is of another model, seed, data set or pool size; or there is none, and
-            `train.initial_weights` are of another model.
-    """
-    micro_batch_size = config.train.micro_batch_size
-    assert micro_batch_size is not None, "check_world fills it in"
-    fresh = Progress(
-        step=0,
-        images_seen=0,
-        seed=config.seed,
-        data_fingerprint=data.fingerprint,
-        pool_samples=pool_samples(config, world_size),
-        micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
-    )
-    if checkpoint is None:
-        if config.train.initial_weights is not None:
-            check_initial_weights(config)
-        return fresh
-    saved = read_progress(checkpoint)
-    check_same_model(checkpoint, config)
-    check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
-    return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
-
 
 UNGUARDED = RunGuards(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
 

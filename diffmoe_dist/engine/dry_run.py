@@ -23,8 +23,8 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.engine.build import progress_from
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
+from diffmoe_dist.engine.resume import progress_from
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT

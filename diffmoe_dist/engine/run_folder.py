@@ -1,4 +1,4 @@
-"""Who may write to a run folder, and the marks in it that scripts read and leave.
+"""Make a run folder; who may write to it, and the marks in it that scripts read and leave.
 
     RUN_DIR/lock      held by the first rank of the run that is going on
     RUN_DIR/attempt   which attempt that is; only it may publish checkpoints
@@ -20,12 +20,25 @@ import secrets
 from pathlib import Path
 from typing import Protocol
 
+from diffmoe_dist.config import Config
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import write_atomically
+from diffmoe_dist.files import make_writable, write_atomically
 from diffmoe_dist.parallel.topology import on_first_rank
 
 ATTEMPT_VARIABLE = "DIFFMOE_ATTEMPT"  # JOB.RESTARTS of a scheduler that restarts jobs
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
+
+
+def prepare_run_dir(config: Config) -> None:
+    """Make the run folder, before anything is computed for it.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        make_writable(Path(str(config.run_dir)))
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir}: cannot be written ({error.strerror}); choose another") from None
 
 
 class Claim(Protocol):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config, load_config
-from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model, refuse_other_model
+from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256, flush_directory, write_json
@@ -42,7 +42,7 @@ def find_model(directory: str | Path) -> Path:
         UserError: there is none.
     """
     directory = Path(directory)
-    return directory if _is_weights_folder(directory) else find_checkpoint(directory)
+    return directory if is_weights_folder(directory) else find_checkpoint(directory)
 
 
 def read_model(
@@ -57,10 +57,10 @@ def read_model(
     Raises:
         UserError: the folder is damaged, or an override is not possible.
     """
-    if _is_weights_folder(folder):
+    if is_weights_folder(folder):
         if spread is not None:
             raise UserError(
-                f"--checkpoint {folder}: experts of a folder of weights are not shared out; leave out --expert"
+                f"--checkpoint {folder}: experts of a folder of weights are not sharded; leave out --expert"
             )
         return _read_weights(folder, device, overrides)
     return read_checkpoint_model(folder, device, overrides=overrides, spread=spread)
@@ -72,7 +72,7 @@ def read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: they cannot be read, or an override is not possible.
     """
-    if _is_weights_folder(folder):
+    if is_weights_folder(folder):
         return _read_settings(folder, overrides)
     return load_config(folder / "config.yaml", overrides)
 
@@ -114,24 +114,6 @@ def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, sour
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_initial_weights(config: Config) -> None:
-    """Check that `train.initial_weights` are of the model that is about to be trained.
-
-    Raises:
-        UserError: they are not there, damaged, or of another model; names the first difference.
-    """
-    folder = Path(str(config.train.initial_weights))
-    if not _is_weights_folder(folder):
-        raise UserError(
-            f"train.initial_weights={folder}: no folder of weights there; make one with python -m diffmoe_dist.convert"
-        )
-    refuse_other_model(config, _read_settings(folder), f"train.initial_weights={folder}", "other weights")
-    with torch.device("meta"):
-        model = DiT(config)
-    with _open_tensors(folder, model.state_dict()):
-        pass
-
-
 def fill_fragments(folder: Path, fragments: Sequence[Fragment]) -> None:
     """Start a run's weights, their average and its buffers from a folder; AdamW's moments stay as they are.
 
@@ -165,7 +147,7 @@ def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, so
     flush_directory(folder)
 
 
-def _is_weights_folder(folder: Path) -> bool:
+def is_weights_folder(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() or (folder / WEIGHTS_NAME).is_file()
 
 
@@ -173,7 +155,7 @@ def _read_weights(folder: Path, device: str | torch.device, overrides: Sequence[
     config = _read_settings(folder, overrides)
     with torch.device("meta"):
         model = DiT(config)
-    with _open_tensors(folder, model.state_dict()) as file:
+    with open_tensors(folder, model.state_dict()) as file:
         expected, found = _read_record(folder)["sha256"][WEIGHTS_NAME], file_sha256(folder / WEIGHTS_NAME)
         if found != expected:
             raise UserError(
@@ -228,7 +210,7 @@ def _open_file(folder: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _open_tensors(folder: Path, needed: Mapping[str, Tensor]) -> Iterator[Any]:
+def open_tensors(folder: Path, needed: Mapping[str, Tensor]) -> Iterator[Any]:
     """The open file, whose tensors have the names, shapes and types of those needed."""
     with _open_file(folder) as file:
         names = set(file.keys())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffmoe_dist.config import Config, build_config, check_world
-from diffmoe_dist.engine.checkpoint import load_fragments
+from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.sharded_state import Fragment, buffers
 from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.launch import Launch
@@ -52,7 +52,8 @@ def train_one(rank: int, world_size: int, config: Config) -> None:
 
 def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.data.open import open_data
-    from diffmoe_dist.engine.build import build_trainer, find_start
+    from diffmoe_dist.engine.build import build_trainer
+    from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     check_world(config, world_size)

@@ -20,18 +20,16 @@ from torch.distributed.checkpoint.metadata import (
 from diffmoe_dist import load_model
 from diffmoe_dist.config import CheckpointConfig, load_config
 from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.engine.build import find_start
 from diffmoe_dist.engine.checkpoint import (
-    _check_coverage,
-    _SafeReader,
     checkpoints_to_delete,
     complete_checkpoints,
     find_checkpoint,
-    load_fragments,
     read_progress,
     read_sums,
     write_sums,
 )
+from diffmoe_dist.engine.fragment_io import check_coverage, load_fragments, read_metadata
+from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER, buffers, weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
@@ -254,7 +252,7 @@ def test_a_tensor_in_a_checkpoint_cannot_execute_code(run_dir: Path, tmp_path: P
     torch.save(Malicious(target), archive)
     for data in newest(run_dir).glob("*.distcp"):
         data.write_bytes(archive.read_bytes().ljust(data.stat().st_size, b"\0"))
-    metadata = _SafeReader(newest(run_dir)).read_metadata()
+    metadata = read_metadata(newest(run_dir))
     for info in metadata.storage_data.values():  # every tensor is the malicious archive
         info.offset, info.length = 0, archive.stat().st_size
     metadata.storage_meta = None
@@ -372,7 +370,7 @@ def test_an_element_that_no_rank_or_two_ranks_own_stops_the_save(
     properties = TensorProperties.create_from_tensor(torch.zeros(1))
     metadata = Metadata({"ema.w1": TensorStorageMetadata(properties, torch.Size([10]), chunks)})
     if problem is None:
-        _check_coverage(metadata)
+        check_coverage(metadata)
     else:
         with pytest.raises(RuntimeError, match=f"ema.w1: {problem}"):
-            _check_coverage(metadata)
+            check_coverage(metadata)

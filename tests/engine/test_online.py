@@ -19,7 +19,7 @@ from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.text import captions_of
-from diffmoe_dist.engine.build import find_start
+from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.sampling.conditions import run_conditions
 from diffmoe_dist.sampling.generate import open_decoder

@@ -34,7 +34,8 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
     from diffmoe_dist.data.open import open_data
-    from diffmoe_dist.engine.build import build_trainer, find_start
+    from diffmoe_dist.engine.build import build_trainer
+    from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     for run_dir, settings in jobs:

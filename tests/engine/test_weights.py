@@ -17,8 +17,9 @@ from torch import Tensor
 from diffmoe_dist import load_model
 from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model
 from diffmoe_dist.engine.conversion import convert_published, export_checkpoint
+from diffmoe_dist.engine.resume import check_initial_weights
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
-from diffmoe_dist.engine.weights import _interval, check_initial_weights, read_model
+from diffmoe_dist.engine.weights import _interval, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from tests.commands import start

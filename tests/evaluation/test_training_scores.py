@@ -30,7 +30,8 @@ CPU = torch.device("cpu")
 
 def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
     from diffmoe_dist.data.open import open_data
-    from diffmoe_dist.engine.build import build_trainer, find_start
+    from diffmoe_dist.engine.build import build_trainer
+    from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
     for run_dir, settings in jobs:

@@ -181,7 +181,7 @@ def test_an_encoder_that_is_not_the_models_is_refused(folder: Path, tmp_path: Pa
 def run_on_other_captions(folder: Path, text: Path) -> None:
     from diffmoe_dist.config import check_world
     from diffmoe_dist.data.open import open_data
-    from diffmoe_dist.engine.build import find_start
+    from diffmoe_dist.engine.resume import find_start
 
     sizes = {"model": {"text_pooled_size": 0}, "data": {"text": str(text)}}
     config = build_config(TINY, text_settings(folder, "run"), sizes)

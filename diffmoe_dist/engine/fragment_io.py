@@ -1,0 +1,249 @@
+"""Fragments to files and back through torch.distributed.checkpoint; reading them cannot execute code.
+
+A `Fragment` is an interval of a flattened tensor (`sharded_state`). Each rank writes the fragments it owns and reads
+those it needs; the ranks that write and those that read may be different in number.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from diffmoe_dist.engine.sharded_state import Fragment
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def write_fragments(
+    folder: Path, fragments: Sequence[Fragment], group: dist.ProcessGroup | None = None
+) -> dict[str, str]:
+    """Write fragments into a folder, which exists; collective.
+
+    Args:
+        fragments: what this rank owns; over all ranks every element of every tensor once.
+        group: all ranks, on gloo.
+
+    Returns:
+        The SHA-256 of each file that this rank has written, by name.
+
+    Raises:
+        CheckpointException: torch's; a rank could not write. On every rank, with the errors of all.
+    """
+    writer = _Writer(folder)
+    dcp.save({}, storage_writer=writer, planner=_SaveFragments(fragments), process_group=group)
+    return writer.sums
+
+
+def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
+    """Fill fragments in place from a checkpoint; collective where a process group exists.
+
+    Raises:
+        UserError: the checkpoint's files are missing or damaged, or its tensors are not these.
+    """
+    try:
+        dcp.load(
+            {},
+            storage_reader=_SafeReader(checkpoint),
+            planner=_LoadFragments(checkpoint, fragments),
+            no_dist=not dist.is_initialized(),
+        )
+    except dcp.CheckpointException as error:
+        for failure in error.failures.values():
+            cause = failure[0]
+            if isinstance(cause, UserError):
+                raise cause from None
+            if isinstance(cause, pickle.UnpicklingError):
+                what = str(cause).split(". ")[0]
+                raise UserError(
+                    f"checkpoint {checkpoint} holds more than tensors ({what}); do not use this folder"
+                ) from None
+            reason = f"{type(cause).__name__}: {cause}"
+            raise UserError(f"checkpoint {checkpoint} is damaged ({reason}); remove that folder") from None
+        raise
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What tensors are in a folder, and where. Raises pickle.UnpicklingError for anything beside that."""
+    return _SafeReader(folder).read_metadata()
+
+
+def check_files(folder: Path) -> None:
+    """Every rank's file is here in its full length; ranks with a folder of their own would each have a part."""
+    for info in read_metadata(folder).storage_data.values():
+        file = folder / info.relative_path
+        if not file.is_file() or file.stat().st_size < info.offset + info.length:
+            raise RuntimeError(
+                f"{file} was written by no rank that shares this folder: run_dir must be on a shared disk"
+            )
+
+
+def check_coverage(metadata: Metadata) -> None:
+    """Every element of every tensor is written once: what a silent loss of experts would break."""
+    for name, stored in metadata.state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        end = 0
+        for start, size in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks):
+            if start != end:
+                raise RuntimeError(f"{name}: elements {end} to {start} are owned by no rank or by two")
+            end = start + size
+        if end != stored.size[0]:
+            raise RuntimeError(f"{name}: elements {end} to {stored.size[0]} are owned by no rank")
+
+
+class _SaveFragments(dcp.DefaultSavePlanner):
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        super().__init__()
+        self.data = {(fragment.name, fragment.start): fragment for fragment in fragments}
+
+    def set_up_planner(
+        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.is_coordinator = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(fragment) for fragment in self.data.values()])
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, self.metadata = dcp.default_planner.create_default_global_save_plan(all_plans)
+        check_coverage(self.metadata)
+        return plans, self.metadata
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.data[index.fqn, index.offset[0]].data
+
+
+class _LoadFragments(dcp.DefaultLoadPlanner):
+    def __init__(self, checkpoint: Path, fragments: Sequence[Fragment]) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.fragments = {(fragment.name, fragment.start): fragment for fragment in fragments}
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        assert metadata is not None
+        self.metadata = metadata
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan([item for fragment in self.fragments.values() for item in self._read_items(fragment)])
+
+    def _read_items(self, fragment: Fragment) -> list[ReadItem]:
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata.get(fragment.name)
+        if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([fragment.total]):
+            what = "nothing" if stored is None else f"{list(getattr(stored, 'size', []))} elements"
+            raise UserError(
+                f"checkpoint {self.checkpoint} is of another model: this one needs {fragment.total} elements of "
+                f"{fragment.name}, it has {what}; use the settings it was trained with"
+            )
+        return create_read_items_for_chunk_list(fragment.name, stored, [_chunk(fragment)])
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        index = read_item.dest_index
+        assert index.offset is not None
+        data = self.fragments[index.fqn, index.offset[0]].data
+        return data.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+
+
+def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size([fragment.start]), sizes=torch.Size([fragment.data.numel()]))
+
+
+def _write_item(fragment: Fragment) -> WriteItem:
+    return WriteItem(
+        index=MetadataIndex(fragment.name, torch.Size([fragment.start])),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=_chunk(fragment),
+            properties=TensorProperties.create_from_tensor(fragment.data),
+            size=torch.Size([fragment.total]),
+        ),
+    )
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Also sums up what it has written."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:  # torch's writer closes its archive on a full disk, and complains of that alone
+            raise (_os_error_behind(error) or error) from None
+        files = Path(self.path).glob(f"{plan.storage_data.prefix}*")
+        self.sums = {file.name: file_sha256(file) for file in files}
+        return written
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch would put the path of this machine into the checkpoint
+
+
+def _os_error_behind(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """torch stores a checkpoint's metadata as a pickle; this reads its own data classes and nothing else."""
+
+    _ALLOWED: ClassVar = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+            "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+        "torch": {"Size", "float32", "bfloat16", "float16", "float64", "int64", "int32", "bool", "strided"},
+        "torch.serialization": {"_get_layout"},
+        "collections": {"OrderedDict"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        if name not in self._ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"refused to load an attribute of {kind}")
+    return kind[name]
+
+
+class _SafeReader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

@@ -1,0 +1,119 @@
+"""Where a run begins: at its newest valid checkpoint, if that is of the same run, or at step 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from diffmoe_dist.config import Config, load_config, model_settings, pool_samples
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.stream import StreamedData
+from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, read_progress
+from diffmoe_dist.engine.weights import is_weights_folder, open_tensors, read_settings
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.dit import DiT
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at its newest complete checkpoint, or at step 0."""
+
+    checkpoint: Path | None
+    progress: Progress
+    damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
+
+
+def find_start(config: Config, data: TrainingData | StreamedData, world_size: int) -> Start:
+    """Look for the newest valid checkpoint in `run_dir` and check that this run continues it.
+
+    Collective where a process group exists.
+
+    Raises:
+        UserError: the checkpoint is of another model, seed, data set or pool size; or all checkpoints are damaged.
+    """
+    checkpoint, damaged = newest_valid_checkpoint(Path(str(config.run_dir)) / "checkpoints")
+    return Start(checkpoint, progress_from(checkpoint, config, data, world_size), tuple(damaged))
+
+
+def progress_from(
+    checkpoint: Path | None, config: Config, data: TrainingData | StreamedData, world_size: int
+) -> Progress:
+    """Where a run stands that continues a checkpoint, or begins.
+
+    Raises:
+        UserError: the checkpoint is of another model, seed, data set or pool size; or there is none, and
+            `train.initial_weights` are of another model.
+    """
+    micro_batch_size = config.train.micro_batch_size
+    assert micro_batch_size is not None, "check_world fills it in"
+    fresh = Progress(
+        step=0,
+        images_seen=0,
+        seed=config.seed,
+        data_fingerprint=data.fingerprint,
+        pool_samples=pool_samples(config, world_size),
+        micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
+    )
+    if checkpoint is None:
+        if config.train.initial_weights is not None:
+            check_initial_weights(config)
+        return fresh
+    saved = read_progress(checkpoint)
+    _check_same_model(checkpoint, config)
+    _check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
+    return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
+
+
+def check_initial_weights(config: Config) -> None:
+    """Check that `train.initial_weights` are of the model that is about to be trained.
+
+    Raises:
+        UserError: they are not there, damaged, or of another model; names the first difference.
+    """
+    folder = Path(str(config.train.initial_weights))
+    if not is_weights_folder(folder):
+        raise UserError(
+            f"train.initial_weights={folder}: no folder of weights there; make one with python -m diffmoe_dist.convert"
+        )
+    _refuse_other_model(config, read_settings(folder), f"train.initial_weights={folder}", "other weights")
+    with torch.device("meta"):
+        model = DiT(config)
+    with open_tensors(folder, model.state_dict()):
+        pass
+
+
+def _check_same_model(checkpoint: Path, config: Config) -> None:
+    """Refuse a checkpoint of another model, naming the first setting that differs."""
+    saved = load_config(checkpoint / "config.yaml")
+    _refuse_other_model(config, saved, f"the checkpoint {checkpoint}", "another run_dir")
+
+
+def _refuse_other_model(config: Config, saved: Config, whose: str, otherwise: str) -> None:
+    """Name the first setting that makes the model of `config` another one than the saved one."""
+    settings = model_settings(saved)
+    for key, value in model_settings(config).items():
+        if settings[key] != value:
+            raise UserError(
+                f"{key}={value}, but {whose} is of another model with {key}={settings[key]}; "
+                f"use that value or {otherwise}"
+            )
+
+
+def _check_same_run(checkpoint: Path, saved: Progress, now: Progress, allow_pool_change: bool) -> None:
+    """Refuse a resume with another seed, other data or another token pool: it would be another run."""
+    if saved.seed != now.seed:
+        raise UserError(
+            f"seed={now.seed}, but {checkpoint} was trained with seed={saved.seed}; use that or another run_dir"
+        )
+    if saved.data_fingerprint != now.data_fingerprint:
+        raise UserError(
+            f"data.shards holds other data (index {now.data_fingerprint[:12]}) than {checkpoint} was trained on "
+            f"({saved.data_fingerprint[:12]}); use the same shards or another run_dir"
+        )
+    if saved.pool_samples != now.pool_samples and not allow_pool_change:
+        raise UserError(
+            f"one token pool of this launch has {now.pool_samples} samples, of {checkpoint} it had "
+            f"{saved.pool_samples}; set train.micro_batch_size so that they agree, or checkpoint.allow_pool_change=true"
+        )
