@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
+from diffmoe_dist.sampling.settings import add_sampling_options, refuse_sampling_options, settings_from
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,6 @@ reference.
 With a run or a checkpoint as --samples the images are drawn first, into the folder of --out. The result says how the
 samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
 """
-SAMPLING_OPTIONS = (
-    "num", "steps", "cfg_scale", "seed", "sampler", "sampling_batch_size", "prompts", "negative_prompt", "encoder",
-    "tokenizer", "decoder",
-)  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"  # what sampling with prompts writes beside the images
 CLIP_FILES = (
     ("*.safetensors",),
@@ -73,22 +70,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inception", metavar="FILE", help="weights of FID's Inception network")
     parser.add_argument("--features", metavar="FILE.pt2|module:callable", help="another extractor")
     parser.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP, for CLIPScore with the prompts of the images")
-    parser.add_argument("--batch-size", type=int, default=64, help="images through a network at once (default 64)")
+    parser.add_argument(
+        "--batch-size",
+        dest="scoring_batch_size",
+        type=int,
+        default=64,
+        help="images through a network at once (default 64)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the result (default: scores.json beside the npz)")
     parser.add_argument("--make-reference", type=Path, metavar="FILE", help="write one of --shards, score nothing")
     parser.add_argument("--shards", type=Path, metavar="DIR", help="the data set to make a reference of")
-    drawn = parser.add_argument_group("for a run or a checkpoint as --samples; see diffmoe_dist.sample")
-    drawn.add_argument("--num", type=int)
-    drawn.add_argument("--steps", type=int)
-    drawn.add_argument("--cfg-scale", type=float)
-    drawn.add_argument("--seed", type=int)
-    drawn.add_argument("--sampler")
-    drawn.add_argument("--sampling-batch-size", type=int)
-    drawn.add_argument("--prompts", metavar="FILE")
-    drawn.add_argument("--negative-prompt", metavar="TEXT")
-    drawn.add_argument("--encoder", metavar="DIR")
-    drawn.add_argument("--tokenizer", metavar="DIR")
-    drawn.add_argument("--decoder", metavar="DIR")
+    of_run = parser.add_argument_group("for a run or a checkpoint as --samples; see diffmoe_dist.sample")
+    add_sampling_options(of_run, batch_size_option="--sampling-batch-size")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
@@ -100,15 +93,16 @@ def check(arguments: argparse.Namespace) -> None:
     needed: tuple[str, ...]
     useless: tuple[str, ...]
     compared = ("reference",) if arguments.clip is None else ()
+    samples_run = not arguments.make_reference and arguments.samples and Path(arguments.samples).is_dir()
     if arguments.make_reference:
-        needed, useless = ("shards",), ("samples", "reference", "clip", "out", *SAMPLING_OPTIONS)
+        needed, useless = ("shards",), ("samples", "reference", "clip", "out")
         purpose = "--make-reference"
-    elif arguments.samples and Path(arguments.samples).is_dir():
-        counted = () if arguments.prompts else ("num",)  # else one for each prompt
+    elif samples_run:
+        counted = () if arguments.prompts or arguments.prompt else ("num",)  # else one for each prompt
         needed, useless = (*compared, *counted, "out"), ("shards",)
         purpose = f"--samples {arguments.samples} (a folder)"
     else:
-        needed, useless = ("samples", *compared), ("shards", *SAMPLING_OPTIONS)
+        needed, useless = ("samples", *compared), ("shards",)
         purpose = f"--samples {arguments.samples} (a file)" if arguments.samples else "scoring"
     for name in needed:
         if name not in given:
@@ -116,6 +110,10 @@ def check(arguments: argparse.Namespace) -> None:
     for name in useless:
         if name in given:
             raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect with {purpose}; leave it out")
+    if samples_run:
+        settings_from(arguments, arguments.samples).check()
+    else:
+        refuse_sampling_options(arguments, purpose)
     extractors = sorted({"inception", "features"} & given)
     if arguments.make_reference or arguments.reference:
         if len(extractors) != 1:
@@ -127,10 +125,10 @@ def check(arguments: argparse.Namespace) -> None:
         _check_clip(arguments.clip)
         if Path(arguments.samples).is_file():
             _prompts_beside(Path(arguments.samples))
-        elif arguments.prompts is None and Path(arguments.samples).is_dir():
-            raise UserError(f"--clip {arguments.clip}: scores images and their prompts; give --prompts to draw from")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch-size {arguments.batch_size}: choose at least 1")
+        elif samples_run and not (arguments.prompts or arguments.prompt):
+            raise UserError(f"--clip {arguments.clip}: scores images and their prompts; give --prompts to sample from")
+    if arguments.scoring_batch_size < 1:
+        raise UserError(f"--batch-size {arguments.scoring_batch_size}: choose at least 1")
 
 
 def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
@@ -143,7 +141,7 @@ def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: t
     _check_writable(path, "--make-reference")
     make_reference(
         path, ShardImages(arguments.shards), extractor,
-        batch_size=arguments.batch_size, rank=launch.rank, ranks=launch.world_size,
+        batch_size=arguments.scoring_batch_size, rank=launch.rank, ranks=launch.world_size,
     )  # fmt: skip
     return f"reference:      {path}\n"
 
@@ -171,7 +169,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     if clip:  # before anything is scored
         prompts_file = _prompts_beside(path)
         prompts = read_prompts(prompts_file, samples.num_images)
-    options = {"batch_size": arguments.batch_size, "rank": launch.rank, "ranks": launch.world_size}
+    options = {"batch_size": arguments.scoring_batch_size, "rank": launch.rank, "ranks": launch.world_size}
     scores = {}
     if reference and extractor:
         scores = score(samples, reference, extractor, **options)
@@ -187,23 +185,9 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
 
 def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:
     """Draw the images of a run into a folder, on all ranks; collective."""
-    from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
+    from diffmoe_dist.sampling.job import sample_to_folder
 
-    settings = SamplingSettings(
-        checkpoint=arguments.samples,
-        num=arguments.num,
-        steps=arguments.steps,
-        cfg_scale=1.0 if arguments.cfg_scale is None else arguments.cfg_scale,
-        seed=arguments.seed or 0,
-        sampler=arguments.sampler,
-        batch_size=100 if arguments.sampling_batch_size is None else arguments.sampling_batch_size,
-        prompts=arguments.prompts,
-        negative_prompt=arguments.negative_prompt,
-        encoder=arguments.encoder,
-        tokenizer=arguments.tokenizer,
-        decoder=arguments.decoder,
-    )
-    settings.check()
+    settings = settings_from(arguments, arguments.samples)
     sample_to_folder(settings, folder, device, launch)
     return folder / "samples.npz"
 

@@ -72,3 +72,12 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a string can be written: JSON and command lines can smuggle in half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -9,18 +9,20 @@ from pathlib import Path
 from diffmoe_dist.command import CommandParser, import_callable, run_command
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
+from diffmoe_dist.sampling.settings import add_sampling_options, settings_from
 
 DESCRIPTION = """\
-Draw the same images at several constant thresholds (moe.inference=constant, one threshold for all experts and layers)
+Sample the same images at several constant thresholds (moe.inference=constant, one threshold for all experts and layers)
 and print and plot the measured capacity C at each: DiffMoE's interval search. Writes interval_search.json,
 interval_search.png and a folder of samples for each threshold.
 
   python -m diffmoe_dist.interval_search --checkpoint runs/demo --thresholds 0.9,0.7,0.5,0.4,0.3 --out search --num 100
 
 What the images are worth is for --score to say: module:callable, which is given the uint8 images (N, H, W, C) and
-returns a number, lower is better. Without it there is no score, only C. Runs under any launcher, and goes on where it
-was interrupted.
+returns a number, lower is better. Without it there is no score, only C. --num is 1000 by default. The search runs under
+any launcher, and goes on where it was interrupted.
 """
+DEFAULT_NUM = 1000
 
 
 def main() -> None:
@@ -29,24 +31,20 @@ def main() -> None:
     add("--checkpoint", required=True, metavar="DIR", help="a run folder (its newest) or a step folder")
     add("--thresholds", required=True, metavar="A,B,...", help="each from 0 to below 1")
     add("--out", required=True, type=Path, metavar="DIR", help="where everything goes")
-    add("--num", type=int, default=1000, help="images at each threshold (default 1000)")
-    add("--steps", type=int, help="sampler steps (default 50)")
-    add("--cfg-scale", type=float, default=1.0, help="guidance scale, 1: none (default)")
-    add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("--batch-size", type=int, default=100, help="images drawn together, which share a token pool (default 100)")
-    add("--prompts", metavar="FILE", help="for a model that is told captions; see diffmoe_dist.sample")
-    add("--encoder", metavar="DIR", help="of the prompts")
-    add("--tokenizer", metavar="DIR")
-    add("--decoder", metavar="DIR", help="the autoencoder of a model of latents (default: the run's)")
+    add_sampling_options(parser, leave_out=("recalibrate",))  # a constant takes the place of the thresholds
     add("--score", metavar="MODULE:CALLABLE", help="uint8 images (N, H, W, C) to a number, lower is better")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args()
     thresholds = read_thresholds(arguments.thresholds)
+    settings = settings_from(arguments, arguments.checkpoint, num=DEFAULT_NUM)
+    settings.check()
+    for override in settings.overrides:
+        if override.startswith("moe."):
+            raise UserError(f"{override} has no effect: the search sets moe.inference and its threshold; leave it out")
 
     from diffmoe_dist.logs import set_up_logging
     from diffmoe_dist.parallel.topology import choose_device, start_process_group, stop_process_group
-    from diffmoe_dist.sampling.job import SamplingSettings
     from diffmoe_dist.sampling.threshold_search import (
         best_point,
         format_table,
@@ -54,20 +52,6 @@ def main() -> None:
         write_points,
     )
 
-    settings = SamplingSettings(
-        checkpoint=arguments.checkpoint,
-        num=arguments.num,
-        steps=arguments.steps,
-        cfg_scale=arguments.cfg_scale,
-        seed=arguments.seed,
-        sampler=None,
-        batch_size=arguments.batch_size,
-        prompts=arguments.prompts,
-        encoder=arguments.encoder,
-        tokenizer=arguments.tokenizer,
-        decoder=arguments.decoder,
-    )
-    settings.check()
     score = None if arguments.score is None else import_callable(arguments.score, "--score")
     device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)

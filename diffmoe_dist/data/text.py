@@ -17,7 +17,7 @@ from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, METADATA_FIELD, POOL
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import read_fp16
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256
+from diffmoe_dist.files import file_sha256, is_utf8
 from diffmoe_dist.model.condition import TextCondition
 
 
@@ -52,15 +52,6 @@ def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
     except ValueError as error:
         raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
     return [caption for caption in captions if isinstance(caption, str) and caption.strip() and is_utf8(caption)]
-
-
-def is_utf8(text: str) -> bool:
-    """Whether a string can be written: JSON and command lines can smuggle in half of a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def choose_caption(captions: Sequence[str], uniform: float) -> str:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from diffmoe_dist.data.prompts import (
     open_encoded_prompts,
     read_prompts,
 )
-from diffmoe_dist.data.text import is_utf8
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
@@ -60,90 +59,9 @@ from diffmoe_dist.sampling.generate import (
     to_uint8,
 )
 from diffmoe_dist.sampling.geneval import check_metadata, write_geneval
+from diffmoe_dist.sampling.settings import SamplingSettings
 
-SAMPLING_OVERRIDES = (
-    "moe.inference", "moe.constant_threshold", "data.shards", "data.latents", "data.text", "data.autoencoder",
-    "data.text_encoder", "data.tokenizer",
-)  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    checkpoint: str
-    num: int | None  # None: one for each prompt
-    steps: int | None  # None: the default of the sampler
-    cfg_scale: float
-    seed: int
-    sampler: str | None  # None: the default of the model's objective
-    batch_size: int
-    overrides: tuple[str, ...] = ()  # key=value, of SAMPLING_OVERRIDES
-    recalibrate: int = 0  # batches of training data from which the thresholds are found anew
-    cfg_channels: int | None = None  # None: all
-    cfg_interval: tuple[float, float] | None = None  # in the objective's time
-    one_pass: bool = False
-    labels: Literal["balanced", "random"] | None = None  # None: balanced, for a model that is told classes
-    classes: tuple[int, ...] | None = None  # None: all
-    expert: int = 1  # ranks that share one set of experts
-    png: bool = False
-    decoder: str | None = None  # of latents; default: the run's own
-    prompts: str | None = None  # a file of prompts, or of encoded ones
-    prompt: str | None = None  # or one prompt
-    negative_prompt: str | None = None
-    encoder: str | None = None  # the folder of the text encoder
-    tokenizer: str | None = None  # and of its tokenizer, where it lies elsewhere
-    geneval: bool = False
-
-    @property
-    def guidance(self) -> Guidance:
-        return Guidance(self.cfg_scale, self.cfg_channels, self.cfg_interval, self.one_pass)
-
-    def check(self) -> None:
-        """Refuse what is wrong whatever the model.
-
-        Raises:
-            UserError: a value is out of range, or has no effect beside the others.
-        """
-        for name in ("num", "steps", "batch_size", "expert"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: choose at least 1")
-        self._check_prompts()
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
-        if self.recalibrate < 0:
-            raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
-        if not self.guidance.active:
-            unused = {"--cfg-channels": self.cfg_channels, "--cfg-interval": self.cfg_interval}
-            for name, value in {
-                **unused,
-                "--one-pass": self.one_pass or None,
-                "--negative-prompt": self.negative_prompt,
-            }.items():
-                if value is not None:
-                    raise UserError(f"{name} has no effect without guidance; remove it or set --cfg-scale above 1")
-        for override in self.overrides:
-            if override.partition("=")[0] not in SAMPLING_OVERRIDES:
-                raise UserError(
-                    f"{override}: sampling can change {', '.join(SAMPLING_OVERRIDES)} of a run, nothing else; remove it"
-                )
-
-    def _check_prompts(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if not is_utf8(getattr(self, name) or ""):
-                raise UserError(f"--{name.replace('_', '-')}: is no text in UTF-8; write it again")
-        if self.prompts is not None and self.prompt is not None:
-            raise UserError("--prompts and --prompt: give one of them")
-        if self.prompts is None and self.prompt is None:
-            if self.num is None:
-                raise UserError("--num is missing: how many images are to be drawn; or give --prompts, for one of each")
-            for name in ("negative_prompt", "encoder", "tokenizer"):
-                if getattr(self, name) is not None:
-                    raise UserError(
-                        f"--{name.replace('_', '-')} has no effect without --prompts or --prompt; remove it"
-                    )
-        if self.geneval and self.prompts is None:
-            raise UserError("--geneval needs --prompts, a file such as GenEval's evaluation_metadata.jsonl")
 
 
 @dataclass(frozen=True)

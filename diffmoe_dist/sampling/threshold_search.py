@@ -14,7 +14,8 @@ import torch
 from diffmoe_dist.files import write_json
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.logs import logger
-from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
+from diffmoe_dist.sampling.job import sample_to_folder
+from diffmoe_dist.sampling.settings import SamplingSettings
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

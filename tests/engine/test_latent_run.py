@@ -15,7 +15,8 @@ from diffmoe_dist.config import build_config
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.sampling.generate import open_decoder
-from diffmoe_dist.sampling.job import SamplingSettings, sample_to_folder
+from diffmoe_dist.sampling.job import sample_to_folder
+from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.distributed import run_ranks

@@ -15,7 +15,7 @@ from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.sampling.calibration import recalibrate, recalibrate_on_training_data
-from diffmoe_dist.sampling.job import SamplingSettings
+from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.machine import ROOT
 
 

@@ -28,13 +28,13 @@ from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.generate import generate
 from diffmoe_dist.sampling.job import (
-    SamplingSettings,
     describe_job,
     open_conditions,
     sample_to_folder,
     share_experts,
     weights_fingerprint,
 )
+from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.distributed import run_ranks
 from tests.engine.runs import train_all
 from tests.machine import ROOT

@@ -27,7 +27,8 @@ from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import TextCondition
 from diffmoe_dist.sampling.conditions import PromptConditions, run_conditions
 from diffmoe_dist.sampling.generate import generate
-from diffmoe_dist.sampling.job import SamplingSettings, open_conditions, sample_to_folder
+from diffmoe_dist.sampling.job import open_conditions, sample_to_folder
+from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import start
 from tests.data.test_text import save_encoder
 from tests.distributed import run_ranks
