@@ -284,7 +284,7 @@ def _tell_bad(num_bad: int, folder: Path) -> None:
 
 
 def _verify(arguments: argparse.Namespace, workers: Workers) -> None:
-    index = ShardIndex.open(arguments.folder)
+    index = ShardIndex.open(arguments.folder, f"FOLDER={arguments.folder}")
     with _progress("verify", index.num_samples) as advance:
         verified = verify(index, full=arguments.full, workers=workers, on_shard=advance)
     for problem in verified.problems:
@@ -299,7 +299,7 @@ def _verify(arguments: argparse.Namespace, workers: Workers) -> None:
 
 
 def _stats(arguments: argparse.Namespace, workers: Workers) -> None:
-    index = ShardIndex.open(arguments.folder)
+    index = ShardIndex.open(arguments.folder, f"FOLDER={arguments.folder}")
     if arguments.picture is not None and index.channels is None:
         raise UserError(f"--picture={arguments.picture}: {arguments.folder} has no images; leave it out")
     with _progress("stats", index.num_samples) as advance:
@@ -313,7 +313,7 @@ def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
     from data_tools.latents import LatentSettings, encode_latents  # torch takes seconds to import
     from data_tools.side import choose_encoder_device
 
-    base = ShardIndex.open(arguments.base)
+    base = ShardIndex.open(arguments.base, f"BASE={arguments.base}")
     size = arguments.size or base.image_size
     if size is None:
         raise UserError(f"--size: {arguments.base} has images of many sizes; give the side of the square, such as 256")
@@ -332,7 +332,7 @@ def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
     from data_tools.side import choose_encoder_device
     from data_tools.text import TextSettings, encode_text
 
-    base = ShardIndex.open(arguments.base)
+    base = ShardIndex.open(arguments.base, f"BASE={arguments.base}")
     device = choose_encoder_device(arguments.device, arguments.workers)
     settings = TextSettings(arguments.encoder, arguments.tokenizer, arguments.max_length, arguments.batch_size, device)
     with _progress("encode-text", base.num_samples) as advance:
@@ -362,7 +362,8 @@ def _random_encoder(arguments: argparse.Namespace, workers: Workers) -> None:
 
     if arguments.workers != 1:
         raise UserError(f"--workers={arguments.workers}: random-encoder is one small piece of work; leave it out")
-    words = write_random_encoder(ShardIndex.open(arguments.base), arguments.out)
+    base = ShardIndex.open(arguments.base, f"BASE={arguments.base}")
+    words = write_random_encoder(base, arguments.out)
     sys.stdout.write(f"a random CLIP text encoder that knows {words} words: --encoder {arguments.out}\n")
 
 

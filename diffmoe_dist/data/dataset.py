@@ -10,8 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffmoe_dist.data.format import LatentSpec
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.latents import LatentReader
 from diffmoe_dist.data.online import OnlineEncoders
+from diffmoe_dist.data.text import TextReader
 from diffmoe_dist.errors import UserError
 
 
@@ -20,38 +23,55 @@ class DataSet:
     """A folder of shards and, where they are used, the latents and the encoded captions made from it."""
 
     base: ShardIndex
-    latents: ShardIndex | None = None
-    text: ShardIndex | None = None
+    latents: LatentReader | None = None
+    text: TextReader | None = None
 
     @classmethod
-    def open(cls, shards: str | Path, latents: str | Path | None = None, text: str | Path | None = None) -> DataSet:
-        """Open and check the folders. Raises UserError, also for a side folder of other data or of another kind."""
-        base = ShardIndex.open(shards)
-        return cls(base, _open_side(base, latents, "latents"), _open_side(base, text, "text"))
+    def open(
+        cls,
+        shards: str | Path,
+        latents: str | Path | None = None,
+        text: str | Path | None = None,
+        section: str = "data",
+    ) -> DataSet:
+        """Open and check the folders. Raises UserError, also for a side folder of other data or of another kind.
+
+        Args:
+            section: of the configuration, whose settings `shards`, `latents` and `text` name the folders.
+        """
+        base = ShardIndex.open(shards, f"{section}.shards={shards}")
+
+        def side(folder: str | Path, setting: str) -> ShardIndex:
+            opened = ShardIndex.open(folder, f"{section}.{setting}={folder}")
+            opened.check_base(base)
+            return opened
+
+        return cls(
+            base,
+            None if latents is None else LatentReader(side(latents, "latents")),
+            None if text is None else TextReader(side(text, "text")),
+        )
 
     @property
     def channels(self) -> int | None:
         """Of what the model is given; None: the folder holds no images."""
-        return self.base.channels if self.latents is None else self._latents.channels
+        return self.base.channels if self.latents is None else self.latents.spec.channels
 
     @property
     def image_size(self) -> int | None:
         """Height and width of what the model is given; None: images of all sizes, cropped as they are read."""
-        return self.base.image_size if self.latents is None else self._latents.height
+        return self.base.image_size if self.latents is None else self.latents.spec.height
 
     @property
     def where(self) -> str:
         """The setting and the folder that the model's inputs come from."""
-        return f"data.shards={self.base.folder}" if self.latents is None else f"data.latents={self.latents.folder}"
-
-    @property
-    def _latents(self) -> Any:
-        assert self.latents is not None
-        return self.latents.latents
+        return self.base.named if self.latents is None else self.latents.index.named
 
     @property
     def fingerprints(self) -> list[str | None]:
-        return [index.fingerprint if index else None for index in (self.base, self.latents, self.text)]
+        """Of the shards, the latents and the encoded captions."""
+        sides = (self.latents, self.text)
+        return [self.base.fingerprint, *(side.index.fingerprint if side else None for side in sides)]
 
 
 @dataclass(frozen=True)
@@ -72,8 +92,8 @@ class TrainingData:
         traits: dict[str, Callable[[DataSet], Any]] = {
             "colour or latent channels": lambda dataset: dataset.channels,
             "classes": lambda dataset: self._classes(dataset),
-            "autoencoder": lambda dataset: dataset.latents and _latent_traits(dataset.latents),
-            "text encoder": lambda dataset: dataset.text and dataset.text.text and dataset.text.text.encoder_sha256,
+            "autoencoder": lambda dataset: dataset.latents and _latent_traits(dataset.latents.spec),
+            "text encoder": lambda dataset: dataset.text and dataset.text.spec.encoder_sha256,
         }
         first = self.datasets[0]
         for dataset in self.datasets[1:]:
@@ -122,20 +142,5 @@ class TrainingData:
         return f"{base.folder / base.shards[base.shard_of(local)].name}, key {base.key(local)}"
 
 
-def _latent_traits(index: ShardIndex) -> tuple[Any, ...]:
-    spec = index.latents
-    assert spec is not None
+def _latent_traits(spec: LatentSpec) -> tuple[Any, ...]:
     return spec.vae_sha256, spec.scale, spec.shift, spec.height, spec.width
-
-
-def _open_side(base: ShardIndex, folder: str | Path | None, kind: str) -> ShardIndex | None:
-    if folder is None:
-        return None
-    side = ShardIndex.open(folder)
-    side.check_base(base)
-    if getattr(side, kind) is None:
-        raise UserError(
-            f"data.{kind}={folder}: holds no {kind}; make a folder that does: "
-            f"python -m data_tools encode-{kind} {base.folder} OUT"
-        )
-    return side

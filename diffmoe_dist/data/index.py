@@ -53,8 +53,9 @@ def member_crc32(header: bytes, payload: bytes) -> int:
 class ShardIndex:
     """Random access to the samples of a folder of shards. Made by `ShardIndex.open`; can be pickled and forked."""
 
-    def __init__(self, folder: Path, raw: bytes, meta: FolderMeta) -> None:
+    def __init__(self, folder: Path, named: str, raw: bytes, meta: FolderMeta) -> None:
         self.folder, self.meta = folder, meta
+        self.named = named  # as the user named the folder: `data.shards=FOLDER`
         self.fingerprint: str = hashlib.sha256(raw).hexdigest()
         self.num_samples, self.fields, self.shards = meta.num_samples, meta.fields, meta.shards
         self.num_classes, self.class_names = meta.num_classes, list(meta.class_names)
@@ -68,22 +69,24 @@ class ShardIndex:
         self._open_shards: dict[int, io.FileIO] = {}
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> ShardIndex:
+    def open(cls, folder: str | os.PathLike[str], named: str | None = None) -> ShardIndex:
         """Open and check a folder of shards: the index, offsets and keys, every shard present in its full size.
 
         The content of the shards is checked sample by sample, as it is read.
-        Raises UserError, naming `data.shards`, for whatever is wrong.
+        Raises UserError for whatever is wrong, which begins with `named`: how the user named the folder, as
+        `--shards FOLDER`; None: `data.shards=FOLDER`.
         """
         path = Path(folder)
+        named = f"data.shards={path}" if named is None else named
         if not path.is_dir():
-            _refuse(path, "no such folder", f"pack the data there: {_PACK}")
-        raw = _load(path, INDEX_NAME, (path / INDEX_NAME).read_bytes)
-        meta = _load(path, INDEX_NAME, lambda: json.loads(raw))
+            _refuse(named, "no such folder", f"pack the data there: {_PACK}")
+        raw = _load(named, INDEX_NAME, (path / INDEX_NAME).read_bytes)
+        meta = _load(named, INDEX_NAME, lambda: json.loads(raw))
         known = isinstance(meta, dict) and meta.get("format") == FORMAT
         if not known or meta.get("version") != VERSION:
             found = f"{meta.get('format')} version {meta.get('version')}" if isinstance(meta, dict) else "no format"
-            _refuse(path, f"{INDEX_NAME} says {found}, this program reads {FORMAT} version {VERSION}", "pack it again")
-        index = _load(path, INDEX_NAME, lambda: cls(path, raw, parse_meta(meta)))
+            _refuse(named, f"{INDEX_NAME} says {found}, this program reads {FORMAT} version {VERSION}", "pack it again")
+        index = _load(named, INDEX_NAME, lambda: cls(path, named, raw, parse_meta(meta)))
         index._check_counts()
         index._check_rows()
         index._check_shards()
@@ -147,12 +150,12 @@ class ShardIndex:
         Raises UserError where it was not.
         """
         if self.base is None:
-            _refuse(self.folder, "not a side folder: its index names no base", "name a folder of latents or text")
+            _refuse(self.named, "not a side folder: its index names no base", "name a folder of latents or text")
         elif self.base.fingerprint != base.fingerprint:
             problem = f"computed from another data set ({self.base.fingerprint[:12]}...) than {base.folder}"
-            _refuse(self.folder, problem, "encode it again from this one")
+            _refuse(self.named, problem, "encode it again from this one")
         elif self.meta.keys.sha256 != base.meta.keys.sha256:
-            _refuse(self.folder, f"its keys are not those of {base.folder}", "encode it again")
+            _refuse(self.named, f"its keys are not those of {base.folder}", "encode it again")
 
     def close(self) -> None:
         """Close the files that this process opened; reading opens them again."""
@@ -177,37 +180,37 @@ class ShardIndex:
         total = self._ends[-1] if self._ends else 0
         if total != self.num_samples or total == 0:
             problem = f"{INDEX_NAME} says {self.num_samples} samples but its shards hold {total}"
-            _refuse(self.folder, problem, "restore or pack it again")
+            _refuse(self.named, problem, "restore or pack it again")
         if len(self.class_names) != self.num_classes:
             problem = f"{INDEX_NAME} says {self.num_classes} classes but names {len(self.class_names)}"
-            _refuse(self.folder, problem, "restore or pack it again")
+            _refuse(self.named, problem, "restore or pack it again")
 
     def _check_rows(self) -> None:
         self._check_array(self._offsets, self.meta.offsets, (self.num_samples, len(self.fields), 3), "<i8")
         self._check_array(self._keys, self.meta.keys, (self.num_samples,), "|S")
 
     def _check_array(self, rows: _Rows, file: File, shape: tuple[int, ...], dtype: str) -> None:
-        found = _load(self.folder, file.name, lambda: file_sha256(self.folder / file.name))
+        found = _load(self.named, file.name, lambda: file_sha256(self.folder / file.name))
         if found != file.sha256:
             problem = f"{file.name} has SHA-256 {found[:12]}..., {INDEX_NAME} records {file.sha256[:12]}..."
-            _refuse(self.folder, problem, "restore both or pack again")
-        array = _load(self.folder, file.name, rows.find)
+            _refuse(self.named, problem, "restore both or pack again")
+        array = _load(self.named, file.name, rows.find)
         if array.shape != shape or not array.dtype.str.startswith(dtype):
             problem = f"{file.name} holds {array.dtype} {array.shape}, {INDEX_NAME} needs {dtype} {shape}"
-            _refuse(self.folder, problem, "restore both or pack again")
+            _refuse(self.named, problem, "restore both or pack again")
 
     def _check_shards(self) -> None:
         for shard in self.shards:
-            size = _load(self.folder, shard.name, (self.folder / shard.name).stat).st_size
+            size = _load(self.named, shard.name, (self.folder / shard.name).stat).st_size
             if size != shard.num_bytes:
                 problem = f"{shard.name} has {size} bytes, {INDEX_NAME} records {shard.num_bytes}"
-                _refuse(self.folder, problem, "restore the shard or pack again")
+                _refuse(self.named, problem, "restore the shard or pack again")
 
     def _check_latents(self) -> None:
         # Mean and standard deviation have the shape of mean and log variance: only the name tells them apart.
         if self.latents is not None and self.latents.parametrisation != MEAN_LOGVAR:
             problem = f"latents are {self.latents.parametrisation}, this program reads {MEAN_LOGVAR}"
-            _refuse(self.folder, problem, "encode them again: python -m data_tools encode-latents")
+            _refuse(self.named, problem, "encode them again: python -m data_tools encode-latents")
 
 
 class _Rows:
@@ -248,19 +251,19 @@ def text_sha256(parts: Iterator[str]) -> str:
     return digest.hexdigest()
 
 
-def _refuse(folder: Path, problem: str, remedy: str) -> NoReturn:
-    raise UserError(f"data.shards={folder}: {problem}; {remedy}")
+def _refuse(named: str, problem: str, remedy: str) -> NoReturn:
+    raise UserError(f"{named}: {problem}; {remedy}")
 
 
-def _load(folder: Path, name: str, action: Callable[[], _T]) -> _T:
+def _load(named: str, name: str, action: Callable[[], _T]) -> _T:
     """Do one step of opening a file of the folder, and refuse the folder where it fails."""
     try:
         return action()
     except FileNotFoundError:
-        _refuse(folder, f"{name} is missing", f"restore it or finish packing: {_PACK}")
+        _refuse(named, f"{name} is missing", f"restore it or finish packing: {_PACK}")
     except OSError as error:
-        _refuse(folder, f"{name} cannot be read ({error.strerror})", "check the disk and the permissions")
+        _refuse(named, f"{name} cannot be read ({error.strerror})", "check the disk and the permissions")
     except KeyError as error:
-        _refuse(folder, f"{name} has no entry {error}", "restore or pack it again")
+        _refuse(named, f"{name} has no entry {error}", "restore or pack it again")
     except (TypeError, ValueError) as error:
-        _refuse(folder, f"{name} is damaged ({error})", "restore or pack it again")
+        _refuse(named, f"{name} is damaged ({error})", "restore or pack it again")

@@ -27,10 +27,12 @@ _DECODED_TOGETHER = 8
 
 
 class LatentReader:
-    """Draws training latents from the moments in a side folder."""
+    """Samples training latents from the moments in a side folder. Raises UserError for a folder without latents."""
 
     def __init__(self, index: ShardIndex) -> None:
-        assert index.latents is not None, index.folder
+        if index.latents is None:
+            command = "python -m data_tools encode-latents BASE OUT"
+            raise UserError(f"{index.named}: holds no latents; make a folder with them: {command}")
         self.index, self.spec = index, index.latents
         spec = self.spec
         self._views = {view: number for number, view in enumerate(spec.views)}

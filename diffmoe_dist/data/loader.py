@@ -16,11 +16,11 @@ from diffmoe_dist.data.batch import Batch, BatchBuffer
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.format import LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, crop_image, decode_image
-from diffmoe_dist.data.latents import FLIP_VIEW, LatentReader
+from diffmoe_dist.data.latents import FLIP_VIEW
 from diffmoe_dist.data.online import OnlineEncoders
 from diffmoe_dist.data.order import BatchSplit, MixtureOrder
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
-from diffmoe_dist.data.text import EncodedText, TextReader, captions_of, choose_caption, pad_text
+from diffmoe_dist.data.text import EncodedText, captions_of, choose_caption, pad_text
 from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("diffmoe_dist.data")
@@ -71,14 +71,13 @@ class _SampleReader:
     def __init__(self, dataset: DataSet, flip: bool, draws_latents: bool, reads_captions: bool) -> None:
         self.base, self.flip = dataset.base, flip
         self.draws_latents = draws_latents or dataset.latents is not None
-        self.latents = None if dataset.latents is None else LatentReader(dataset.latents)
-        self.text = None if dataset.text is None else TextReader(dataset.text)
+        self.latents, self.text = dataset.latents, dataset.text
         self.has_captions = self.text is not None or reads_captions
         self._fields = {LABEL_FIELD, *(self.base.image_fields if self.latents is None else ())}
         if self.latents is None and not self.base.image_fields:
             raise UserError(f"{dataset.where}: fields {', '.join(self.base.fields)} lack an image; pack images")
         if not self.has_captions and self.base.num_classes and LABEL_FIELD not in self.base.fields:
-            raise UserError(f"data.shards={self.base.folder}: has classes but no {LABEL_FIELD}; pack it with labels")
+            raise UserError(f"{self.base.named}: has classes but no {LABEL_FIELD}; pack it with labels")
         if self.latents is not None and flip and FLIP_VIEW not in self.latents.spec.views:
             raise UserError(
                 f"data.flip=true, but {dataset.where} holds no mirrored latents; use false or encode without --no-flip"

@@ -43,21 +43,23 @@ def open_held_out(config: Config, data: TrainingData | StreamedData) -> Training
         return None
     settings = config.validation
     held_out = DataConfig(shards=settings.shards, latents=settings.latents, text=settings.text)
-    try:
-        opened = _open_data(replace(config, data=held_out), data.encoders if isinstance(data, TrainingData) else None)
-    except UserError as error:
-        told = str(error)
-        for kind in ("shards", "latents", "text"):
-            told = told.replace(f"data.{kind}=", f"validation.{kind}=")
-        raise UserError(told) from None
+    encoders = data.encoders if isinstance(data, TrainingData) else None
+    opened = _open_data(replace(config, data=held_out), encoders, "validation")
     if opened.fingerprint == data.fingerprint:
         raise UserError(f"validation.shards={settings.shards} holds the images that are trained on; pack others")
     return opened
 
 
-def _open_data(config: Config, encoders: OnlineEncoders | None) -> TrainingData:
+def _open_data(config: Config, encoders: OnlineEncoders | None, section: str = "data") -> TrainingData:
+    """Open what the section of that name, which lies in `config.data`, names."""
     entries = data_sets(config.data)
-    datasets = tuple(DataSet.open(str(entry.shards), entry.latents, entry.text) for entry in entries)
+    datasets = tuple(
+        DataSet.open(
+            str(entry.shards), entry.latents, entry.text,
+            f"{section}.mixture[{number}]" if config.data.mixture else section,
+        )
+        for number, entry in enumerate(entries)
+    )  # fmt: skip
     for dataset in datasets:
         _check_fit(config, dataset, encoders)
     if encoders is not None and encoders.text is not None:
@@ -86,15 +88,15 @@ def _check_fit(config: Config, dataset: DataSet, encoders: OnlineEncoders | None
     for name, (setting, found) in expected.items():
         if found != setting:
             raise UserError(f"model.{name}={setting}, but {dataset.where} has {found}; set it to {found}")
-    spec = dataset.latents.latents if dataset.latents else None
+    spec = dataset.latents.spec if dataset.latents else None
     if spec and spec.width != spec.height:
         raise UserError(f"{dataset.where}: latents of {spec.height}x{spec.width}; the model takes squares")
     if encoders is not None and encoders.text is not None and not {CAPTION_FIELD, METADATA_FIELD} & set(base.fields):
-        raise UserError(f"data.shards={base.folder}: holds no captions ({', '.join(base.fields)}); pack some with them")
-    if dataset.text is not None and dataset.text.text is not None:
-        text = dataset.text.text
+        raise UserError(f"{base.named}: holds no captions ({', '.join(base.fields)}); pack some with them")
+    if dataset.text is not None:
+        text = dataset.text.spec
         stored = (text.encoder_sha256, text.hidden_size, text.max_length, text.pooled_size)
-        _check_text(model, f"data.text={dataset.text.folder}", *stored)
+        _check_text(model, dataset.text.index.named, *stored)
 
 
 def _check_text(model: ModelConfig, where: str, sha256: str, hidden_size: int, length: int, pooled_size: int) -> None:

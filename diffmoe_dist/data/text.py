@@ -60,10 +60,15 @@ def choose_caption(captions: Sequence[str], uniform: float) -> str:
 
 
 class TextReader:
-    """Reads captions from a side folder. `null` is the empty caption, also that of a sample without one."""
+    """Reads captions from a side folder. `null` is the empty caption, also that of a sample without one.
+
+    Raises UserError for a folder without encoded captions, or whose empty caption is missing or damaged.
+    """
 
     def __init__(self, index: ShardIndex) -> None:
-        assert index.text is not None, index.folder
+        if index.text is None:
+            command = "python -m data_tools encode-text BASE OUT"
+            raise UserError(f"{index.named}: holds no text; make a folder with it: {command}")
         self.index, self.spec = index, index.text
         pooled = self.spec.null_pooled
         self.null = EncodedText(self._null(self.spec.null), None if pooled is None else self._null(pooled), True)
@@ -104,7 +109,7 @@ class TextReader:
                 return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         except FileNotFoundError:
             pass
-        raise UserError(f"data.text={self.index.folder}: {file.name} is missing or another; encode the text again")
+        raise UserError(f"{self.index.named}: {file.name} is missing or another; encode the text again")
 
 
 def pad_text(captions: Sequence[EncodedText], max_length: int) -> TextCondition:

@@ -76,13 +76,10 @@ class ShardImages:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            self.index = ShardIndex.open(folder)
-            if self.index.image_size is None or self.index.channels is None or not self.index.image_fields:
-                raise UserError(f"--shards {folder}: holds no images of one size; pack them with --crop and --size")
-        except UserError as error:
-            raise UserError(str(error).replace("data.shards=", "--shards ")) from None
-        self.num_images = self.index.num_samples
+        self.index = ShardIndex.open(folder, f"--shards {folder}")
+        if self.index.image_size is None or self.index.channels is None or not self.index.image_fields:
+            raise UserError(f"{self.index.named}: holds no images of one size; pack them with --crop and --size")
+        self.num_images, self.channels = self.index.num_samples, self.index.channels
 
     def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
         for start in range(rows.start, rows.stop, batch_size):
@@ -92,9 +89,8 @@ class ShardImages:
     def image(self, sample_id: int) -> np.ndarray:
         """One image as it is stored, (C, H, W) uint8. Raises CorruptShardError."""
         payloads = self.index.read(sample_id, self.index.image_fields)
-        assert self.index.channels is not None
         try:
-            image = np.asarray(decode_image(next(iter(payloads.values()), b""), self.index.channels))
+            image = np.asarray(decode_image(next(iter(payloads.values()), b""), self.channels))
         except ImageError as error:
             raise self.index.corrupt(sample_id, str(error)) from None
         return image[None] if image.ndim == 2 else image.transpose(2, 0, 1)

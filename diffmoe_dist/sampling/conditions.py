@@ -16,7 +16,7 @@ from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.prompts import EncodedPrompts
 from diffmoe_dist.data.randomness import Stream, philox
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.data.text import EncodedText, TextReader, captions_of, choose_caption, pad_text
+from diffmoe_dist.data.text import EncodedText, captions_of, choose_caption, pad_text
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.model.condition import Condition
 
@@ -81,7 +81,7 @@ class DataCaptions:
             self._null = encoder.encode_alone("")
         else:
             assert dataset.text is not None, dataset.where
-            reader = TextReader(dataset.text)
+            reader = dataset.text
             self._read, self._null = lambda label: reader.read(label, uniform=0.0), reader.null
 
     def of(self, numbers: Sequence[int]) -> Condition:

@@ -175,7 +175,7 @@ def open_decoder(config: Config, folder: str | None, setting: str, device: torch
 
 
 def _check_scaling(decoder: Autoencoder, latents: str, named: str) -> None:
-    spec = ShardIndex.open(latents).latents
+    spec = ShardIndex.open(latents, f"data.latents={latents}").latents
     if spec is not None and not same_scaling(decoder, spec):
         raise UserError(f"{named}: takes latents of another scale or shift than data.latents={latents}; give their own")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from diffmoe_dist.config import Config, build_config, load_config, save_config
 from diffmoe_dist.data.dataset import TrainingData
-from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.open import open_data, open_held_out
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.sampling.generate import open_decoder
@@ -77,6 +78,20 @@ def test_images_of_many_sizes_fit_every_model_and_images_of_one_size_only_theirs
     assert isinstance(open_data(_config({"shards": shards[1]}, **other)), TrainingData)
     with pytest.raises(UserError, match="model.input_size=16, but data.shards=.*same has 8; set it to 8"):
         open_data(_config({"shards": shards[0]}, **other))
+
+
+def test_a_folder_that_does_not_open_is_named_by_its_own_setting(shards: tuple[str, str]) -> None:
+    validation = {"every": 1, "images": 4, "shards": "nowhere"}
+    for data, layers, named in (
+        ({"shards": "nowhere"}, {}, "data.shards=nowhere: no such folder"),
+        ({"shards": shards[0], "latents": "nowhere"}, {}, "data.latents=nowhere: no such folder"),
+        ({"shards": shards[0], "latents": shards[1]}, {}, f"data.latents={shards[1]}: not a side folder"),
+        ({"mixture": [{"shards": shards[0]}, {"shards": "nowhere"}]}, {}, "data.mixture[1].shards=nowhere: no such"),
+        ({"shards": shards[0]}, {"validation": validation}, "validation.shards=nowhere: no such folder"),
+    ):
+        config = _config(data, **layers)
+        with pytest.raises(UserError, match=f"^{re.escape(named)}"):
+            open_held_out(config, open_data(config))
 
 
 def test_a_decoder_is_for_latents_and_latents_need_one(shards: tuple[str, str], tmp_path: Path) -> None:

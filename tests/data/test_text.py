@@ -183,7 +183,7 @@ def test_an_exchanged_null_embedding_is_refused(text: Path, tmp_path: Path) -> N
     copy = Path(shutil.copytree(text, tmp_path / "copy"))
     np.save(copy / "null.npy", np.zeros((2, 16), np.float16))
     with pytest.raises(UserError, match="data.text=.*copy: null.npy is missing or another"):
-        TextReader(ShardIndex.open(copy))
+        TextReader(ShardIndex.open(copy, f"data.text={copy}"))
 
 
 def test_captions_of_another_width_than_the_index_says_are_damage(text: Path, tmp_path: Path) -> None:

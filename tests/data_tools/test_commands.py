@@ -151,7 +151,7 @@ def test_listed_order_is_the_order_of_the_source(messy: Path, tmp_path: Path) ->
         (("pack", "digits", "OUT", "--crop", "oval"), "invalid choice: 'oval'"),
         (("plan", "digits", "--source-format", "imagenet"), "invalid choice: 'imagenet'"),
         (("pack", "digits", "OUT", "--workers", "0"), "--workers=0"),
-        (("verify", "nowhere"), "data.shards=nowhere: no such folder"),
+        (("verify", "nowhere"), "FOLDER=nowhere: no such folder"),
         (("index", "nowhere"), "FOLDER=nowhere: not a folder"),
     ],
 )
