@@ -30,7 +30,7 @@ from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
-from diffmoe_dist.planning.planning import reduce_bucket
+from diffmoe_dist.planning.memory import reduce_bucket
 
 UNGUARDED = RunGuards(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
 

@@ -32,7 +32,7 @@ from diffmoe_dist.model.moe import ExpertInput, Experts, MoELayer
 from diffmoe_dist.model.routing import Routing
 from diffmoe_dist.parallel.expert_parallel import ExpertShard, apply_expert_parallel, create_topology
 from diffmoe_dist.parallel.topology import Topology
-from diffmoe_dist.planning.planning import held_bytes
+from diffmoe_dist.planning.memory import persistent_bytes
 
 META = torch.device("meta")
 
@@ -152,7 +152,7 @@ def _report(
         f"{progress.pool_samples} images or {progress.pool_samples * config.tokens_per_sample} tokens compete together",
     )
     yield "data", _data(data, config)
-    sizes = held_bytes(config, ranks)
+    sizes = persistent_bytes(config, ranks)
     parts = ", ".join(f"{name} {_size(number)}" for name, number in sizes.items())
     yield "memory", f"{_size(sum(sizes.values()))} a rank, gradients and activations apart: {parts}"
     if isinstance(data, TrainingData) and data.encoders is not None:

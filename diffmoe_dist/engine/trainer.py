@@ -38,8 +38,7 @@ from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.model.routing import RoutingStats
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
 from diffmoe_dist.parallel.topology import Topology
-from diffmoe_dist.planning.accelerators import device_peak
-from diffmoe_dist.planning.planning import achieved_share
+from diffmoe_dist.planning.accelerators import device_peak, model_flop_utilization
 
 DrawSamples = Callable[[DiT], np.ndarray]
 Validate = Callable[[DiT], dict[str, float | None]]
@@ -351,7 +350,7 @@ class Trainer:
         mfu = {}
         if self.device_peak is not None:
             flops = self.accounting.training_flops(capacity or 0.0)
-            mfu["mfu"] = achieved_share(flops, images_per_second, self.topology.world_size, self.device_peak)
+            mfu["mfu"] = model_flop_utilization(flops, images_per_second, self.topology.world_size, self.device_peak)
         return {
             "step": self.progress.step,
             "images_seen": self.progress.images_seen,

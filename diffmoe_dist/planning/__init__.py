@@ -1,1 +1,1 @@
-"""What a run needs before it starts: memory, bytes on the wire, the time of a step."""
+"""What a run needs before it starts: memory, communication, the time of a step."""

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, from their data sheets: for plans, and for the share of it that a run achieves."""
+"""What accelerators can do at most, from their data sheets: for plans, and for how much of it a run achieves."""
 
 from __future__ import annotations
 
@@ -57,3 +57,12 @@ def device_peak(device: torch.device, config: Config) -> float | None:
     name = torch.cuda.get_device_name(device)
     known = [accelerator for accelerator in ACCELERATORS.values() if name in accelerator.device_names]
     return known[0].peak_flops[matmul_format(config)] if known else None
+
+
+def model_flop_utilization(flops_per_image: float, images_per_second: float, ranks: int, peak: float) -> float:
+    """MFU: the arithmetic that the model needs, over what all devices could do in the same time.
+
+    Args:
+        peak: floating-point operations a second of one device.
+    """
+    return flops_per_image * images_per_second / (ranks * peak)

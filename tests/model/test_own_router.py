@@ -14,7 +14,7 @@ from diffmoe_dist import config as configuration
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
-from diffmoe_dist.planning.planning import workload
+from diffmoe_dist.planning.workload import workload
 from tests.machine import ROOT
 
 DOCUMENT = ROOT / "docs/architecture.md"

@@ -1,0 +1,160 @@
+"""Memory of a GPU in bytes: what persists is exact, what exists only at the peak of a step is an estimate.
+
+Legend: D width, H hidden width of an expert, N routed experts, e bytes of an element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from diffmoe_dist.config import Config, RouterSettings
+from diffmoe_dist.model.accounting import meta_model
+from diffmoe_dist.planning.workload import Workload
+
+REDUCE_BUCKET = 200_000_000  # gradients that DeepSpeed reduces together, elements
+USABLE_MEMORY = 0.92  # fraction of the device; the rest is for CUDA's context, NCCL's buffers and fragmentation
+
+RankGroup = Literal["world", "expert", "expert data"]  # the process groups of `parallel.topology`
+
+
+@dataclass(frozen=True)
+class ZeroGroup:
+    """Parameters that a rank has, and the ranks that have the same ones: ZeRO cuts their state over these ranks."""
+
+    name: str
+    group: RankGroup
+    elements: int
+    ranks: int
+
+    @property
+    def padded(self) -> int:
+        """Elements after DeepSpeed has rounded up to two elements a rank."""
+        return math.ceil(self.elements / (2 * self.ranks)) * 2 * self.ranks
+
+    @property
+    def partition(self) -> int:
+        """Elements whose optimizer state one rank holds."""
+        return self.padded // self.ranks
+
+
+def zero_groups(config: Config, ranks: int) -> list[ZeroGroup]:
+    """All parameters as one group; with expert parallelism the dense ones and a rank's experts as two."""
+    expert = config.parallel.expert
+    sizes = {name: parameter.numel() for name, parameter in meta_model(config).named_parameters()}
+    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    total = sum(sizes.values())
+    if expert == 1:
+        return [ZeroGroup("all", "world", total, ranks)]
+    return [
+        ZeroGroup("dense", "world", total - routed, ranks),
+        ZeroGroup("experts", "expert data", routed // expert, ranks // expert),
+    ]
+
+
+def element_bytes(config: Config) -> int:
+    """Bytes of a weight, an activation or a gradient."""
+    return 2 if config.precision == "bf16" else 4
+
+
+def reduce_bucket(elements: int) -> int:
+    """Elements of one reduction bucket of a rank that holds `elements` parameters."""
+    return min(elements, REDUCE_BUCKET)
+
+
+def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
+    """Bytes that a rank holds from its first to its last step, by kind: exact."""
+    groups = zero_groups(config, ranks)
+    partitions = sum(group.partition for group in groups)
+    buffers = list(meta_model(config).buffers())
+    return {
+        "weights": sum(group.padded for group in groups) * element_bytes(config),
+        "fp32 master weights": partitions * 4,
+        "AdamW moments": 2 * partitions * 4 + 4 * len(groups),  # and its step counts
+        "EMA": partitions * 4,
+        "buffers": sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+    }
+
+
+def peak_bytes(config: Config, ranks: int, work: Workload) -> dict[str, float]:
+    """Bytes that a rank holds at the peak of a step beside the persistent ones, by kind: estimates."""
+    return {
+        "gradients": gradient_bytes(config, ranks, work.micro_steps),
+        "activations": activation_bytes(config, work) + _largest_backward(config, work),
+    }
+
+
+def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
+    """Bytes of gradients at their peak, with DeepSpeed's buffers: an estimate, from how ZeRO 1 and 2 work.
+
+    DeepSpeed fills two reduction buckets in turn, and copies a bucket to reduce it, in bf16 once more to fp32. A rank
+    keeps the reduced gradients of its own partition, and copies them to one flat fp32 tensor for the optimizer.
+    """
+    element = element_bytes(config)
+    groups = zero_groups(config, ranks)
+    own = sum(group.partition for group in groups)
+    elements = sum(group.elements for group in groups)
+    bucket = reduce_bucket(elements)
+    reducing = bucket * (2 * element + element + (4 if element < 4 else 0))
+    stepping = own * (4 + (element if element < 4 else 0))
+    kept = 0  # between micro-steps: ZeRO 1 reduces at the last one only
+    if micro_steps > 1:
+        kept = (elements if config.parallel.zero_stage == 1 else own) * element
+    return max(reducing, stepping) + own * element + kept
+
+
+def activation_bytes(config: Config, work: Workload) -> float:
+    """Bytes that a forward pass saves for backward: an estimate, within 3 % of what autograd keeps."""
+    model = config.model
+    assert model.depth is not None
+    assert model.hidden_size is not None
+    assert model.num_heads is not None
+    D, e = model.hidden_size, element_bytes(config)
+    # Of each block: input, two norms' outputs and their modulations, q, k, v, attention's output, its projection, the
+    # residual stream in the middle, the feed-forward output; then statistics of norms and attention, and adaLN.
+    block = work.tokens * (12 * D * e + 16 + 4 * model.num_heads) + work.images * 9 * D * e
+    dense = work.tokens * 2 * int(D * model.mlp_ratio) * e
+    last = work.tokens * 3 * D * e
+    moe_layers = len(config.moe_blocks)
+    moe = 0.0 if config.experts is None else _moe_activation_bytes(config, config.experts, work)
+    text = _text_activation_bytes(config, work) if model.condition == "text" else 0.0
+    return model.depth * block + (model.depth - moe_layers) * dense + moe_layers * moe + last + text
+
+
+def _text_activation_bytes(config: Config, work: Workload) -> float:
+    """Of the captions' embedder, and of cross-attention in all blocks."""
+    model, e = config.model, element_bytes(config)
+    assert model.depth is not None
+    assert model.hidden_size is not None
+    assert model.num_heads is not None
+    assert model.text_hidden_size is not None
+    assert model.text_max_length is not None
+    D, text_tokens = model.hidden_size, work.images * model.text_max_length
+    # The residual stream before it and its norm, q, the output; then k and v; statistics of norm and attention.
+    block = work.tokens * (4 * D * e + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
+    embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
+    return model.depth * block + embedder
+
+
+def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
+    """Of one mixture-of-experts layer, beyond its input and output."""
+    D, e = config.model.hidden_size, element_bytes(config)
+    assert D is not None
+    assert experts.expert_mlp_ratio is not None
+    N, H = int(experts.num_experts or 0), int(D * experts.expert_mlp_ratio)
+    hidden = (4 if experts.activation == "swiglu" else 2) * H * e
+    fp32_copy = 4 * D if e < 4 else 0
+    router = work.tokens * (4 * N + fp32_copy + experts.saved_bytes(D, e))
+    rows = work.assignments * (2 * D * e + hidden + 4 * 8)  # in and out of the experts, and four indices
+    beside = work.tokens * experts.shared_experts * hidden + work.unconditional * (D * e + hidden)
+    return router + rows + beside
+
+
+def _largest_backward(config: Config, work: Workload) -> float:
+    """Gradients of activations in the backward pass of one feed-forward layer."""
+    D, e = config.model.hidden_size, element_bytes(config)
+    assert D is not None
+    expert_ratio = 0.0 if config.experts is None else float(config.experts.expert_mlp_ratio or 0.0)
+    rows = max(work.tokens * config.model.mlp_ratio, work.assignments * expert_ratio)
+    return (2 * rows + 4 * work.tokens) * D * e

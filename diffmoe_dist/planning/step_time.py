@@ -1,0 +1,65 @@
+"""Seconds of a step, from what a GPU is assumed to achieve of its data sheet's numbers: estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.model.accounting import Accounting
+from diffmoe_dist.planning.accelerators import Accelerator, matmul_format
+from diffmoe_dist.planning.memory import activation_bytes
+from diffmoe_dist.planning.traffic import GRADIENTS, PARAMETERS, ROW_GRADIENTS, ROWS, Transfer
+from diffmoe_dist.planning.workload import Workload
+
+# Fractions of the data sheet's numbers. ProMoE's Dense-L at 213 images a second on an A800 (from its Table 14) is 33 %
+# of the bf16 peak.
+COMPUTE_FRACTION = {"bf16": 0.35, "tf32": 0.35, "fp32": 0.7}
+MEMORY_FRACTION = 0.8
+LINK_FRACTION = 0.75
+CALL_LATENCY = 30e-6  # seconds of a collective beside its bytes
+ACTIVATION_PASSES = 4  # times that a saved activation crosses the memory bus, with its gradient and what is not saved
+
+
+def step_seconds(
+    config: Config,
+    accelerator: Accelerator,
+    accounting: Accounting,
+    work: Workload,
+    transfers: Sequence[Transfer],
+    persistent: Mapping[str, int],
+) -> dict[str, float]:
+    """Seconds of each part of a step, which follow one another.
+
+    Gradients are reduced while the backward pass computes the next ones, so of their reduction only the time beyond
+    the backward pass is a part of the step.
+
+    Args:
+        persistent: bytes, of `persistent_bytes`.
+    """
+    kind = matmul_format(config)
+    flops = work.images * work.micro_steps * accounting.training_flops(work.capacity)
+    arithmetic = flops / (accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind])
+    bandwidth = accelerator.memory_bandwidth * MEMORY_FRACTION
+    moved = ACTIVATION_PASSES * activation_bytes(config, work) * work.micro_steps / bandwidth
+    # Read and write: master weights, two moments, average; read the gradient, write the weights.
+    states = persistent["fp32 master weights"] + persistent["AdamW moments"] + persistent["EMA"]
+    optimizer = (2 * states + persistent["fp32 master weights"] + persistent["weights"]) / bandwidth
+    collectives = {transfer.name: transfer_seconds(transfer, accelerator) for transfer in transfers}
+    reduction = sum(seconds for name, seconds in collectives.items() if name.startswith(GRADIENTS))
+    gather = sum(seconds for name, seconds in collectives.items() if name.startswith(PARAMETERS))
+    tokens = sum(collectives.get(name, 0.0) for name in (ROWS, ROW_GRADIENTS))
+    compute = {"arithmetic": arithmetic} if arithmetic >= moved else {"activations": moved}
+    return {
+        **compute,
+        "token exchange": tokens,
+        "other routing and report": sum(collectives.values()) - tokens - reduction - gather,
+        "gradients beyond backward": max(0.0, reduction - 2 / 3 * max(arithmetic, moved)),
+        "parameter gather": gather,
+        "optimizer": optimizer,
+    }
+
+
+def transfer_seconds(transfer: Transfer, accelerator: Accelerator) -> float:
+    """Seconds of all calls of a collective; NVLink and the network carry their parts at the same time."""
+    links = max(transfer.intra_node / accelerator.nvlink, transfer.inter_node / accelerator.network)
+    return links / LINK_FRACTION + transfer.calls * CALL_LATENCY

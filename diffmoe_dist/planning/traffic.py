@@ -1,0 +1,149 @@
+"""What a rank sends in an optimizer step: every collective, its bytes, and how many of them leave the node.
+
+Legend: D width, N routed experts, n ranks of a group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from diffmoe_dist.config import Config, RouterSettings, loss_weights
+from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.planning.memory import RankGroup, element_bytes, zero_groups
+from diffmoe_dist.planning.workload import Cluster, Workload
+
+Collective = Literal["all-to-all", "all-reduce", "all-gather"]
+
+# Transfers that the step time looks up by name.
+ROWS, ROW_GRADIENTS = "tokens to experts and back", "their gradients"
+GRADIENTS, PARAMETERS = "gradients", "parameters"  # and the name of a ZeRO group
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective, of one rank in one optimizer step."""
+
+    name: str
+    kind: Collective
+    group_size: int  # ranks that take part
+    payload: float  # bytes that the rank hands to the collective; for an all-gather, what it has in the end
+    calls: int
+    intra_node: float  # bytes that the rank sends to ranks of its own node
+    inter_node: float  # bytes that it sends to other nodes
+
+    @property
+    def sent(self) -> float:
+        return self.intra_node + self.inter_node
+
+
+def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Transfer]:
+    """Every collective of one optimizer step but the gradient norm's and the overflow check's single numbers.
+
+    Bytes of collectives are those of a direct all-to-all and of rings: an all-reduce of b bytes over n ranks sends
+    2 (n - 1) / n b, an all-gather that ends with b bytes (n - 1) / n b. Neighbours in a ring are neighbours in rank.
+    """
+    groups = _Groups(cluster, config.parallel.expert)
+    transfers = [] if config.experts is None else _routing_transfers(config, config.experts, groups, work)
+    transfers.append(groups.all_reduce("losses, thresholds, load", "world", _report_bytes(config), 1))
+    reductions = work.micro_steps if config.parallel.zero_stage == 2 else 1
+    for zero in zero_groups(config, cluster.ranks):
+        # Always in fp32, and an all-reduce: each rank keeps its own partition of the result.
+        transfers.append(groups.all_reduce(f"{GRADIENTS}, {zero.name}", zero.group, 4 * zero.elements, reductions))
+        gathered = zero.padded * element_bytes(config)
+        transfers.append(groups.all_gather(f"{PARAMETERS}, {zero.name}", zero.group, gathered, 1))
+    return [transfer for transfer in transfers if transfer.payload and transfer.group_size > 1]
+
+
+def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups, work: Workload) -> list[Transfer]:
+    N, D = int(experts.num_experts or 0), int(config.model.hidden_size or 0)
+    times = len(config.moe_blocks) * work.micro_steps
+    rows = work.assignments * D * element_bytes(config)
+    transfers = [
+        groups.all_to_all(ROWS, "expert", 2 * rows, 2 * times, times),
+        groups.all_to_all(ROW_GRADIENTS, "expert", 2 * rows, 2 * times, times),
+    ]
+    if not _arrivals_are_known(config, experts, groups.cluster.ranks):
+        transfers.append(groups.all_to_all("row counts", "expert", 8 * N, times, times))
+    pools: dict[str, RankGroup] = {"global": "world", "expert_parallel": "expert"}
+    pool = pools.get(experts.pool_kind())
+    if pool is not None:
+        scores = 4 * N * work.tokens * experts.score_kinds()
+        if config.parallel.score_exchange == "all_to_all":
+            # And the replies: three numbers for each expert.
+            transfers.append(groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times))
+        else:
+            transfers.append(groups.all_gather("scores", pool, scores * groups.size(pool), times))
+    transfers.append(groups.all_reduce("sums of the batch", "world", experts.batch_sum_bytes(D), times))
+    return transfers
+
+
+def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int) -> bool:
+    """Whether the dispatcher learns from the pool how many rows arrive; else ranks exchange their counts."""
+    if not experts.score_kinds():
+        return False
+    return experts.pool_kind() != "global" or ranks == config.parallel.expert
+
+
+def _report_bytes(config: Config) -> int:
+    """Bytes of the one fp64 reduction of a step's report."""
+    losses = [*build_objective(config.objective).loss_names, *loss_weights(config)]
+    # The loss, its parts, bad samples, and whether a rank was asked to stop.
+    numbers, experts = 3 + len(losses), config.experts
+    if experts is not None:
+        N = int(experts.num_experts or 0)
+        numbers += len(config.moe_blocks) * (N * (2 if experts.has_predictor() else 1) + 1)
+    return 8 * numbers
+
+
+class _Groups:
+    """The process groups of `parallel.topology`, and how much of each collective leaves a node.
+
+    An expert group is consecutive ranks, an expert data group ranks that many apart; nodes are filled rank by rank.
+    """
+
+    def __init__(self, cluster: Cluster, expert: int) -> None:
+        self.cluster = cluster
+        everyone = range(cluster.ranks)
+        self.members: dict[RankGroup, list[Sequence[int]]] = {
+            "world": [everyone],
+            "expert": [everyone[first : first + expert] for first in range(0, cluster.ranks, expert)],
+            "expert data": [everyone[first::expert] for first in range(expert)],
+        }
+
+    def size(self, group: RankGroup) -> int:
+        return len(self.members[group][0])
+
+    def all_to_all(self, name: str, group: RankGroup, payload: float, calls: int, times: int) -> Transfer:
+        """`payload` bytes in each of `times`."""
+        n = self.size(group)
+        neighbours = 0  # ordered pairs on one node
+        for members in self.members[group]:
+            by_node = Counter(self._node(rank) for rank in members)
+            neighbours += sum(count * (count - 1) for count in by_node.values())
+        to_each = payload * times / n
+        intra_node = to_each * neighbours / self.cluster.ranks
+        inter_node = to_each * (n - 1) - intra_node
+        return Transfer(name, "all-to-all", n, payload * times, calls, intra_node, inter_node)
+
+    def all_reduce(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
+        n = self.size(group)
+        return self._ring(name, "all-reduce", group, payload * calls, calls, 2 * (n - 1) / n * payload * calls)
+
+    def all_gather(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
+        n = self.size(group)
+        return self._ring(name, "all-gather", group, payload * calls, calls, (n - 1) / n * payload * calls)
+
+    def _ring(self, name: str, kind: Collective, group: RankGroup, payload: float, calls: int, sent: float) -> Transfer:
+        edges = [
+            (members[place], members[(place + 1) % len(members)])
+            for members in self.members[group]
+            for place in range(len(members))
+        ]
+        crossing = sum(self._node(one) != self._node(other) for one, other in edges) / len(edges)
+        return Transfer(name, kind, self.size(group), payload, calls, sent * (1 - crossing), sent * crossing)
+
+    def _node(self, rank: int) -> int:
+        return rank // self.cluster.gpus_per_node

@@ -1,0 +1,182 @@
+"""What a plan calls exact is what a trainer of a tiny model really holds and sends, on 1, 2 and 4 CPU ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed import run_ranks
+from tests.engine.runs import make_trainer, tiny_config
+from tests.planning.plans import (
+    ACCUMULATED,
+    BF16_ZERO_2,
+    DDPM,
+    DENSE,
+    EXPERT_CHOICE,
+    PROTOTYPE,
+    PROTOTYPE_EXPERT_CHOICE,
+    SHARDED,
+    TOKEN_CHOICE,
+    Case,
+    plan_of,
+)
+
+
+def measure(rank: int, world_size: int, run_dir: str, digits: str, cases: list[Case]) -> list[dict[str, Any]]:
+    """Of each case what this rank holds after a step, and sends in one, in bytes by kind."""
+    sent = _Recorder()
+    results = []
+    for settings in cases:
+        trainer = make_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
+        trainer.train_step()
+        sent.bytes.clear()
+        trainer.train_step()
+        results.append({"persistent": _persistent(trainer), "sent": dict(sent.bytes), "gradients": _gradients(trainer)})
+        trainer.close()
+    return results
+
+
+class _Recorder:
+    """Stands between the program and torch.distributed; adds up what this rank hands to each kind of collective."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+        import diffmoe_dist.parallel.pool as pool
+
+        self._wrap(dist, "all_to_all_single", lambda output, input, *_, **__: (_kind_of_rows(input), input))
+        self._wrap(dist, "all_reduce", lambda tensor, **_: (_kind_of_sum(tensor), tensor))
+        self._wrap(dist, "all_gather_into_tensor", lambda output_tensor, **_: ("parameters", output_tensor))
+        self._wrap(pool, "all_gather", lambda output, input, group: ("scores", output))
+
+    def _wrap(self, module: ModuleType, name: str, describe: Any) -> None:
+        original = getattr(module, name)
+
+        def recorded(*args: Any, **options: Any) -> Any:
+            kind, tensor = describe(*args, **options)
+            alone = dist.get_world_size(options.get("group")) == 1
+            if not alone:
+                self.bytes[kind] = self.bytes.get(kind, 0) + _bytes(tensor)
+            return original(*args, **options)
+
+        setattr(module, name, recorded)
+
+
+def _kind_of_rows(tensor: Tensor) -> str:
+    if tensor.dtype == torch.int64:
+        return "row counts"
+    return "rows" if tensor.ndim == 2 else "scores"
+
+
+def _kind_of_sum(tensor: Tensor) -> str:
+    if tensor.dtype == torch.float64:
+        return "report"
+    if tensor.dtype == torch.int64 or tensor.ndim == 2:
+        return "sums of the batch"
+    return "gradients" if tensor.ndim == 1 and tensor.dtype == torch.float32 else "norm and overflow"
+
+
+def _persistent(trainer: Any) -> dict[str, int]:
+    zero, state = trainer.engine.optimizer, trainer.state
+    flats = {flat.untyped_storage().data_ptr() for flat in zero.bit16_groups_flat}
+    views = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
+    assert views == flats, "the model's parameters are views of ZeRO's flat groups, and nothing beside them"
+    adamw = [tensor for values in state.adamw.state.values() for tensor in values.values()]
+    masters = [group["params"][0] for group in state.adamw.param_groups]
+    return {
+        "weights": sum(map(_bytes, zero.bit16_groups_flat)),
+        "fp32 master weights": sum(map(_bytes, masters)),
+        "AdamW moments": sum(map(_bytes, adamw)),
+        "EMA": sum(map(_bytes, state.flat["ema"])),
+        "buffers": sum(map(_bytes, trainer.model.buffers())),
+    }
+
+
+def _gradients(trainer: Any) -> int:
+    zero = trainer.engine.optimizer
+    kept = [zero.averaged_gradients[group] for group in zero.averaged_gradients]
+    left = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+    return len(left) + sum(value is not None for value in kept)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+ON_RANKS: dict[int, dict[str, Case]] = {
+    1: {"dense": DENSE, "global pool": {}, "bf16": {"precision": "bf16"}},
+    2: {
+        "dense": DENSE,
+        "global pool": {},
+        "sharded": SHARDED,
+        "bf16, ZeRO 2": BF16_ZERO_2,
+        "bf16, ZeRO 2, accumulated": {**BF16_ZERO_2, **ACCUMULATED},
+        "DDPM": DDPM,
+        "accumulated": {**SHARDED, **ACCUMULATED},
+        "scores gathered": {"parallel": {"expert": 2, "score_exchange": "all_gather"}},
+        "pool of a rank": {"moe": {"pool": "rank", "capacity": 0.8}, **SHARDED},
+        "expert choice": EXPERT_CHOICE,
+        "token choice": TOKEN_CHOICE,
+        "prototype": PROTOTYPE,
+        "prototype, expert choice": PROTOTYPE_EXPERT_CHOICE,
+    },
+    4: {"two groups, one pool": SHARDED, "two groups, two pools": {"moe": {"pool": "expert_parallel"}, **SHARDED}},
+}
+CASES = [(ranks, name) for ranks, cases in ON_RANKS.items() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def measured(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """By number of ranks and case: what each rank measured."""
+    found = {}
+    for ranks, cases in ON_RANKS.items():
+        run_dir = tmp_path_factory.mktemp("run")
+        by_rank = run_ranks(ranks, measure, str(run_dir), str(digits), list(cases.values()), time_limit=300)
+        for place, name in enumerate(cases):
+            found[ranks, name] = [results[place] for results in by_rank]
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_the_planned_memory_is_what_every_rank_holds(ranks: int, name: str, measured: Any) -> None:
+    planned = plan_of(ON_RANKS[ranks][name], ranks).persistent
+    for result in measured[ranks, name]:
+        assert result["persistent"] == planned
+        assert result["gradients"] == 0, "none outlives its step"
+
+
+PLANNED = {
+    "rows": ("tokens to experts and back", "their gradients"),
+    "row counts": ("row counts",),
+    "scores": ("scores and cutoffs", "scores"),
+    "sums of the batch": ("sums of the batch",),
+    "report": ("losses, thresholds, load",),
+    "gradients": ("gradients, all", "gradients, dense", "gradients, experts"),
+    "parameters": ("parameters, all", "parameters, dense", "parameters, experts"),
+}
+
+
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_the_planned_bytes_are_what_the_ranks_send(ranks: int, name: str, measured: Any) -> None:
+    payloads = {transfer.name: transfer.payload for transfer in plan_of(ON_RANKS[ranks][name], ranks).transfers}
+    planned = {kind: sum(payloads.pop(name, 0) for name in names) for kind, names in PLANNED.items()}
+    # A pool that spans ranks takes more rows from one rank and fewer from another; a plan says the mean.
+    sent = [result["sent"] for result in measured[ranks, name]]
+    assert {kind: sum(by_kind.get(kind, 0) for by_kind in sent) / ranks for kind in PLANNED} == planned
+    assert payloads == {}, "nothing planned was left out of the comparison"
+
+
+def test_every_kind_of_bytes_is_sent_in_some_case(measured: Any) -> None:
+    sent = {kind for results in measured.values() for kind in results[0]["sent"]}
+    assert sent == {*PLANNED, "norm and overflow"}
+
+
+def test_memory_that_is_not_there_does_not_fit() -> None:
+    settings = {"model": {"hidden_size": 1024, "num_heads": 16, "input_size": 64}, "train": {"global_batch_size": 4096}}
+    assert plan_of({}, 1).fits
+    assert not plan_of(settings, 1).fits
