@@ -1,8 +1,9 @@
-# make demo    train a small expert-parallel DiffMoE on digits, and look at what it draws
-# make demo-text    the same for text to image: shapes that are drawn as their prompts say; measures how many are
-# make test    every test, on CPU
-# make lint    formatting, lint rules, types, Markdown and its links
-# make venv    only the environment in .venv
+# make demo         train a small expert-parallel DiffMoE on digits, and look at its samples
+# make demo-text    the same for text to image: drawn shapes, sampled from prompts; measures how many are followed
+# make test         every test, on CPU
+# make test-fast    those that are neither marked slow nor slurm, under three minutes on two cores
+# make lint         formatting, lint rules, types, pages and their links
+# make venv         only the environment in .venv, with this package in it
 #
 # Each target makes what it needs. PYTHON chooses the interpreter of the environment (3.10 or newer).
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DEMO_STEPS ?= 1000
 # other's way.
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv demo demo-text test lint
+.PHONY: venv demo demo-text test test-fast lint
 
 venv: .venv/ready
 
@@ -49,7 +50,10 @@ demo-text: .venv/ready
 # Two files of tests at a time, for many wait: for Slurm, for a kill, for other ranks. In their order, so that none of the
 # long ones comes last.
 test: .venv/ready
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not slurm" $(PYTEST_OPTIONS)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
