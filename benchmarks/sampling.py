@@ -33,10 +33,9 @@ import torch
 from benchmarks.moe_layer import machine
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.sampling.conditions import ClassLabels
-from diffmoe_dist.sampling.generate import Generated, generate
+from diffmoe_dist.sampling.generate import Generated, SamplerSettings, generate
 
 RULES = ("threshold", "count", "static")
 
@@ -130,10 +129,8 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def draw(model: DiT, config: Config, batch: int, steps: int) -> Generated:
     numbers = list(range(batch))
-    return generate(
-        model, build_objective(config.objective), numbers, ClassLabels(range(1000), 1000), seed=0,
-        sampler="euler", steps=steps, guidance=Guidance(),
-    )  # fmt: skip
+    conditions = ClassLabels(range(1000), 1000)
+    return generate(model, build_objective(config.objective), numbers, conditions, SamplerSettings("euler", steps))
 
 
 def size(text: str) -> tuple[int, int, int]:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, NoReturn
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
-from diffmoe_dist.sampling.settings import add_sampling_options, refuse_sampling_options, settings_from
+from diffmoe_dist.sampling.settings import (
+    PROMPTS_NAME,
+    add_sampling_options,
+    refuse_sampling_options,
+    settings_from,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +43,6 @@ reference.
 With a run or a checkpoint as --samples the images are drawn first, into the folder of --out. The result says how the
 samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
 """
-PROMPTS_NAME = "prompts.jsonl"  # what sampling with prompts writes beside the images
 CLIP_FILES = (
     ("*.safetensors",),
     ("tokenizer.json", "vocab.json"),

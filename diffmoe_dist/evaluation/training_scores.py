@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
@@ -18,12 +17,12 @@ from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.sampling.conditions import Conditions
-from diffmoe_dist.sampling.generate import Decode, default_sampler, generate, open_decoder, to_uint8
+from diffmoe_dist.sampling.generate import Decode, generate, open_decoder, run_sampler, to_uint8
 
 
 @dataclass(frozen=True)
 class TrainingScores:
-    """Draws images 0 to `score.num` - 1 of the run's seed, on all ranks, and compares them with a reference."""
+    """Samples images 0 to `score.num` - 1 of the run's seed, on all ranks, and compares them with a reference."""
 
     config: Config
     extractor: Extractor
@@ -41,12 +40,8 @@ class TrainingScores:
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
         for start in range(rank * share, (rank + 1) * share, batch):
             numbers = list(range(start, min(start + batch, (rank + 1) * share)))
-            drawn = generate(
-                model, objective, numbers, self.conditions,
-                seed=config.seed, sampler=default_sampler(config.objective.name), steps=config.sample.steps,
-                guidance=Guidance(config.sample.cfg_scale),
-            )  # fmt: skip
-            images_NCHW = torch.from_numpy(to_uint8(self.decode(drawn.images))).permute(0, 3, 1, 2)
+            sampled = generate(model, objective, numbers, self.conditions, run_sampler(config))
+            images_NCHW = torch.from_numpy(to_uint8(self.decode(sampled.images))).permute(0, 3, 1, 2)
             moments.add(self.extractor(images_NCHW).pooled_NF[: max(0, num - start)])
         add_up([moments.sums])
         name = "fid" if self.extractor.is_inception else "frechet_distance"

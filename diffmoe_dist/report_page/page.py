@@ -24,15 +24,16 @@ from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.loss_curve import read_run_metrics
-from diffmoe_dist.sampling.conditions import Conditions, run_conditions
+from diffmoe_dist.sampling.conditions import Conditions, job_classes, job_prompts, run_conditions
 from diffmoe_dist.sampling.generate import (
+    SamplerSettings,
     choose_sampler,
     generate,
     grid_columns,
     image_grid,
     to_uint8,
 )
-from diffmoe_dist.sampling.job import job_classes, job_prompts, weights_fingerprint
+from diffmoe_dist.sampling.model import weights_fingerprint
 from diffmoe_dist.sampling.routing_trace import Recorder, RoutingTrace, recorded
 
 CSS = """
@@ -134,7 +135,7 @@ def _draw(
 ) -> tuple[DiT, Drawn]:
     record = {} if samples is None else _read_record(samples)
     model, config = read_checkpoint_model(checkpoint, device, overrides=record.get("overrides", ()))
-    if samples is not None and record["weights"] != weights_fingerprint(model, is_shared=False):
+    if samples is not None and record["weights"] != weights_fingerprint(model, is_sharded=False):
         raise UserError(f"--samples {samples}: they are of other weights than {checkpoint}; give samples of those")
     if record.get("recalibrate"):
         from diffmoe_dist.sampling.calibration import recalibrate_on_training_data  # imports the training engine
@@ -148,15 +149,13 @@ def _draw(
         record.get("cfg_interval"),
         record.get("one_pass", False),
     )
-    seed, num = record.get("seed", 0), min(num_images, record.get("num", num_images))
+    num = min(num_images, record.get("num", num_images))
+    sampling = SamplerSettings(sampler, steps, guidance, record.get("seed", 0))
     conditions = _conditions(config, samples, record, encoder, device)
     objective = build_objective(config.objective)
 
     def drawn_images(recorder: Recorder | None) -> Tensor:
-        return generate(
-            model, objective, list(range(num)), conditions, seed=seed, sampler=sampler, steps=steps, guidance=guidance,
-            recorder=recorder,
-        ).images  # fmt: skip
+        return generate(model, objective, list(range(num)), conditions, sampling, recorder).images
 
     if model.moe_layers:
         with recorded(model, objective) as recorder, torch.no_grad():
@@ -169,7 +168,7 @@ def _draw(
         "steps": "its own" if steps is None else steps,
         "guidance scale": guidance.scale,
         "inference rule": getattr(config.moe, "inference", None) or "none",
-        "seed": seed,
+        "seed": sampling.seed,
         "thresholds": "found anew for the averaged weights" if record.get("recalibrate") else "as trained",
     }
     return model, Drawn(_visible(images), conditions, settings, trace)

@@ -7,11 +7,10 @@ import torch.distributed as dist
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.sampling.conditions import Conditions
-from diffmoe_dist.sampling.generate import default_sampler, generate
+from diffmoe_dist.sampling.generate import generate, run_sampler
 from diffmoe_dist.sampling.routing_trace import recorded
 
 
@@ -20,15 +19,12 @@ def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict
 
     Every rank draws its share of `sample.num` images, and the figures are of the first rank's.
     """
-    settings, rank, world_size = config.sample, dist.get_rank(), dist.get_world_size()
-    share = -(-settings.num // world_size)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = -(-config.sample.num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
     objective = build_objective(config.objective)
     with recorded(model, objective) as recorder:
-        generate(
-            model, objective, numbers, conditions, seed=config.seed, sampler=default_sampler(config.objective.name),
-            steps=settings.steps, guidance=Guidance(settings.cfg_scale), recorder=recorder,
-        )  # fmt: skip
+        generate(model, objective, numbers, conditions, run_sampler(config), recorder)
     if rank != 0:
         return {}
     trace, blocks = recorder.trace(), config.moe_blocks

@@ -1,4 +1,4 @@
-"""What images are drawn from, by their number: classes, captions of the training data, or prompts."""
+"""What images are conditioned on, by their number: classes, captions of the training data, or prompts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import DataSet, TrainingData
-from diffmoe_dist.data.prompts import EncodedPrompts
+from diffmoe_dist.data.prompts import EncodedPrompts, read_prompts
 from diffmoe_dist.data.randomness import Stream, philox
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.data.text import EncodedText, captions_of, choose_caption, pad_text
 from diffmoe_dist.data.text_encoder import TextEncoder
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.condition import Condition
+from diffmoe_dist.sampling.prompts import encode_for_model, open_prompts
+from diffmoe_dist.sampling.settings import PROMPTS_NAME, SamplingSettings
 
 
 class Conditions(Protocol):
@@ -26,23 +30,23 @@ class Conditions(Protocol):
     kinds: str  # many of them
 
     def of(self, numbers: Sequence[int]) -> Condition:
-        """What the model is told about the images with these numbers."""
+        """The conditions of the images with these numbers."""
         ...
 
     def null(self, count: int) -> Condition:
-        """What guidance moves away from, for so many images."""
+        """The conditions that guidance moves away from, for so many images."""
         ...
 
-    def noise_name(self, number: int) -> int:
-        """What the noise of an image is called, from 0 to 2**64 - 1: under one name there is one noise."""
+    def noise_key(self, number: int) -> int:
+        """The key of an image's noise, from 0 to 2**64 - 1: images with the same key and seed start from one noise."""
         ...
 
     def label(self, number: int) -> int:
-        """The same number for images with the same condition."""
+        """The number of an image's condition: images with one condition have one label."""
         ...
 
     def name(self, label: int) -> str:
-        """For people."""
+        """The condition with this label, for people."""
         ...
 
 
@@ -58,7 +62,7 @@ class ClassLabels:
     def null(self, count: int) -> Condition:
         return torch.full((count,), self.null_label)
 
-    def noise_name(self, number: int) -> int:
+    def noise_key(self, number: int) -> int:
         return number
 
     def label(self, number: int) -> int:
@@ -90,7 +94,7 @@ class DataCaptions:
     def null(self, count: int) -> Condition:
         return pad_text([self._null] * count, self.max_length)
 
-    def noise_name(self, number: int) -> int:
+    def noise_key(self, number: int) -> int:
         return number
 
     def label(self, number: int) -> int:
@@ -110,7 +114,7 @@ class PromptConditions:
         texts = [prompt.text for prompt in encoded.prompts]
         self._times = Counter(texts)
         seen: Counter[str] = Counter()
-        self._before = []  # how often a prompt stands above itself
+        self._before = []  # how many earlier prompts have the text of this one
         for text in texts:
             self._before.append(seen[text])
             seen[text] += 1
@@ -121,7 +125,7 @@ class PromptConditions:
     def null(self, count: int) -> Condition:
         return pad_text([self.encoded.negative] * count, self.max_length)
 
-    def noise_name(self, number: int) -> int:
+    def noise_key(self, number: int) -> int:
         label = self.label(number)
         text = self.name(label)
         copy = number // len(self.encoded.prompts) * self._times[text] + self._before[label]
@@ -140,7 +144,7 @@ class PromptConditions:
 
 
 def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> Conditions:
-    """What a run draws images from for itself: its classes in turn, or the captions of its training data.
+    """What a run's own samples are conditioned on: its classes in turn, or the captions of its training data.
 
     Args:
         data: that it trains on; None will do for classes.
@@ -152,9 +156,63 @@ def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> 
     return DataCaptions(data.datasets[0], encoder, config.model.text_max_length)
 
 
-def draw_labels(rule: Literal["balanced", "random"], num: int, classes: list[int], seed: int) -> list[int]:
+def open_conditions(settings: SamplingSettings, config: Config, device: torch.device) -> Conditions:
+    """What the images of a job are conditioned on.
+
+    Raises:
+        UserError: classes for a model that is conditioned on captions, or the other way round; or a text encoder that
+            is not the model's.
+    """
+    if config.model.condition == "class":
+        return _open_classes(settings, config.model.num_classes)
+    for name in ("labels", "classes"):
+        value = getattr(settings, name)
+        if value is not None:
+            raise UserError(f"--{name} {value}: this model is conditioned on captions; give --prompts FILE")
+    if settings.prompts is None and settings.prompt is None:
+        raise UserError(
+            "--prompts is missing: this model is conditioned on captions; give a FILE of them, or --prompt TEXT"
+        )
+    assert config.model.text_max_length is not None
+    return PromptConditions(open_prompts(settings, config, device), config.model.text_max_length)
+
+
+def job_classes(job: dict[str, Any], config: Config) -> ClassLabels:
+    """The classes that the images of a job are conditioned on, by its sampling.json."""
+    classes = list(range(config.model.num_classes)) if job["classes"] == "all" else job["classes"]
+    return ClassLabels(choose_labels(job["labels"], job["num"], classes, job["seed"]), config.model.num_classes)
+
+
+def job_prompts(
+    out: Path, job: dict[str, Any], config: Config, encoder: str, tokenizer: str | None, device: torch.device
+) -> PromptConditions:
+    """The prompts that the images of a finished job are conditioned on.
+
+    Raises:
+        UserError: the prompts are not there, or the encoder is not the one that the model was trained with.
+    """
+    prompts = read_prompts(out / PROMPTS_NAME, "--samples")[: job["num_prompts"]]
+    encoded = encode_for_model(prompts, job["negative_prompt"], config, encoder, tokenizer, device)
+    return PromptConditions(encoded, encoded.max_length)
+
+
+def choose_labels(rule: Literal["balanced", "random"], num: int, classes: list[int], seed: int) -> list[int]:
     """The labels of images 0 to num - 1: every class in turn, or each a function of (seed, its number)."""
     if rule == "balanced":
         return [classes[number % len(classes)] for number in range(num)]
-    draws = (int(philox(seed, Stream.SAMPLING, 2, number).random_raw()) for number in range(num))
-    return [classes[draw % len(classes)] for draw in draws]
+    randoms = (int(philox(seed, Stream.SAMPLING, 2, number).random_raw()) for number in range(num))
+    return [classes[random % len(classes)] for random in randoms]
+
+
+def _open_classes(settings: SamplingSettings, num_classes: int) -> ClassLabels:
+    if settings.prompts or settings.prompt:
+        given = f"--prompts {settings.prompts}" if settings.prompts else f"--prompt {settings.prompt}"
+        raise UserError(
+            f"{given}: this model is conditioned on classes; give --num, and --classes for some of them only"
+        )
+    assert settings.num is not None, "settings.check refuses it"
+    classes = list(range(num_classes)) if settings.classes is None else list(settings.classes)
+    for label in classes:
+        if not 0 <= label < num_classes:
+            raise UserError(f"--classes {label}: this model knows the classes 0 to {num_classes - 1}")
+    return ClassLabels(choose_labels(settings.labels or "balanced", settings.num, classes, settings.seed), num_classes)

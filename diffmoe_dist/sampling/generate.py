@@ -2,7 +2,7 @@
 
 With the batch-independent inference rule `threshold` nothing else plays a part. With `count`, `constant` and `static`
 the images of one call compete for the experts, and an adaptive sampler gives them common steps: there the reproducible
-unit is the block of images that is drawn together.
+unit is the block of images that is sampled together.
 
 Shape legend: N images, C channels, H = W image size.
 """
@@ -39,9 +39,19 @@ CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
 
 @dataclass(frozen=True)
+class SamplerSettings:
+    """How images are sampled, whatever they are conditioned on."""
+
+    sampler: str  # a key of `SAMPLERS`
+    steps: int | None  # None for the adaptive sampler
+    guidance: Guidance = Guidance()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Generated:
     images: Tensor  # (N, C, H, W) fp32, about [-1, 1]
-    evaluations: int  # of the guided denoiser, by the sampler
+    nfe: int  # function evaluations for each image: calls of the denoiser by the sampler, guidance included
     slots: float  # expert slots computed, over all layers and passes
     tokens: int  # tokens that met a router, over all layers and passes; 0: no experts
 
@@ -57,26 +67,21 @@ def generate(
     objective: Objective,
     numbers: list[int],
     conditions: Conditions,
-    *,
-    seed: int,
-    sampler: str,
-    steps: int | None,
-    guidance: Guidance,
+    settings: SamplerSettings,
     recorder: Recorder | None = None,
 ) -> Generated:
-    """Draw the images with these numbers, together in one batch.
+    """Sample the images with these numbers, together in one batch.
 
     Args:
-        model: in eval mode; with experts spread over ranks, every rank makes the same number of calls.
+        model: in eval mode; with experts sharded over ranks, every rank makes the same number of calls.
         numbers: (N,) which image of the seed each is.
-        steps: None for the adaptive sampler.
-        recorder: is told what the passes are of.
+        recorder: learns which passes are conditional and which unconditional.
     """
     device = model.pos_embed.device
-    names = [conditions.noise_name(number) for number in numbers]
-    noise = torch.stack([initial_noise(model, seed, name) for name in names]).to(device)
+    keys = [conditions.noise_key(number) for number in numbers]
+    noise = torch.stack([initial_noise(model, settings.seed, key) for key in keys]).to(device)
     slots: list[Tensor] = []
-    tokens = evaluations = 0
+    tokens = nfe = 0
 
     def denoise(z: Tensor, t: Tensor, y: Condition) -> Prediction:
         nonlocal tokens
@@ -86,23 +91,25 @@ def generate(
         tokens += here * len(output.routing)
         return output.prediction, output.variance
 
-    given = on_device(conditions.of(numbers), device)
-    null = on_device(conditions.null(len(numbers)), device)
+    conditional = on_device(conditions.of(numbers), device)
+    unconditional = on_device(conditions.null(len(numbers)), device)
     if recorder is not None:
-        recorder.told(given, null)
-    guided = with_guidance(denoise, given, null, cache(lambda: join(given, null)), guidance)
+        recorder.begin(conditional, unconditional)
+    both = cache(lambda: join(conditional, unconditional))
+    guided = with_guidance(denoise, conditional, unconditional, both, settings.guidance)
 
     def counted(z: Tensor, t: Tensor) -> Prediction:
-        nonlocal evaluations
-        evaluations += 1
+        nonlocal nfe
+        nfe += 1
         return guided(z, t)
 
-    images = sample(sampler, counted, noise, objective, steps, [step_generator(seed, name) for name in names])
-    return Generated(images, evaluations, float(torch.stack(slots).sum()) if slots else 0.0, tokens)
+    generators = [step_generator(settings.seed, key) for key in keys]
+    images = sample(settings.sampler, counted, noise, objective, settings.steps, generators)
+    return Generated(images, nfe, float(torch.stack(slots).sum()) if slots else 0.0, tokens)
 
 
 def initial_noise(model: DiT, seed: int, name: int) -> Tensor:
-    """(C, H, W) standard normal, the start of the image of a seed that `Conditions.noise_name` calls so."""
+    """(C, H, W) standard normal, the start of the image of a seed that `Conditions.noise_key` calls so."""
     size = model.grid_size * model.patch_size
     generator = sample_generator(seed, Stream.SAMPLING, 0, name)
     return torch.from_numpy(generator.standard_normal((model.in_channels, size, size), dtype=np.float32))
@@ -116,6 +123,12 @@ def step_generator(seed: int, name: int) -> torch.Generator:
 def default_sampler(objective: str) -> str:
     """The first sampler for the objective of this name."""
     return next(name for name, made_for in SAMPLERS.items() if made_for == objective)
+
+
+def run_sampler(config: Config) -> SamplerSettings:
+    """How a run samples images for itself: its sample grids, scores and figures."""
+    guidance = Guidance(config.sample.cfg_scale)
+    return SamplerSettings(default_sampler(config.objective.name), config.sample.steps, guidance, config.seed)
 
 
 def choose_sampler(name: str | None, steps: int | None, objective: str) -> tuple[str, int | None]:
@@ -157,9 +170,9 @@ def open_decoder(config: Config, folder: str | None, setting: str, device: torch
     if not latents and folder is None:
         return lambda images: images
     if not latents:
-        raise UserError(f"{setting}={folder}: this model draws pixels, not latents; remove it")
+        raise UserError(f"{setting}={folder}: this model makes pixels, not latents; remove it")
     if folder is None:
-        raise UserError(f"model.in_channels={channels}: this model draws latents; give {setting} their autoencoder")
+        raise UserError(f"model.in_channels={channels}: this model makes latents; give {setting} their autoencoder")
     decoder = Autoencoder.open(folder, setting, device)
     if decoder.latent_channels != channels:
         raise UserError(f"{setting}={folder}: has {decoder.latent_channels} latent channels, the model {channels}")
@@ -186,7 +199,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
-    """One picture, (rows * H, columns * W, C) uint8 with thin gaps; small images enlarged without smoothing."""
+    """One image, (rows * H, columns * W, C) uint8 with thin gaps; small images enlarged without smoothing."""
     count, height, _, channels = images_NHWC.shape
     scale = max(1, CELL_PIXELS // height)
     cells = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -198,21 +211,17 @@ def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
 
 
 def training_grid(model: DiT, config: Config, conditions: Conditions, decode: Decode) -> np.ndarray:
-    """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Each rank draws an equal share."""
-    settings, rank, world_size = config.sample, dist.get_rank(), dist.get_world_size()
-    share = -(-settings.num // world_size)
+    """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Every rank samples as many."""
+    num, rank, world_size = config.sample.num, dist.get_rank(), dist.get_world_size()
+    share = -(-num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
-    drawn = generate(
-        model, build_objective(config.objective), numbers, conditions,
-        seed=config.seed, sampler=default_sampler(config.objective.name), steps=settings.steps,
-        guidance=Guidance(settings.cfg_scale),
-    )  # fmt: skip
-    pixels = decode(drawn.images)
+    sampled = generate(model, build_objective(config.objective), numbers, conditions, run_sampler(config))
+    pixels = decode(sampled.images)
     everyone = pixels.new_empty(world_size * share, *pixels.shape[1:])
     all_gather(everyone, pixels.contiguous())
-    return image_grid(to_uint8(everyone[: settings.num]), grid_columns(config, settings.num))
+    return image_grid(to_uint8(everyone[:num]), grid_columns(config, num))
 
 
 def grid_columns(config: Config, num: int) -> int:
-    """A column for each class where that makes a handsome grid, else a square."""
+    """A column for each of up to 16 classes, else a square."""
     return min(num, config.model.num_classes) if 1 <= config.model.num_classes <= 16 else int(np.ceil(num**0.5))

@@ -25,6 +25,20 @@ from diffmoe_dist.sampling.generate import image_grid
 _READ_BY_GENEVAL = ("tag", "prompt")
 
 
+def check_prompts(metadata: Sequence[dict[str, Any]], num_images: int) -> None:
+    """Refuse prompts that GenEval could not score, or that do not divide the images among them.
+
+    Raises:
+        UserError: a prompt lacks what GenEval reads, or some prompts would have more images than others.
+    """
+    check_metadata(metadata)
+    if num_images % len(metadata):
+        raise UserError(
+            f"--num {num_images}: GenEval wants as many images of each of the {len(metadata)} prompts; "
+            "choose a multiple"
+        )
+
+
 def check_metadata(metadata: Sequence[dict[str, Any]]) -> None:
     """Refuse prompts that GenEval could not score.
 
@@ -46,7 +60,7 @@ def write_geneval(folder: Path, images_NHWC: np.ndarray, metadata: Sequence[dict
     Args:
         images_NHWC: uint8; image i is of prompt i % P of the P prompts, and their copy i // P.
         metadata: of each prompt, GenEval's object.
-        copies: of each prompt; GenEval's own scripts draw 4.
+        copies: of each prompt; GenEval's own scripts make 4.
 
     Raises:
         UserError: images and prompts do not fit, a prompt lacks what GenEval reads, or the folder holds others that it
@@ -56,7 +70,7 @@ def write_geneval(folder: Path, images_NHWC: np.ndarray, metadata: Sequence[dict
     if len(images_NHWC) != prompts * copies:
         raise UserError(
             f"--geneval: {len(images_NHWC)} images are not {copies} of each of {prompts} prompts; "
-            f"draw {prompts * copies}"
+            f"sample {prompts * copies}"
         )
     check_metadata(metadata)
     _check_no_others(folder, prompts, copies)

@@ -1,4 +1,4 @@
-"""Where a model spends its experts while it draws images, recorded from its forward passes.
+"""Where a model spends its experts while it samples images, recorded from its forward passes.
 
 Shape legend: P passes of the sampler, L mixture-of-experts layers, N images, S tokens an image, E experts, T = N * S.
 """
@@ -62,13 +62,13 @@ class Recorder:
             "conditional": [], "null": [],
         }  # fmt: skip
 
-    def told(self, given: Condition, null: Condition) -> None:
-        """Before the first pass: what the passes will be told of the images, conditional ones and null ones."""
-        self.null, self.num_images = null, len(given)
+    def begin(self, conditional: Condition, unconditional: Condition) -> None:
+        """Before the first pass: the conditions of the images, and those that guidance moves away from."""
+        self.null, self.num_images = unconditional, len(conditional)
 
     def trace(self) -> RoutingTrace:
         conditional = self._passes("conditional")
-        assert conditional is not None, "nothing has been drawn"
+        assert conditional is not None, "nothing has been sampled"
         overlaps = [record[3] for record in self._ordered("conditional")]
         compared = bool(overlaps) and None not in overlaps[0]
         return RoutingTrace(conditional, self._passes("null"), np.array(overlaps, dtype=float) if compared else None)
@@ -85,7 +85,7 @@ class Recorder:
         _, t, y = inputs
         layers, self.layers = self.layers, []
         chosen_LNSE = torch.stack([chosen_TE.unflatten(0, (len(y), -1)) for chosen_TE, _ in layers])
-        assert self.num_images > 0, "generate tells what is drawn"
+        assert self.num_images > 0, "generate begins the record"
         conditional = 0 if y is self.null else self.num_images  # one pass may hold both, the conditional images first
         for kind, rows in (("conditional", slice(conditional)), ("null", slice(conditional, None))):
             of_kind = chosen_LNSE[:, rows]

@@ -18,6 +18,7 @@ OVERRIDABLE = (
     "moe.inference", "moe.constant_threshold", "data.shards", "data.latents", "data.text", "data.autoencoder",
     "data.text_encoder", "data.tokenizer",
 )  # fmt: skip
+PROMPTS_NAME = "prompts.jsonl"  # beside the images: the prompt of each
 SAMPLERS = ("euler", "heun", "dopri5", "ddpm", "ddim", "dpm-solver++")  # those of diffusion.samplers
 
 

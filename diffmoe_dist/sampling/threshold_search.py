@@ -11,10 +11,11 @@ import matplotlib
 import numpy as np
 import torch
 
+from diffmoe_dist.engine.weights import read_settings
 from diffmoe_dist.files import write_json
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.logs import logger
-from diffmoe_dist.sampling.job import sample_to_folder
+from diffmoe_dist.sampling.job import check_folder, open_source, run_job
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 matplotlib.use("Agg")
@@ -39,7 +40,7 @@ def search_thresholds(
     device: torch.device,
     launch: Launch,
 ) -> list[Point]:
-    """Draw the same images at each threshold; collective. What `out` has already is not drawn again.
+    """Sample the same images at each threshold; collective. What `out` has already is not sampled again.
 
     Returns:
         On the first rank a point for each threshold, in the order given; on the others nothing.
@@ -48,15 +49,25 @@ def search_thresholds(
         UserError: the model has no capacity predictor, or as in `sample_to_folder`.
     """
     points = []
+    source = open_source(_at(thresholds[0], settings), device, launch)
     for threshold in thresholds:
         folder = out / f"threshold-{threshold!r}"
         logger.info("constant threshold %g", threshold)
-        rule = ("moe.inference=constant", f"moe.constant_threshold={threshold!r}")
-        sample_to_folder(replace(settings, overrides=(*settings.overrides, *rule)), folder, device, launch)
+        here = _at(threshold, settings)
+        config = read_settings(source.checkpoint, here.overrides)
+        for layer in source.model.moe_layers:
+            layer.router.settings = config.moe  # type: ignore[assignment]
+        check_folder(folder)
+        run_job(here, replace(source, config=config), folder, launch)
         if launch.rank == 0:
             capacity = json.loads((folder / "sampling.json").read_text())["capacity"]
             points.append(Point(threshold, capacity, None if score is None else _score(score, folder)))
     return points
+
+
+def _at(threshold: float, settings: SamplingSettings) -> SamplingSettings:
+    rule = ("moe.inference=constant", f"moe.constant_threshold={threshold!r}")
+    return replace(settings, overrides=(*settings.overrides, *rule))
 
 
 def _score(score: Score, folder: Path) -> float:
@@ -80,7 +91,7 @@ def format_table(points: list[Point]) -> str:
 
 
 def write_points(points: list[Point], out: Path) -> Path:
-    """Write interval_search.json and interval_search.png; returns the picture's path."""
+    """Write interval_search.json and interval_search.png; returns the path of the figure."""
     write_json(out / "interval_search.json", [asdict(point) for point in points])
     ordered = sorted(points, key=lambda point: point.threshold)
     scored = ordered[0].score is not None
@@ -108,7 +119,7 @@ def write_points(points: list[Point], out: Path) -> Path:
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    picture = out / "interval_search.png"
-    figure.savefig(picture, dpi=120)
+    path = out / "interval_search.png"
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-    return picture
+    return path

@@ -18,7 +18,7 @@ from diffmoe_dist.evaluation.metrics import Moments, Statistics, frechet_distanc
 from diffmoe_dist.evaluation.training_scores import open_training_scores
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.sampling.conditions import ClassLabels
-from diffmoe_dist.sampling.generate import generate, to_uint8
+from diffmoe_dist.sampling.generate import SamplerSettings, generate, to_uint8
 from tests.distributed import run_ranks
 from tests.engine.runs import metrics, tiny_config
 from tests.evaluation.colours import colours
@@ -78,12 +78,12 @@ def test_scores_stand_in_the_lines_of_their_steps_and_change_nothing_else(runs: 
 def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, digits: Path, reference: Path) -> None:
     config = tiny_config(runs / "alone", digits)
     numbers = list(range(21))
-    drawn = generate(
+    sampled = generate(
         load_model(runs / "alone"), build_objective(config.objective), numbers, DIGITS,
-        seed=0, sampler="euler", steps=3, guidance=Guidance(1.5),
+        SamplerSettings("euler", steps=3, guidance=Guidance(1.5)),
     )  # fmt: skip
     moments = Moments(12, CPU)
-    moments.add(colours(torch.from_numpy(to_uint8(drawn.images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)))
+    moments.add(colours(torch.from_numpy(to_uint8(sampled.images)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)))
     with np.load(reference) as file:
         stored = Statistics(torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"]))
     expected = frechet_distance(moments.statistics(), stored)

@@ -22,7 +22,7 @@ from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.page import write_report
 from diffmoe_dist.sampling.conditions import ClassLabels
-from diffmoe_dist.sampling.generate import generate
+from diffmoe_dist.sampling.generate import SamplerSettings, generate
 from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace, overlap_of_rules, recorded
 from tests.distributed import run_ranks
 from tests.engine.runs import TINY, train_all
@@ -60,17 +60,8 @@ def random_model(**moe: Any) -> tuple[DiT, Any]:
 def trace_of(model: DiT, config: Any, guidance: Guidance, labels: list[int]) -> RoutingTrace:
     objective = build_objective(config.objective)
     with recorded(model, objective) as recorder:
-        generate(
-            model,
-            objective,
-            list(range(len(labels))),
-            ClassLabels(labels, 10),
-            seed=0,
-            sampler="euler",
-            steps=4,
-            guidance=guidance,
-            recorder=recorder,
-        )
+        numbers, sampling = list(range(len(labels))), SamplerSettings("euler", steps=4, guidance=guidance)
+        generate(model, objective, numbers, ClassLabels(labels, 10), sampling, recorder)
     return recorder.trace()
 
 

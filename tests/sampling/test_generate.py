@@ -10,10 +10,11 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
-from diffmoe_dist.sampling.conditions import ClassLabels, draw_labels
+from diffmoe_dist.sampling.conditions import ClassLabels, choose_labels
 from diffmoe_dist.sampling.generate import (
     UINT8_RULE,
     Generated,
+    SamplerSettings,
     choose_sampler,
     generate,
     to_uint8,
@@ -47,7 +48,7 @@ DIGITS = ClassLabels(list(range(10)), null_label=10)
 
 def draw(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
     objective = build_objective(build_config(CONFIG).objective)
-    return generate(model, objective, numbers, DIGITS, seed=seed, sampler=sampler, steps=10, guidance=Guidance(2.0))
+    return generate(model, objective, numbers, DIGITS, SamplerSettings(sampler, 10, Guidance(2.0), seed))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
@@ -95,14 +96,14 @@ def test_a_sampler_that_does_not_fit_is_refused(name: str | None, steps: int, ob
 
 
 def test_balanced_labels_go_through_the_classes_in_turn() -> None:
-    assert draw_labels("balanced", 7, [3, 1, 4], seed=0) == [3, 1, 4, 3, 1, 4, 3]
+    assert choose_labels("balanced", 7, [3, 1, 4], seed=0) == [3, 1, 4, 3, 1, 4, 3]
 
 
 def test_a_random_label_is_a_function_of_the_seed_and_the_number_of_the_image() -> None:
-    many = draw_labels("random", 3000, [3, 1, 4], seed=5)
+    many = choose_labels("random", 3000, [3, 1, 4], seed=5)
 
-    assert draw_labels("random", 10, [3, 1, 4], seed=5) == many[:10]
-    assert draw_labels("random", 3000, [3, 1, 4], seed=6) != many
+    assert choose_labels("random", 10, [3, 1, 4], seed=5) == many[:10]
+    assert choose_labels("random", 3000, [3, 1, 4], seed=6) != many
     # A thousand of each, with a deviation of sqrt(3000 * 2 / 9) = 26.
     assert all(abs(many.count(label) - 1000) < 4 * 26 for label in (3, 1, 4))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import PARTIAL
 from diffmoe_dist.sampling import geneval
-from diffmoe_dist.sampling.geneval import write_geneval
+from diffmoe_dist.sampling.geneval import check_prompts, write_geneval
 
 METADATA: list[dict[str, Any]] = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -99,7 +99,7 @@ def test_an_interrupted_writing_is_finished_by_the_same_call_and_scored_by_nobod
 
 
 def test_images_that_do_not_fit_the_prompts_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--geneval: 7 images are not 2 of each of 3 prompts; draw 6"):
+    with pytest.raises(UserError, match="--geneval: 7 images are not 2 of each of 3 prompts; sample 6"):
         write_geneval(tmp_path / "out", images(7), METADATA, copies=2)
     plain: list[dict[str, Any]] = [METADATA[0], {"prompt": "a dog"}]
     with pytest.raises(UserError, match='prompt 1 has no "tag"; give GenEval\'s evaluation_metadata.jsonl'):
@@ -112,3 +112,10 @@ def test_the_folder_of_a_larger_job_is_refused(tmp_path: Path, prompts: int, cop
     write_geneval(tmp_path, images(prompts * copies), METADATA[:prompts], copies=copies)
     with pytest.raises(UserError, match="png is none of these 4 images; remove"):
         write_geneval(tmp_path, images(4), METADATA[:2], copies=2)
+
+
+def test_a_number_of_images_that_does_not_divide_over_the_prompts_is_refused() -> None:
+    metadata = [{"tag": "colors", "prompt": str(number)} for number in range(3)]
+    check_prompts(metadata, 6)
+    with pytest.raises(UserError, match="--num 7: GenEval wants as many images of each of the 3 prompts; choose a mul"):
+        check_prompts(metadata, 7)

@@ -25,15 +25,13 @@ from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_mode
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.moe import MoELayer
-from diffmoe_dist.sampling.conditions import ClassLabels
-from diffmoe_dist.sampling.generate import generate
+from diffmoe_dist.sampling.conditions import ClassLabels, open_conditions
+from diffmoe_dist.sampling.generate import SamplerSettings, generate
 from diffmoe_dist.sampling.job import (
     describe_job,
-    open_conditions,
     sample_to_folder,
-    share_experts,
-    weights_fingerprint,
 )
+from diffmoe_dist.sampling.model import shard_experts, weights_fingerprint
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.distributed import run_ranks
 from tests.engine.runs import train_all
@@ -61,7 +59,7 @@ def draw_share(rank: int, ranks: int, run: Path, cases: list[tuple[int, int]]) -
     drawn = []
     for batch_size, expert in cases:
         launch = Launch(rank, ranks, rank, "environment")
-        spread = partial(share_experts, expert=expert, device=CPU, launch=launch) if expert > 1 else None
+        spread = partial(shard_experts, expert=expert, device=CPU, launch=launch) if expert > 1 else None
         model, config = read_checkpoint_model(find_checkpoint(run), CPU, spread=spread)
         blocks = [list(range(start, min(start + batch_size, 8))) for start in range(0, 8, batch_size)]
         images: dict[int, Tensor] = {}
@@ -71,7 +69,7 @@ def draw_share(rank: int, ranks: int, run: Path, cases: list[tuple[int, int]]) -
             if place < len(blocks) or expert > 1:
                 result = generate(
                     model, build_objective(config.objective), numbers, ClassLabels(LABELS, 10),
-                    seed=3, sampler="euler", steps=10, guidance=Guidance(2.0),
+                    SamplerSettings("euler", steps=10, guidance=Guidance(2.0), seed=3),
                 )  # fmt: skip
                 if place < len(blocks):
                     images |= dict(zip(numbers, result.images, strict=True))
@@ -153,11 +151,11 @@ def test_an_interrupted_job_of_a_thousand_images_gives_the_same_npz_when_it_is_r
 def interrupted_then_resumed(
     rank: int, ranks: int, settings: SamplingSettings, out: Path, kept: dict[str, int]
 ) -> None:
-    import diffmoe_dist.sampling.job as job
+    from diffmoe_dist.sampling import blocks
 
     written: list[str] = []
-    write = job._write_block
-    job._write_block = lambda path, block: (written.append(path.name), write(path, block))  # type: ignore
+    write = blocks.write_block
+    blocks.write_block = lambda path, block: (written.append(path.name), write(path, block))  # type: ignore
     sample_to_folder(settings, out, CPU, Launch(rank, ranks, rank, "environment"))
     assert written and not set(written) & set(kept), "only what is missing is drawn"
 
@@ -180,38 +178,41 @@ def test_a_finished_folder_is_left_as_it_is_and_other_settings_or_weights_are_re
 
 def refused(rank: int, ranks: int, settings: SamplingSettings, out: Path) -> None:
     for change, message in (
-        ({"steps": 4}, r"its images have steps 3, not 4; use that or another --out"),
-        ({"seed": 1}, r"its images have seed 0, not 1"),
-        ({"overrides": ("moe.inference=count",)}, r"its images have inference threshold, not count"),
+        ({"steps": 4}, r"its images have steps 3, not 4; give --steps 3, or another --out"),
+        ({"seed": 1}, r"its images have seed 0, not 1; leave out --seed, or give another --out"),
+        (
+            {"overrides": ("moe.inference=count",)},
+            r"have inference threshold, not count; give moe.inference=threshold, or another --out",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             draw_jobs(rank, ranks, [(replace(settings, **change), out)])
     record = out / ("sampling.json" if (out / "sampling.json").exists() else "blocks/job.json")
     text = record.read_text()
     record.write_text(text.replace('"weights": "', '"weights": "0'))
-    with pytest.raises(UserError, match=r"are of other weights than --checkpoint now has"):
+    with pytest.raises(UserError, match=r"are of other weights than .* now has"):
         draw_jobs(rank, ranks, [(settings, out)])
     record.write_text(text)
 
 
 def test_the_fingerprint_of_weights_is_that_of_all_of_them_wherever_the_experts_are(trained: Path) -> None:
     model, _ = read_checkpoint_model(find_checkpoint(trained), CPU)
-    whole = weights_fingerprint(model, is_shared=False)
+    whole = weights_fingerprint(model, is_sharded=False)
 
     assert run_ranks(2, shared_fingerprint, trained) == [whole, whole]
     model.moe_layers[0].experts.w1[3, 0, 0] += 1e-6
-    assert weights_fingerprint(model, is_shared=False) != whole
+    assert weights_fingerprint(model, is_sharded=False) != whole
     model.moe_layers[0].experts.w1[3, 0, 0] -= 1e-6
     model.moe_layers[0].router.threshold[0] += 1e-3
-    assert weights_fingerprint(model, is_shared=False) != whole
+    assert weights_fingerprint(model, is_sharded=False) != whole
 
 
 def shared_fingerprint(rank: int, ranks: int, run: Path) -> str:
     launch = Launch(rank, ranks, rank, "environment")
-    spread = partial(share_experts, expert=ranks, device=CPU, launch=launch)
+    spread = partial(shard_experts, expert=ranks, device=CPU, launch=launch)
     model, _ = read_checkpoint_model(find_checkpoint(run), CPU, spread=spread)
     assert len(model.moe_layers[0].experts.w1) == 2
-    return weights_fingerprint(model, is_shared=True)
+    return weights_fingerprint(model, is_sharded=True)
 
 
 def count_by_hand(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path]]) -> list[tuple[int, int]]:
@@ -250,14 +251,14 @@ def test_the_measured_capacity_is_the_one_counted_by_brute_force(trained: Path, 
         # Capacities of a pass are fp32.
         assert record["capacity"] == pytest.approx(assignments / tokens, rel=1e-6)
         assert 0.3 < record["capacity"] < 3 and record["capacity"] != 1.0
-        assert record["evaluations"] == (6 if settings.sampler == "heun" else 3)
+        assert record["nfe"] == record["evaluations"] == (6 if settings.sampler == "heun" else 3)
 
 
-def test_an_adaptive_job_records_its_evaluations_and_tolerances(trained: Path, tmp_path: Path) -> None:
+def test_an_adaptive_job_records_its_nfe_and_tolerances(trained: Path, tmp_path: Path) -> None:
     run_ranks(1, draw_jobs, [(settings_for(trained, sampler="dopri5", steps=None), tmp_path)])
 
     record = json.loads((tmp_path / "sampling.json").read_text())
-    assert record["evaluations"] > 8 and record["steps"] is None
+    assert record["nfe"] > 8 and record["steps"] is None
     assert (record["rtol"], record["atol"]) == (1e-3, 1e-6)
     assert record["reproducible_unit"] == "block of batch_size images"
 
@@ -285,7 +286,10 @@ def test_the_png_folder_holds_the_images_of_the_npz(trained: Path, tmp_path: Pat
         ({"cfg_scale": 2.0, "cfg_interval": (0.2, 400.0)}, r"--cfg-interval 0\.2 400: the times .*flow are 0 to 1"),
         ({"cfg_scale": 2.0, "cfg_interval": (0.8, 0.2)}, r"--cfg-interval 0\.8 0\.2: .* lower one first"),
         ({"classes": (1, 10)}, r"--classes 10: this model knows the classes 0 to 9"),
-        ({"expert": 2}, r"--expert 2: ranks that share experts draw blocks of one size; make --num 7 a multiple"),
+        (
+            {"expert": 2},
+            r"--expert 2: ranks that hold the experts together sample blocks of one size; make --num 7 a multiple",
+        ),
         (
             {"expert": 2, "sampler": "dopri5", "steps": None},
             r"--expert 2: .* dopri5 chooses its own; use euler or heun",

@@ -25,9 +25,9 @@ from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import TextCondition
-from diffmoe_dist.sampling.conditions import PromptConditions, run_conditions
-from diffmoe_dist.sampling.generate import generate
-from diffmoe_dist.sampling.job import open_conditions, sample_to_folder
+from diffmoe_dist.sampling.conditions import PromptConditions, open_conditions, run_conditions
+from diffmoe_dist.sampling.generate import SamplerSettings, generate
+from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import start
 from tests.data.test_text import save_encoder
@@ -62,7 +62,7 @@ def draw(folder: Path, texts: list[str], scale: float = 3.0, negative: str | Non
     config = load_config(folder / "run/config.yaml")
     images = generate(
         load_model(folder / "run"), build_objective(config.objective), list(range(len(texts))),
-        conditions_of(folder, texts, negative), seed=0, sampler="euler", steps=4, guidance=Guidance(scale),
+        conditions_of(folder, texts, negative), SamplerSettings("euler", steps=4, guidance=Guidance(scale)),
     ).images  # fmt: skip
     return dict(zip(texts, images, strict=True))
 
@@ -80,7 +80,7 @@ def test_a_prompt_that_stands_there_twice_gives_two_pictures() -> None:
     class Encoded:
         prompts = (Prompt("a"), Prompt("b"), Prompt("a"))
 
-    names = [PromptConditions(Encoded(), 4).noise_name(number) for number in range(6)]  # type: ignore[arg-type]
+    names = [PromptConditions(Encoded(), 4).noise_key(number) for number in range(6)]  # type: ignore[arg-type]
     assert len(set(names)) == 6
 
 
@@ -197,11 +197,11 @@ def run_on_other_captions(folder: Path, text: Path) -> None:
     [
         ({"prompts": None}, r"--num is missing"),
         ({"prompts": None, "num": 3}, r"--encoder has no effect without --prompts or --prompt; remove it"),
-        ({"prompts": None, "num": 3, "encoder": None}, r"--prompts is missing: this model is told captions"),
+        ({"prompts": None, "num": 3, "encoder": None}, r"--prompts is missing: this model is conditioned on captions"),
         ({"prompt": "a cat"}, r"--prompts and --prompt: give one of them"),
         ({"encoder": None}, r"--encoder is missing: the folder of the text encoder"),
-        ({"labels": "random"}, r"--labels random: this model is told captions"),
-        ({"classes": (1, 2)}, r"--classes \(1, 2\): this model is told captions"),
+        ({"labels": "random"}, r"--labels random: this model is conditioned on captions"),
+        ({"classes": (1, 2)}, r"--classes \(1, 2\): this model is conditioned on captions"),
         ({"cfg_scale": 1.0, "negative_prompt": "a cat"}, r"--negative-prompt has no effect without guidance"),
         ({"prompts": "some.npz"}, r"--encoder has no effect with --prompts some\.npz, whose prompts are encoded"),
         ({"prompt": "a cat", "prompts": None, "geneval": True}, r"--geneval needs --prompts"),
@@ -216,9 +216,9 @@ def test_options_of_prompts_that_would_be_ignored_or_do_not_fit_are_refused(
         open_conditions(settings, load_config(folder / "run/config.yaml"), CPU)
 
 
-def test_a_model_that_is_told_classes_takes_no_prompts(folder: Path) -> None:
+def test_a_model_that_is_conditioned_on_classes_takes_no_prompts(folder: Path) -> None:
     config = build_config(TINY, training=False)
-    with pytest.raises(UserError, match=r"--prompts .*: this model is told classes; give --num"):
+    with pytest.raises(UserError, match=r"--prompts .*: this model is conditioned on classes; give --num"):
         open_conditions(settings_for(folder), config, CPU)
 
 
