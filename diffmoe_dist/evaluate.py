@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.sampling.settings import (
@@ -126,7 +126,8 @@ def check(arguments: argparse.Namespace) -> None:
         name = extractors[0]
         raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect without --reference; leave it out")
     if arguments.clip is not None:
-        _check_clip(arguments.clip)
+        wanted = "a whole CLIP, both of its towers"
+        check_model_folder(arguments.clip, f"--clip {arguments.clip}", wanted, ("clip",), files=CLIP_FILES)
         if Path(arguments.samples).is_file():
             _prompts_beside(Path(arguments.samples))
         elif samples_run and not (arguments.prompts or arguments.prompt):
@@ -194,19 +195,6 @@ def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, de
     settings = settings_from(arguments, arguments.samples)
     sample_to_folder(settings, folder, device, launch)
     return folder / "samples.npz"
-
-
-def _check_clip(folder: Path) -> None:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"--clip {folder}: no config.json that can be read; give a CLIP's local folder") from None
-    found = config.get("model_type") if isinstance(config, dict) else None
-    if found != "clip":
-        raise UserError(f"--clip {folder}: is {found}; give the folder of a whole CLIP, both of its towers")
-    for names in CLIP_FILES:
-        if not any(path for name in names for path in folder.glob(name)):
-            raise UserError(f"--clip {folder}: no {' or '.join(names)}; fetch it too")
 
 
 def _prompts_beside(samples: Path) -> Path:

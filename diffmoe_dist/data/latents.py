@@ -6,7 +6,6 @@ Shape legend: V views of an image (plain, mirrored), C latent channels, h x w la
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_dist.data.encoding import load_in_fp32
 from diffmoe_dist.data.format import LATENT_FIELD, LatentSpec
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
 
 FLIP_VIEW = "flip"
@@ -111,22 +112,17 @@ class Autoencoder:
 
         Raises UserError for a folder that holds no AutoencoderKL with safetensors weights.
         """
-        check_autoencoder(folder, setting)
+        named = f"{setting}={folder}"
+        check_model_folder(
+            Path(folder), named, "a diffusers AutoencoderKL, such as the vae folder of a downloaded pipeline",
+            ("AutoencoderKL",), entry="_class_name", files=(("diffusion_pytorch_model*.safetensors",),),
+        )  # fmt: skip
         try:
             from diffusers import AutoencoderKL
         except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
-            raise UserError(f"{setting}={folder}: diffusers does not import ({error}); install it again") from error
-        try:
-            module, report = AutoencoderKL.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, torch_dtype=torch.float32,
-                low_cpu_mem_usage=False, output_loading_info=True,
-            )  # fmt: skip
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{setting}={folder}: does not load ({error}); fetch it again") from error
-        if report["missing_keys"]:  # would be random numbers
-            raise UserError(f"{setting}={folder}: lacks weights, as {report['missing_keys'][0]}; fetch it again")
-        module.requires_grad_(False).eval().to(device)
-        return cls(module, *_scaling(dict(module.config)))
+            raise UserError(f"{named}: diffusers does not import ({error}); install it again") from error
+        module = load_in_fp32(AutoencoderKL, folder, named, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        return cls(module.to(device), *_scaling(dict(module.config)))
 
     @property
     def image_channels(self) -> int:
@@ -163,22 +159,6 @@ class Autoencoder:
         return torch.cat(
             [self.module.decode(z).sample for z in (latents_NChw / scale + shift).split(_DECODED_TOGETHER)]
         )
-
-
-def check_autoencoder(folder: str | Path, setting: str) -> None:
-    """Look at the folder of an autoencoder without loading it. Raises UserError."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
-        found = config.get("_class_name") if isinstance(config, dict) else "no config.json that can be read"
-        raise UserError(
-            f"{setting}={folder}: {found}; give the local folder of a diffusers AutoencoderKL, such as the vae folder "
-            "of a downloaded pipeline"
-        )
-    if not list(Path(folder).glob("diffusion_pytorch_model*.safetensors")):
-        raise UserError(f"{setting}={folder}: no diffusion_pytorch_model.safetensors; fetch the weights in that format")
 
 
 def _scaling(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,7 +5,6 @@ Shape legend: B captions, T tokens of one caption, L tokens after padding, D hid
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from typing import Any
 
 import torch
 
-from diffmoe_dist.data.encoding import model_sha256, reproducible_arithmetic, to_fp16
+from diffmoe_dist.data.encoding import load_in_fp32, model_sha256, reproducible_arithmetic, to_fp16
+from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.data.text import EncodedText
 from diffmoe_dist.errors import UserError
 
 USUAL_LENGTH = {"clip": 77, "t5": 120}  # tokens
-_ENCODERS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}  # by the model_type of config.json
+_KINDS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}  # by the model_type of config.json
 _MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
@@ -59,7 +59,7 @@ class TextEncoder:
         """
         path = Path(folder)
         kind = encoder_kind(path, setting)
-        module = _load_module(path, kind, setting).requires_grad_(False).eval().to(device)
+        module = _load_module(path, kind, setting).to(device)
         folders = (path,) if tokenizer is None else (path, Path(tokenizer))
         loaded = _load_tokenizer(folders[-1], path, setting)
         length = USUAL_LENGTH[kind] if max_length is None else max_length
@@ -111,16 +111,7 @@ class TextEncoder:
 
 def encoder_kind(folder: Path, setting: str) -> str:
     """`clip` or `t5`. Raises UserError for any other folder."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"{setting}={folder}: no config.json that can be read; give a model's local folder") from None
-    found = config.get("model_type") if isinstance(config, dict) else None
-    if found not in _ENCODERS:
-        raise UserError(f"{setting}={folder}: is {found}; CLIP and T5 text encoders are known")
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{setting}={folder}: no .safetensors weights; fetch the weights in that format")
-    return _ENCODERS[found]
+    return _KINDS[check_model_folder(folder, f"{setting}={folder}", "a CLIP or T5 text encoder", _KINDS)]
 
 
 def encoder_sha256(encoder: Path, tokenizer: Path | None = None) -> str:
@@ -137,16 +128,8 @@ def _load_module(folder: Path, kind: str, setting: str) -> Any:
             f"{setting}={folder}: transformers does not import ({error}); pip install transformers"
         ) from error
     architecture: Any = CLIPTextModel if kind == "clip" else T5EncoderModel
-    try:
-        with without_loading_bar():
-            module, report = architecture.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{setting}={folder}: does not load ({error}); fetch it again") from error
-    if report["missing_keys"]:  # would be random numbers
-        raise UserError(f"{setting}={folder}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch it again")
-    return module
+    with without_loading_bar():
+        return load_in_fp32(architecture, folder, f"{setting}={folder}", dtype=torch.float32)
 
 
 @contextmanager
@@ -154,13 +137,14 @@ def without_loading_bar() -> Iterator[None]:
     """No progress bar of transformers' own, of which every process would show one."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    progress_bar: Any = logging
+    shown = progress_bar.is_progress_bar_enabled()
+    progress_bar.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            progress_bar.enable_progress_bar()
 
 
 def _load_tokenizer(folder: Path, encoder: Path, setting: str) -> Any:

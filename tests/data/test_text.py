@@ -222,5 +222,5 @@ def test_data_without_captions_are_refused(encoder: Path, tmp_path: Path) -> Non
 
 def test_a_model_that_is_no_text_encoder_is_refused(base: ShardIndex, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="is bert; CLIP and T5 text encoders are known"):
+    with pytest.raises(UserError, match="is bert; give the local folder of a CLIP or T5 text encoder"):
         encode_text(base, tmp_path / "out", TextSettings(tmp_path))

@@ -116,7 +116,7 @@ def test_an_encoder_that_cannot_be_is_refused_by_the_name_of_the_setting(encoder
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for given, tokenizer, length, problem in (
         (tmp_path / "nowhere", None, None, "nowhere: no config.json that can be read"),
-        (tmp_path, None, None, ".*: is bert; CLIP and T5 text encoders are known"),
+        (tmp_path, None, None, ".*: is bert; give the local folder of a CLIP or T5 text encoder"),
         (encoder_folder, tmp_path / "nowhere", None, ".*: no tokenizer loads from .*nowhere"),
         (encoder_folder, None, 1, ".*: takes captions of 2 to .* tokens, not of 1"),
     ):

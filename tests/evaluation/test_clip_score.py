@@ -283,7 +283,11 @@ def test_the_command_scores_prompts_on_two_ranks_alone_and_on_one_beside_a_refer
 WITHOUT = {  # what is taken away, and what else is given
     "prompts": (("SAMPLES/prompts.jsonl",), (), "no prompts.jsonl beside it; draw with diffmoe_dist.sample --prompts"),
     "samples": (("SAMPLES/samples.npz",), (), "samples.npz: cannot be read"),
-    "a configuration": (("CLIP/config.json",), (), "no config.json that can be read; give a CLIP's local folder"),
+    "a configuration": (
+        ("CLIP/config.json",),
+        (),
+        "no config.json that can be read; give the local folder of",
+    ),
     "weights": (("CLIP/model.safetensors",), (), "no *.safetensors; fetch it too"),
     "a tokenizer": (("CLIP/tokenizer.json",), (), "no tokenizer.json or vocab.json; fetch it too"),
     "a preprocessor": (("CLIP/preprocessor_config.json",), (), "no preprocessor_config.json or processor_config.json"),
@@ -313,4 +317,4 @@ def test_the_text_encoder_of_a_clip_alone_is_refused(samples: NpzImages, tmp_pat
     (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
     ended = run(sys.executable, "-m", "diffmoe_dist.evaluate", "--samples", samples.path, "--clip", tmp_path)
     assert ended.returncode == 2
-    assert "is clip_text_model; give the folder of a whole CLIP, both of its towers" in ended.stderr
+    assert "is clip_text_model; give the local folder of a whole CLIP, both of its towers" in ended.stderr
