@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,93 +26,78 @@ VARIANTS = {
     "promoe": ("token_choice", "expert_choice"),
 }
 
+# The sizes of every model here. A batch of a few images reaches every expert of every layer.
+WIDTH, HEADS, PATCH, INPUT_SIZE, CLASSES, EXPERTS = 32, 4, 2, 8, 10, 4
+DENSE_HIDDEN = 4 * WIDTH  # F is the same, but half of it in ProMoE
 FREQUENCIES = 256
 
 
+@dataclass(frozen=True)
+class Router:
+    """What the state dict of a model does not say about its experts."""
+
+    variant: str = "dense"  # one of `VARIANTS`
+    top_k: int = 1  # K, for both token_choice variants; the slots of ProMoE's expert_choice are int(S / N * K)
+    capacity: float = 1.0  # C, for DiffMoE's expert_choice
+    activation: str = "identity"  # of ProMoE's cosines: `identity`, `sigmoid` or `softmax`
+
+
 def synthetic_state_dict(
-    layout: str,
-    variant: str = "dense",
-    *,
-    depth: int = 4,
-    hidden_size: int = 32,
-    patch_size: int = 2,
-    input_size: int = 8,
-    in_channels: int = 4,
-    num_classes: int = 10,
-    num_experts: int = 4,
-    mlp_ratio: float = 4.0,
-    expert_ratio: float | None = None,
-    seed: int = 0,
+    layout: str, variant: str = "dense", *, depth: int = 4, in_channels: int = 4
 ) -> dict[str, Tensor]:
     """Random fp32 weights under the names of a published model with learned variances; `pos_embed` is the true table.
 
-    No weight is zero. With the default sizes, a batch of a few images reaches every expert of every layer.
+    No weight is zero.
 
     Args:
-        layout: a key of `VARIANTS`; `variant`: one of its values.
-        num_experts: routed experts N; `promoe` has the unconditional and the shared expert besides.
-        mlp_ratio: hidden width of a dense block, in widths.
-        expert_ratio: F / D; by default `mlp_ratio`, and half of it for `promoe`.
+        layout: a key of `VARIANTS`. `promoe` has the unconditional and the shared expert besides the N routed ones.
+        variant: one of its values.
     """
     assert variant in VARIANTS[layout], (layout, variant)
-    if expert_ratio is None:
-        expert_ratio = mlp_ratio / 2 if layout == "promoe" else mlp_ratio
-    D, p, patch_values = hidden_size, patch_size, 2 * in_channels * patch_size**2
+    D, p = WIDTH, PATCH
     shapes: dict[str, tuple[int, ...]] = {
         "x_embedder.proj.weight": (D, in_channels, p, p),
         "x_embedder.proj.bias": (D,),
         **_linear_shapes("t_embedder.mlp.0", FREQUENCIES, D),
         **_linear_shapes("t_embedder.mlp.2", D, D),
-        "y_embedder.embedding_table.weight": (num_classes + 1, D),
+        "y_embedder.embedding_table.weight": (CLASSES + 1, D),
     }
     for i in range(depth):
         block = f"blocks.{i}"
         shapes |= _linear_shapes(f"{block}.attn.qkv", D, 3 * D)
         shapes |= _linear_shapes(f"{block}.attn.proj", D, D)
         if _is_moe(variant, i):
-            shapes |= _moe_shapes(f"{block}.mlp", layout, variant, D, int(D * expert_ratio), num_experts)
+            shapes |= _moe_shapes(f"{block}.mlp", layout, variant)
         else:
-            shapes |= _linear_shapes(f"{block}.mlp.fc1", D, int(D * mlp_ratio))
-            shapes |= _linear_shapes(f"{block}.mlp.fc2", int(D * mlp_ratio), D)
+            shapes |= _linear_shapes(f"{block}.mlp.fc1", D, DENSE_HIDDEN)
+            shapes |= _linear_shapes(f"{block}.mlp.fc2", DENSE_HIDDEN, D)
         shapes |= _linear_shapes(f"{block}.adaLN_modulation.1", D, 6 * D)
-    shapes |= _linear_shapes("final_layer.linear", D, patch_values)
+    shapes |= _linear_shapes("final_layer.linear", D, 2 * in_channels * p * p)
     shapes |= _linear_shapes("final_layer.adaLN_modulation.1", D, 2 * D)
 
-    generator = torch.Generator().manual_seed(seed)
-    state = {"pos_embed": position_table(D, input_size // p)}
+    generator = torch.Generator().manual_seed(0)
+    state = {"pos_embed": position_table(D, INPUT_SIZE // p)}
     state |= {name: _random_weight(name, shape, generator) for name, shape in shapes.items()}
     return state
 
 
-def forward(
-    layout: str,
-    state: Weights,
-    x: Tensor,
-    t: Tensor,
-    y: Tensor,
-    *,
-    num_heads: int,
-    variant: str = "dense",
-    top_k: int = 1,
-    capacity: float = 1.0,
-    activation: str = "identity",
-) -> Tensor:
+DENSE = Router()
+
+
+def forward(layout: str, state: Weights, x: Tensor, t: Tensor, y: Tensor, router: Router = DENSE) -> Tensor:
     """The published forward pass in evaluation mode.
 
     Args:
         x: (B, C, H, W); its dtype is the one of all arithmetic but the sinusoids of `t`.
         t: (B,) what the published code feeds: DiffMoE a time in [0, 1], ProMoE 1000 sigma, DiT a step in [0, 1000).
         y: (B,) int64; the last row of the label table is the null label.
-        top_k: K, for both token_choice variants; the slots of ProMoE's expert_choice are int(S / N * K).
-        capacity: C, for DiffMoE's expert_choice.
-        activation: of ProMoE's cosines, `identity`, `sigmoid` or `softmax`.
 
     Returns:
         (B, 2 C, H, W): the prediction, then the variance channels.
     """
-    assert variant in VARIANTS[layout], (layout, variant)
+    assert router.variant in VARIANTS[layout], (layout, router.variant)
     w = {name: tensor.to(x.dtype) for name, tensor in state.items()}
-    is_null = [label == len(w["y_embedder.embedding_table.weight"]) - 1 for label in y.tolist()]
+    is_null = [label == CLASSES for label in y.tolist()]
 
     condition_BD = _time_embedding(t, w) + w["y_embedder.embedding_table.weight"][y]
     h_BSD = _patch_embedding(x, w) + w["pos_embed"]
@@ -119,14 +105,14 @@ def forward(
         block = f"blocks.{i}"
         # DiT, Sec. 3.2 (adaLN-Zero): shift, scale and gate of the attention, then those of the feed-forward layer.
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(condition_BD, w, block, 6)
-        h_BSD = h_BSD + gate_msa * _attention(_modulated_norm(h_BSD, shift_msa, scale_msa), w, block, num_heads)
+        h_BSD = h_BSD + gate_msa * _attention(_modulated_norm(h_BSD, shift_msa, scale_msa), w, block)
         u_BSD = _modulated_norm(h_BSD, shift_mlp, scale_mlp)
-        if not _is_moe(variant, i):
+        if not _is_moe(router.variant, i):
             u_BSD = _mlp(u_BSD, w, f"{block}.mlp", "fc1", "fc2")
         elif layout == "diffmoe":
-            u_BSD = _diffmoe_layer(u_BSD, w, f"{block}.mlp", variant, top_k, capacity)
+            u_BSD = _diffmoe_layer(u_BSD, w, f"{block}.mlp", router)
         else:
-            u_BSD = _promoe_layer(u_BSD, is_null, w, f"{block}.mlp", variant, top_k, activation)
+            u_BSD = _promoe_layer(u_BSD, is_null, w, f"{block}.mlp", router)
         h_BSD = h_BSD + gate_mlp * u_BSD
     shift, scale = _modulation(condition_BD, w, "final_layer", 2)
     return _unpatchify(_linear(_modulated_norm(h_BSD, shift, scale), w, "final_layer.linear"), w)
@@ -155,7 +141,8 @@ def _linear_shapes(name: str, fan_in: int, fan_out: int) -> dict[str, tuple[int,
     return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
 
 
-def _moe_shapes(layer: str, layout: str, variant: str, D: int, F: int, N: int) -> dict[str, tuple[int, ...]]:
+def _moe_shapes(layer: str, layout: str, variant: str) -> dict[str, tuple[int, ...]]:
+    D, N, F = WIDTH, EXPERTS, DENSE_HIDDEN // 2 if layout == "promoe" else DENSE_HIDDEN
     shapes: dict[str, tuple[int, ...]] = {}
     if layout == "promoe":
         shapes[f"{layer}.cluster_centers"] = (N, D)
@@ -261,23 +248,23 @@ def _modulated_norm(x_BSD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return normed * (1 + scale) + shift
 
 
-def _attention(x_BSD: Tensor, w: Weights, block: str, heads: int) -> Tensor:
+def _attention(x_BSD: Tensor, w: Weights, block: str) -> Tensor:
     """Of the 3 D outputs of `qkv`, the order is q, k, v; within each, head by head."""
     B, S, D = x_BSD.shape
-    qkv = _linear(x_BSD, w, f"{block}.attn.qkv").view(B, S, 3, heads, D // heads)
+    qkv = _linear(x_BSD, w, f"{block}.attn.qkv").view(B, S, 3, HEADS, D // HEADS)
     outputs = []
-    for head in range(heads):
+    for head in range(HEADS):
         q, k, v = qkv[:, :, 0, head], qkv[:, :, 1, head], qkv[:, :, 2, head]  # (B, S, D / heads)
-        weights_BSS = (q @ k.transpose(1, 2) / math.sqrt(D // heads)).softmax(dim=-1)
+        weights_BSS = (q @ k.transpose(1, 2) / math.sqrt(D // HEADS)).softmax(dim=-1)
         outputs.append(weights_BSS @ v)
     return _linear(torch.cat(outputs, dim=-1), w, f"{block}.attn.proj")
 
 
-def _diffmoe_layer(x_BSD: Tensor, w: Weights, layer: str, variant: str, top_k: int, capacity: float) -> Tensor:
-    if variant == "token_choice":
-        assignments = _token_choice(x_BSD, w[f"{layer}.gate.weight"], top_k)
-    elif variant == "expert_choice":
-        assignments = _expert_choice(x_BSD, w[f"{layer}.gate_weight"], capacity)
+def _diffmoe_layer(x_BSD: Tensor, w: Weights, layer: str, router: Router) -> Tensor:
+    if router.variant == "token_choice":
+        assignments = _token_choice(x_BSD, w[f"{layer}.gate.weight"], router.top_k)
+    elif router.variant == "expert_choice":
+        assignments = _expert_choice(x_BSD, w[f"{layer}.gate_weight"], router.capacity)
     else:
         assignments = _global_pool(x_BSD, w, layer)
     return _sum_of_experts(x_BSD, assignments, w, layer, "fc1", "fc2")
@@ -330,9 +317,8 @@ def _global_pool(x_BSD: Tensor, w: Weights, layer: str) -> list[Assignment]:
     return assignments
 
 
-def _promoe_layer(
-    x_BSD: Tensor, is_null: list[bool], w: Weights, layer: str, variant: str, top_k: int, activation: str
-) -> Tensor:
+def _promoe_layer(x_BSD: Tensor, is_null: list[bool], w: Weights, layer: str, router: Router) -> Tensor:
+    top_k = router.top_k
     centers_ND = w[f"{layer}.cluster_centers"]
     S, N = x_BSD.shape[1], len(centers_ND)
     assignments: list[Assignment] = []
@@ -344,11 +330,11 @@ def _promoe_layer(
         # ProMoE eq. 4 with alpha = 1: cosines of tokens and prototypes.
         cosines_SN = _normalised(x_SD) @ _normalised(centers_ND).T
         # A score is both the choice and the gate.
-        if variant == "token_choice":
-            scores_SN = _activated(cosines_SN, activation, softmax_dim=1)
+        if router.variant == "token_choice":
+            scores_SN = _activated(cosines_SN, router.activation, softmax_dim=1)
             assignments += [(b, s, e, scores_SN[s, e]) for s in range(S) for e in _largest(scores_SN[s], top_k)]
         else:
-            scores_SN = _activated(cosines_SN, activation, softmax_dim=0)
+            scores_SN = _activated(cosines_SN, router.activation, softmax_dim=0)
             slots = max(1, min(int(S / N * top_k), S))
             assignments += [(b, s, e, scores_SN[s, e]) for e in range(N) for s in _largest(scores_SN[:, e], slots)]
     # ProMoE eq. 5: the shared expert sees every token.

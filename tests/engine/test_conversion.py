@@ -24,7 +24,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
 from tests.commands import start
-from tests.published import forward, synthetic_state_dict
+from tests.published import Router, forward, synthetic_state_dict
 
 MODEL = [
     "model.depth=4", "model.hidden_size=32", "model.num_heads=4", "model.input_size=8", "model.num_classes=10",
@@ -101,13 +101,12 @@ CASES: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
 def test_a_converted_model_computes_what_the_published_one_computes(case: str, convert: Any) -> None:
     layout, variant, settings, options = CASES[case]
     # The dense models of all code bases have one layout.
-    state = synthetic_state_dict("dit" if variant == "dense" else layout, variant)
+    dense_or_own = "dit" if variant == "dense" else layout
+    state = synthetic_state_dict(dense_or_own, variant)
     folder = convert(layout, state, *settings)
     x, t, y = images()
     model_time = (1000 * t).floor() if layout == "dit" else 1000 * t if layout == "promoe" else t
-    expected = forward(
-        "dit" if variant == "dense" else layout, state, x, model_time, y, num_heads=4, variant=variant, **options
-    )
+    expected = forward(dense_or_own, state, x, model_time, y, Router(variant, **options))
     torch.testing.assert_close(all_channels(folder, x, t, y), expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.1, "there is something to compare"
 
@@ -371,7 +370,7 @@ UPCYCLED = ["moe.router=token_choice", "moe.num_experts=4", "moe.top_k=4", "obje
 def test_an_upcycled_model_whose_gates_sum_to_one_computes_what_the_dense_model_computes(convert: Any) -> None:
     state = synthetic_state_dict("dit")
     x, t, y = images()
-    expected = forward("dit", state, x, 1000 * t, y, num_heads=4)
+    expected = forward("dit", state, x, 1000 * t, y)
     folder = convert("dit", state, "--upcycle", *UPCYCLED)
     torch.testing.assert_close(all_channels(folder, x, t, y), expected, atol=1e-5, rtol=0)
     assert json.loads((folder / "config.json").read_text())["source"]["upcycled"] is True
