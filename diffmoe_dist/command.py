@@ -55,11 +55,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     _exit(code or 0)
 
 
-def import_callable(name: str, option: str) -> Callable[..., Any]:
+def import_callable(name: str, named: str) -> Callable[..., Any]:
     """What `module:callable` names, a function of the user's; modules of the working folder count.
 
     Args:
-        option: how the user gave it, for the message.
+        named: how the user named it, for the message: `--score module:callable`.
 
     Raises:
         UserError: there is no such module, or no such callable in it.
@@ -74,12 +74,12 @@ def import_callable(name: str, option: str) -> Callable[..., Any]:
         if not f"{module_name}.".startswith(f"{missing}."):
             raise  # an import of the module's own
         raise UserError(
-            f"{option} {name}: there is no module {missing or 'without a name'} that Python can import; give "
+            f"{named}: there is no module {missing or 'without a name'} that Python can import; give "
             "module:callable, such as my_metrics:fid"
         ) from None
     found: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(found):
-        raise UserError(f"{option} {name}: {module_name} has no callable {attribute!r}; give module:callable")
+        raise UserError(f"{named}: {module_name} has no callable {attribute!r}; give module:callable")
     return found
 
 

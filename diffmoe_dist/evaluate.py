@@ -170,7 +170,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     _check_writable(out, "--out")
     if path.is_dir():
         path = draw_samples(arguments, out.parent, launch, device)
-    samples = NpzImages(path, "--samples")
+    samples = NpzImages(path)
     if clip:  # before anything is scored
         prompts_file = _prompts_beside(path)
         prompts = read_prompts(prompts_file, samples.num_images)

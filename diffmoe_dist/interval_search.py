@@ -52,7 +52,7 @@ def main() -> None:
         write_points,
     )
 
-    score = None if arguments.score is None else import_callable(arguments.score, "--score")
+    score = None if arguments.score is None else import_callable(arguments.score, f"--score {arguments.score}")
     device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)
     set_up_logging(None, launch.rank)

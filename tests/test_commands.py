@@ -252,7 +252,7 @@ BAD = {
         "no complete checkpoint there",
     ),
     "no images": ((*SAMPLE, "--num", "0"), "--num 0: choose at least 1"),
-    "half an image": ((*SAMPLE, "--num", "0.5"), "argument --num: invalid int value: '0.5'"),
+    "half an image": ((*SAMPLE, "--num", "0.5"), "argument --num/--num-images: invalid int value: '0.5'"),
     "no sampler": ((*SAMPLE, "--num", "1", "--sampler", "magic"), "argument --sampler: invalid choice: 'magic'"),
     "negative seed": ((*SAMPLE, "--num", "1", "--seed", "-1"), "--seed -1: choose one from 0"),
     "other objective": (

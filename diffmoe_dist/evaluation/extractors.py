@@ -28,12 +28,10 @@ class Features:
 
 @dataclass(frozen=True)
 class Extractor:
-    """Features of images (N, 3, H, W) uint8 on `device`.
+    """Features of images (N, 3, H, W) uint8 on `device`."""
 
-    `identity` is what reference statistics are recorded under: those of another extractor cannot be compared.
-    """
-
-    identity: str
+    named: str  # how the user named it, for messages: `--features FILE`
+    identity: str  # recorded with reference statistics: those of another extractor cannot be compared
     device: torch.device
     is_inception: bool
     function: Callable[[Tensor], Features]
@@ -45,9 +43,9 @@ class Extractor:
         x_NF = features.pooled_NF
         if not isinstance(x_NF, Tensor) or x_NF.ndim != 2 or len(x_NF) != len(images):
             found = list(x_NF.shape) if isinstance(x_NF, Tensor) else type(x_NF).__name__
-            raise UserError(f"--features {self.identity}: it returned {found} for {len(images)} images; return (N, F)")
+            raise UserError(f"{self.named}: it returned {found} for {len(images)} images; return (N, F)")
         if not x_NF.isfinite().all():
-            raise UserError(f"--features {self.identity}: it returned features that are not finite")
+            raise UserError(f"{self.named}: it returned features that are not finite")
         return features
 
 
@@ -62,21 +60,43 @@ def open_extractor(inception: str | None, features: str | None, device: torch.de
     if inception is not None:
         return open_inception(inception, device)
     assert features is not None
-    if features.endswith(".pt2"):
-        return _open_program(features, device)
-    if ":" in features and not features.endswith((".pt", ".pth", ".py")):
-        return _import_function(features, device)
-    raise UserError(f"--features {features}: neither a file NAME.pt2 nor a module:callable")
+    return open_features(features, device)
 
 
-def open_inception(path: str, device: torch.device) -> Extractor:
-    model = load_inception(path).to(device)
+def open_inception(path: str, device: torch.device, named: str | None = None) -> Extractor:
+    """FID's Inception network with the weights of a file.
+
+    Args:
+        named: how the user named the file, for messages; None: `--inception FILE`.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    named = named or f"--inception {path}"
+    model = load_inception(path, named).to(device)
 
     def function(images: Tensor) -> Features:
         output = model(images)
         return Features(output.pooled, output.spatial, output.logits.softmax(dim=1))
 
-    return Extractor(f"inception {file_sha256(Path(path))}", device, is_inception=True, function=function)
+    return Extractor(named, f"inception {file_sha256(Path(path))}", device, is_inception=True, function=function)
+
+
+def open_features(features: str, device: torch.device, named: str | None = None) -> Extractor:
+    """The extractor FILE.pt2 or module:callable.
+
+    Args:
+        named: how the user named it, for messages; None: `--features FILE`.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    named = named or f"--features {features}"
+    if features.endswith(".pt2"):
+        return _open_program(features, device, named)
+    if ":" in features and not features.endswith((".pt", ".pth", ".py")):
+        return _import_function(features, device, named)
+    raise UserError(f"{named}: neither a file NAME.pt2 nor a module:callable")
 
 
 def describe(extractor: Extractor) -> str:
@@ -89,30 +109,30 @@ def describe(extractor: Extractor) -> str:
     return f"Inception of 2015-12-05, weights from another file ({digest}) than the published {PUBLISHED_SHA256}"
 
 
-def _open_program(path: str, device: torch.device) -> Extractor:
+def _open_program(path: str, device: torch.device, named: str) -> Extractor:
     from diffmoe_dist.evaluation.exported import load_program  # torch.export takes a second to import
 
     try:
         program = load_program(Path(path), device)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"--features {path}: not a torch.export program that can be used: {reason}") from None
+        raise UserError(f"{named}: not a torch.export program that can be used: {reason}") from None
 
     def function(images: Tensor) -> Features:
         try:
             return Features(program(images))
         except RuntimeError as error:
             raise UserError(
-                f"--features {path}: the program cannot take {images.dtype} {list(images.shape)}: "
+                f"{named}: the program cannot take {images.dtype} {list(images.shape)}: "
                 f"{str(error).splitlines()[0]}; export it for uint8 (N, 3, H, W) with any N"
             ) from error
 
-    return Extractor(f"program {file_sha256(Path(path))}", device, is_inception=False, function=function)
+    return Extractor(named, f"program {file_sha256(Path(path))}", device, is_inception=False, function=function)
 
 
-def _import_function(name: str, device: torch.device) -> Extractor:
+def _import_function(name: str, device: torch.device, named: str) -> Extractor:
     """The user's own code: what it raises is shown as it is."""
-    found: Any = import_callable(name, "--features")
+    found: Any = import_callable(name, named)
     if isinstance(found, torch.nn.Module):
         found = found.to(device).eval()
-    return Extractor(name, device, is_inception=False, function=lambda images: Features(found(images)))
+    return Extractor(named, name, device, is_inception=False, function=lambda images: Features(found(images)))

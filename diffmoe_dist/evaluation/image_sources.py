@@ -31,26 +31,29 @@ class ImageSource(Protocol):
 class NpzImages:
     """The array `arr_0` of an npz file, (N, H, W, C) uint8; read from front to back, never held as a whole.
 
+    Args:
+        named: how the user named the file, for messages; None: `--samples FILE`.
+
     Raises:
         UserError: the file is no npz, has no such array, or it is not of images with 1 or 3 channels.
     """
 
-    def __init__(self, path: Path, option: str) -> None:
+    def __init__(self, path: Path, named: str | None = None) -> None:
         self.path = path
+        named = named or f"--samples {path}"
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 shape, fortran_order, dtype = _read_header(file)
         except OSError as error:
-            raise UserError(f"{option} {path}: cannot be read ({error.strerror}); give an npz file") from None
+            raise UserError(f"{named}: cannot be read ({error.strerror}); give an npz file") from None
         except KeyError:
-            raise UserError(f"{option} {path}: it has no array arr_0; give an npz with images (N, H, W, C)") from None
+            raise UserError(f"{named}: it has no array arr_0; give an npz with images (N, H, W, C)") from None
         except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise UserError(f"{option} {path}: not an npz file ({error})") from None
+            raise UserError(f"{named}: not an npz file ({error})") from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or 0 in shape:
             order = ", columns first" if fortran_order else ""
             raise UserError(
-                f"{option} {path}: arr_0 is {dtype} {list(shape)}{order}; "
-                "it must be uint8 (N, H, W, C) with 1 or 3 channels"
+                f"{named}: arr_0 is {dtype} {list(shape)}{order}; it must be uint8 (N, H, W, C) with 1 or 3 channels"
             )
         self.num_images, self.height, self.width, self.channels = shape
 

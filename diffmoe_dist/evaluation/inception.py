@@ -253,26 +253,30 @@ def _resize_axis(images: Tensor, axis: int, size: int) -> Tensor:
     return before + (images.index_select(axis, high) - before) * fraction
 
 
-def load_inception(path: str | Path) -> Inception:
+def load_inception(path: str | Path, named: str | None = None) -> Inception:
     """The network with the weights of a local file, in eval mode on the CPU.
+
+    Args:
+        named: how the user named the file, for messages; None: `--inception FILE`.
 
     Raises:
         UserError: the file is not there, cannot be read as tensors alone, or holds other tensors than the network's.
     """
-    weights = _read_weights(path)
+    named = named or f"--inception {path}"
+    weights = _read_weights(path, named)
     with torch.device("meta"):
         model = Inception()
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     for name, tensor in wanted.items():
         if name not in weights:
-            raise UserError(f"--inception {path}: the tensor {name} is missing; {_WANTED}")
+            raise UserError(f"{named}: the tensor {name} is missing; {_WANTED}")
         if weights[name].shape != tensor.shape:
             raise UserError(
-                f"--inception {path}: {name} has shape {list(weights[name].shape)}, not {list(tensor.shape)}; {_WANTED}"
+                f"{named}: {name} has shape {list(weights[name].shape)}, not {list(tensor.shape)}; {_WANTED}"
             )
     unknown = sorted(weights.keys() - wanted.keys())
     if unknown:
-        raise UserError(f"--inception {path}: the tensor {unknown[0]} is none of this network; {_WANTED}")
+        raise UserError(f"{named}: the tensor {unknown[0]} is none of this network; {_WANTED}")
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False, assign=True)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -280,15 +284,15 @@ def load_inception(path: str | Path) -> Inception:
     return model.eval().requires_grad_(False)
 
 
-def _read_weights(path: str | Path) -> dict[str, Tensor]:
+def _read_weights(path: str | Path, named: str) -> dict[str, Tensor]:
     """The tensors of a file that torch.save has written, without the counters of batches that some ports add."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"--inception {path}: cannot be read ({error.strerror}); {_WANTED}") from None
+        raise UserError(f"{named}: cannot be read ({error.strerror}); {_WANTED}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--inception {path}: not a file of tensors ({problem}); {_WANTED}") from None
+        raise UserError(f"{named}: not a file of tensors ({problem}); {_WANTED}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"--inception {path}: not a state dict, tensors by name; {_WANTED}")
+        raise UserError(f"{named}: not a state dict, tensors by name; {_WANTED}")
     return {str(name): value for name, value in weights.items() if not str(name).endswith("num_batches_tracked")}

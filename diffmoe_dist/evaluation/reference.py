@@ -28,33 +28,38 @@ REFERENCE_IMAGES = 10_000  # for precision and recall, as ADM
 @dataclass(frozen=True)
 class Reference:
     path: Path
+    named: str  # how the user named it, for messages
     pooled: Statistics | None  # None: to be computed from the images, as ADM's evaluator does
     spatial: Statistics | None
     images: NpzImages | None
 
 
-def read_reference(path: Path, extractor: Extractor) -> Reference:
+def read_reference(path: Path, extractor: Extractor, named: str | None = None) -> Reference:
     """Read a reference file.
+
+    Args:
+        named: how the user named it, for messages; None: `--reference FILE`.
 
     Raises:
         UserError: it is no such file, or its statistics are of another extractor.
     """
+    named = named or f"--reference {path}"
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
             arrays = {name: file[name] for name in sorted(names & {"mu", "sigma", "mu_s", "sigma_s", "extractor"})}
     except OSError as error:
-        raise UserError(f"--reference {path}: cannot be read ({error.strerror or error}); give an npz file") from None
+        raise UserError(f"{named}: cannot be read ({error.strerror or error}); give an npz file") from None
     except (zipfile.BadZipFile, ValueError, AttributeError, EOFError) as error:
-        raise UserError(f"--reference {path}: not an npz file of numbers ({error})") from None
-    images = NpzImages(path, "--reference") if "arr_0" in names else None
+        raise UserError(f"{named}: not an npz file of numbers ({error})") from None
+    images = NpzImages(path, named) if "arr_0" in names else None
     if "mu" not in arrays:
         if images is None:
-            raise UserError(f"--reference {path}: it has neither statistics (mu, sigma) nor images (arr_0)")
-        return Reference(path, None, None, images)
-    _check_extractor(path, arrays, extractor)
-    spatial = _statistics(path, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None
-    return Reference(path, _statistics(path, arrays, "mu", "sigma"), spatial, images)
+            raise UserError(f"{named}: it has neither statistics (mu, sigma) nor images (arr_0)")
+        return Reference(path, named, None, None, images)
+    _check_extractor(named, arrays, extractor)
+    spatial = _statistics(named, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None
+    return Reference(path, named, _statistics(named, arrays, "mu", "sigma"), spatial, images)
 
 
 def write_reference(
@@ -70,23 +75,23 @@ def write_reference(
     write_npz(path, **numbers, extractor=np.array(extractor.identity), arr_0=images)
 
 
-def _check_extractor(path: Path, arrays: dict[str, np.ndarray], extractor: Extractor) -> None:
+def _check_extractor(named: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> None:
     recorded = str(arrays["extractor"]) if "extractor" in arrays else None
     same = recorded == extractor.identity if recorded else extractor.is_inception
     if not same:
         raise UserError(
-            f"--reference {path}: its statistics are of {recorded or 'the Inception network'}, not of "
+            f"{named}: its statistics are of {recorded or 'the Inception network'}, not of "
             f"{extractor.identity}; make one of this extractor with --make-reference"
         )
 
 
-def _statistics(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Statistics:
+def _statistics(named: str, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Statistics:
     mu, sigma = arrays[mean], arrays.get(covariance)
     if mu.ndim != 1 or sigma is None or sigma.shape != (len(mu), len(mu)):
         found = "is missing" if sigma is None else f"is {list(sigma.shape)}"
-        raise UserError(f"--reference {path}: {mean} is {list(mu.shape)} and {covariance} {found}; they do not fit")
+        raise UserError(f"{named}: {mean} is {list(mu.shape)} and {covariance} {found}; they do not fit")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"--reference {path}: {mean} or {covariance} holds numbers that are not finite; make it again")
+        raise UserError(f"{named}: {mean} or {covariance} holds numbers that are not finite; make it again")
     return Statistics(_double(mu), _double(sigma))
 
 

@@ -105,9 +105,9 @@ def score(
     Raises:
         UserError: there are too few images, or the reference's statistics are of features of another width.
     """
-    for images, option in ((samples, "--samples"), (reference.images, f"--reference {reference.path}")):
+    for images, named in ((samples, "--samples"), (reference.images, reference.named)):
         if images is not None and images.num_images <= NEIGHBOURS:
-            raise UserError(f"{option}: {images.num_images} images are too few; give at least {NEIGHBOURS + 1}")
+            raise UserError(f"{named}: {images.num_images} images are too few; give at least {NEIGHBOURS + 1}")
     options: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "ranks": ranks, "keep": True}
     theirs = None if reference.images is None else collect(reference.images, extractor, what="reference", **options)
     ours = collect(samples, extractor, what="samples", **options)
@@ -269,7 +269,7 @@ def table(result: dict[str, Any]) -> str:
 def _check_width(moments: Moments, stored: Statistics, reference: Reference) -> None:
     if len(stored.mean_F) != moments.width:
         raise UserError(
-            f"--reference {reference.path}: its statistics are of {len(stored.mean_F)} features, the extractor has "
+            f"{reference.named}: its statistics are of {len(stored.mean_F)} features, the extractor has "
             f"{moments.width}; make one with --make-reference"
         )
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from diffmoe_dist.config import Config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.extractors import Extractor, open_extractor
+from diffmoe_dist.evaluation.extractors import Extractor, open_features, open_inception
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
 from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
@@ -58,24 +58,19 @@ def open_training_scores(config: Config, conditions: Conditions, device: torch.d
     if not settings.every:
         return None
     decode = open_decoder(config, config.sample.decoder, "sample.decoder", device)
-    features, path = str(settings.features), Path(str(settings.reference))
-    is_inception = features.endswith(".pth")
-    try:
-        extractor = open_extractor(features if is_inception else None, None if is_inception else features, device)
-        reference = read_reference(path, extractor).pooled
-        size, channels = config.model.input_size, config.model.in_channels
-        pixels = decode(torch.zeros(2, channels, size, size, device=device))
-        probe = extractor(torch.from_numpy(to_uint8(pixels)).permute(0, 3, 1, 2)).pooled_NF
-    except UserError as error:
-        told = str(error)
-        for option, setting in (("--features ", "score.features="), ("--inception ", "score.features=")):
-            told = told.replace(option, setting)
-        raise UserError(told.replace("--reference ", "score.reference=")) from None
+    features, named = str(settings.features), f"score.features={settings.features}"
+    open_extractor = open_inception if features.endswith(".pth") else open_features
+    extractor = open_extractor(features, device, named)
+    of_reference = f"score.reference={settings.reference}"
+    reference = read_reference(Path(str(settings.reference)), extractor, of_reference).pooled
+    size, channels = config.model.input_size, config.model.in_channels
+    pixels = decode(torch.zeros(2, channels, size, size, device=device))
+    probe = extractor(torch.from_numpy(to_uint8(pixels)).permute(0, 3, 1, 2)).pooled_NF
     if reference is None:
-        raise UserError(f"score.reference={path}: it has no statistics (mu, sigma); make one with --make-reference")
+        raise UserError(f"{of_reference}: it has no statistics (mu, sigma); make one with --make-reference")
     if len(reference.mean_F) != probe.shape[1]:
         raise UserError(
-            f"score.reference={path}: its statistics are of {len(reference.mean_F)} features, but "
-            f"score.features={features} gives {probe.shape[1]}; make one of it with --make-reference"
+            f"{of_reference}: its statistics are of {len(reference.mean_F)} features, but "
+            f"{named} gives {probe.shape[1]}; make one of it with --make-reference"
         )
     return TrainingScores(config, extractor, reference.to(device), decode, conditions)

@@ -96,9 +96,9 @@ def test_a_folder_that_does_not_open_is_named_by_its_own_setting(shards: tuple[s
 
 def test_a_decoder_is_for_latents_and_latents_need_one(shards: tuple[str, str], tmp_path: Path) -> None:
     pixels, latents = _config({"shards": shards[0]}), _config({"shards": shards[0]}, model={"in_channels": 4})
-    with pytest.raises(UserError, match="--decoder=vae: this model draws pixels"):
+    with pytest.raises(UserError, match="--decoder=vae: this model makes pixels"):
         open_decoder(pixels, "vae", "--decoder", "cpu")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="model.in_channels=4: this model draws latents; give --decoder"):
+    with pytest.raises(UserError, match="model.in_channels=4: this model makes latents; give --decoder"):
         open_decoder(latents, None, "--decoder", "cpu")  # type: ignore[arg-type]
     folder = save_autoencoder(tmp_path / "vae")
     sixteen = _config({"shards": shards[0]}, model={"in_channels": 16})

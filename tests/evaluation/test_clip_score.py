@@ -83,7 +83,7 @@ def save_samples(folder: Path, images_NHWC: np.ndarray, prompts: list[str]) -> N
     np.savez(folder / "samples.npz", arr_0=images_NHWC, arr_1=np.zeros(len(images_NHWC)))
     lines = [json.dumps({"prompt": prompt, "tag": "single_object"}) + "\n" for prompt in prompts]
     (folder / "prompts.jsonl").write_text("".join(lines))
-    return NpzImages(folder / "samples.npz", "--samples")
+    return NpzImages(folder / "samples.npz")
 
 
 def all_cosines(clip_folder: Path, images_NHWC: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def score_on_rank(rank: int, ranks: int, clip_folder: Path, folder: Path, names:
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("diffmoe_dist").addHandler(handler)
     for name in names:
-        samples = NpzImages(folder / name / "samples.npz", "--samples")
+        samples = NpzImages(folder / name / "samples.npz")
         prompts = read_prompts(folder / name / "prompts.jsonl", samples.num_images)
         of_all = clip_score(samples, prompts, clip, **options)
         found[name] = of_all.score, of_all.cut, list(warnings)

@@ -44,7 +44,7 @@ def like_inception(images: Tensor) -> Features:
 
 
 def stand_in() -> Extractor:
-    return Extractor("inception of the test", CPU, is_inception=True, function=like_inception)
+    return Extractor("--inception", "inception of the test", CPU, is_inception=True, function=like_inception)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def scores_on_rank(rank: int, ranks: int, folder: Path) -> list[Any]:
     reference = read_reference(folder / "reference.npz", extractor)
     found: list[Any] = []
     for name, batch_size in (("samples", 8), ("samples", 64), ("five", 2)):
-        samples = NpzImages(folder / f"{name}.npz", "--samples")
+        samples = NpzImages(folder / f"{name}.npz")
         found.append(score(samples, reference, extractor, batch_size=batch_size, rank=rank, ranks=ranks))
     return found
 
@@ -126,7 +126,7 @@ def test_every_image_is_one_ranks() -> None:
 def test_an_npz_is_read_a_batch_at_a_time_from_any_place(folder: Path, name: str) -> None:
     whole = np.load(folder / name)["arr_0"].transpose(0, 3, 1, 2)
     for rows in (range(0, len(whole)), range(5, 29), range(7, 7)):
-        read = list(NpzImages(folder / name, "--samples").batches(rows, 10))
+        read = list(NpzImages(folder / name).batches(rows, 10))
         assert [len(batch) for batch in read] == [
             min(10, rows.stop - start) for start in range(rows.start, rows.stop, 10)
         ]
@@ -144,7 +144,7 @@ def result_of(folder: Path, record: dict[str, Any] | None) -> dict[str, Any]:
     if record is not None:
         (folder / "sampling.json").write_text(json.dumps(record))
     extractor = stand_in()
-    samples = NpzImages(folder / "samples.npz", "--samples")
+    samples = NpzImages(folder / "samples.npz")
     return build_result({"fid_61": 1.25}, samples, read_reference(folder / "reference.npz", extractor), extractor)
 
 
@@ -221,7 +221,7 @@ ARRAYS: dict[str, dict[str, Any]] = {
 def test_a_file_that_holds_no_images_is_refused(tmp_path: Path, message: str) -> None:
     np.savez(tmp_path / "x.npz", **ARRAYS[message])
     with pytest.raises(UserError, match=f"--samples {tmp_path}/x.npz: {message}"):
-        NpzImages(tmp_path / "x.npz", "--samples")
+        NpzImages(tmp_path / "x.npz")
 
 
 REFERENCES: dict[str, dict[str, Any]] = {

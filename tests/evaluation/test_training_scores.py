@@ -106,6 +106,8 @@ def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference:
         ({**given, "num": 1}, r"score\.num=1"),
         ({**given, "features": "nowhere.pt2"}, r"score\.features=nowhere\.pt2: not a torch\.export program"),
         ({**given, "features": "nowhere.pth"}, r"score\.features=nowhere\.pth: cannot be read"),
+        ({**given, "features": "nowhere:colours"}, r"score\.features=nowhere:colours: there is no module nowhere"),
+        ({**given, "features": f"{__name__}:nothing"}, r"score\.features=\S+:nothing: \S+ has no callable 'nothing'"),
         ({**given, "reference": "nowhere.npz"}, r"score\.reference=nowhere\.npz: cannot be read"),
         ({**given, "reference": str(tmp_path / "narrow.npz")}, r"are of 3 features, but \S+ gives 12"),
         ({**given, "reference": str(tmp_path / "images.npz")}, r"it has no statistics"),
