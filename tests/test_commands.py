@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.commands import ENV, run, start
 from tests.machine import ROOT, free_port
 
+pytestmark = pytest.mark.slow
+
 PYTHONPATH = os.environ.get("PYTHONPATH", "")
 STEPS = 3
 

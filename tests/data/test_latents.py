@@ -134,6 +134,7 @@ def test_encoding_again_gives_the_same_bytes_and_writes_only_what_is_missing(
     assert (copy / "latents-000000.tar").stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(base: ShardIndex, latents: Path, vae: Path, tmp_path: Path) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         settings = LatentSettings(vae, SIZE, batch_size=4)

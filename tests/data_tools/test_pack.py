@@ -184,6 +184,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_packs_a_folder_that_opens(tmp_path: Path) -> None:
     done = _run("pack", "digits", str(tmp_path), "--samples-per-shard", "1000")
     assert (done.returncode, done.stderr) == (0, "")

@@ -15,6 +15,8 @@ from data_tools.parallel import SERIAL, make_workers
 from diffmoe_dist.errors import UserError
 from tests.machine import ROOT, TIME_LIMIT
 
+pytestmark = pytest.mark.slow
+
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 
 # What a rank of the real command does, with a job that goes wrong on one of them.

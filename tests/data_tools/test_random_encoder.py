@@ -85,6 +85,7 @@ def test_captions_are_told_apart_by_their_tokens_and_by_the_pooled_vector_of_the
     assert distances.min() > 0.1  # of vectors of length 8; fp16 rounds by less than 0.01
 
 
+@pytest.mark.slow
 def test_encode_text_takes_it(tmp_path: Path) -> None:
     shards, model, text = tmp_path / "shapes", tmp_path / "encoder", tmp_path / "text"
     pack(ShapesSource().part(np.arange(90)), shards)  # each combination once

@@ -41,6 +41,7 @@ def _pack(messy: Path, out: Path) -> None:
     pack(ImageFolderSource(messy), out, PackSettings(samples_per_shard=4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_pack_killed_at_random_moments_ends_in_the_same_bytes(
     messy: Path, expected: dict[str, bytes], tmp_path: Path, workers: int

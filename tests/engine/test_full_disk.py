@@ -12,6 +12,8 @@ import pytest
 
 from tests.machine import ROOT, TIME_LIMIT
 
+pytestmark = pytest.mark.slow
+
 # The debug model's checkpoint is 13 MB.
 TRAIN = """\
 mount -t tmpfs -o {options} none {folder} && cd {root}

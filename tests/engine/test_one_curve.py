@@ -18,6 +18,8 @@ from diffmoe_dist.engine.sharded_state import EXP_AVG, MASTER
 from tests.distributed import run_ranks
 from tests.engine.runs import curve, empty_model, metrics, tiny_config, train_all, whole_state
 
+pytestmark = pytest.mark.slow
+
 EP2, EP4 = {"parallel": {"expert": 2}}, {"parallel": {"expert": 4}}
 ZERO2 = {"parallel": {"expert": 2, "zero_stage": 2}}
 BF16 = {"precision": "bf16", "parallel": {"expert": 2, "zero_stage": 2}}

@@ -23,6 +23,8 @@ from tests.commands import Command, start, wait_for
 from tests.engine.runs import TINY, curve, metrics
 from tests.machine import ROOT
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 

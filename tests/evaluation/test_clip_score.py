@@ -250,6 +250,7 @@ def test_weights_that_do_not_load_or_fit_are_refused(clip_folder: Path, tmp_path
             open_clip(tmp_path / name, CPU)
 
 
+@pytest.mark.slow
 def test_the_command_scores_prompts_on_two_ranks_alone_and_on_one_beside_a_reference(
     clip_folder: Path, samples: NpzImages, tmp_path: Path
 ) -> None:

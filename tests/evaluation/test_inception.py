@@ -191,6 +191,7 @@ def test_images_enter_as_tensorflow_scales_them(seen: dict[str, Tensor]) -> None
     assert torch.equal(seen["Conv2d_1a_3x3<"], (resize_as_tensorflow(images.float(), 299) - 128) * 0.0078125)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width", "size"), [(5, 7, 11), (32, 32, 299), (9, 9, 9), (13, 6, 4), (1, 2, 5)])
 def test_the_resize_is_tensorflows_of_old(height: int, width: int, size: int) -> None:
     image = torch.rand(1, 2, height, width, generator=torch.Generator().manual_seed(1)) * 255

@@ -220,6 +220,7 @@ def assert_ranks_equal_the_reference(
             assert_close(gradient, leaves[name].grad, GRADIENT_TOLERANCE, (rank, name), part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(("ranks", "expert"), LAYOUTS)
 def test_a_training_layer_on_any_layout_of_ranks_equals_the_slow_reference_on_the_whole_batch(
@@ -263,6 +264,7 @@ def test_the_outputs_of_a_global_pool_do_not_depend_on_the_expert_parallel_size_
         assert torch.equal(output.any(dim=1), base.any(dim=1)), layout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(("ranks", "expert"), [(2, 2), (4, 2), (4, 4)])

@@ -121,6 +121,7 @@ def results_of_the_ranks() -> list[dict[tuple[Any, ...], dict[str, Any]]]:
     return _results["ranks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("layout", GROUPS)
 def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_chooses(

@@ -11,6 +11,8 @@ import pytest
 
 from tests.machine import ROOT
 
+pytestmark = pytest.mark.slow
+
 RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=2 BatchFlag=1"
 
 
