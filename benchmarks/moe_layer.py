@@ -45,7 +45,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffmoe_dist.model.blocks import Mlp
+from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
 from diffmoe_dist.model.routers.global_pool import Settings
@@ -59,15 +59,7 @@ Forward = Callable[[Tensor], list[Tensor]]  # the input to what backward starts 
 
 
 def moe_layer(width: int, num_experts: int) -> MoELayer:
-    settings = Settings(
-        router="global_pool",
-        num_experts=num_experts,
-        capacity=1.0,
-        pool="global",
-        inference="count",
-        capacity_loss_weight=1.0,
-        threshold_decay=0.95,
-    )
+    settings = Settings("global_pool", num_experts, inference="count", threshold_decay=0.95)
     router = PoolChoice(width, settings, LocalPool(), layers=1)
     return MoELayer(router, Experts(num_experts, width, MLP_RATIO * width))
 

@@ -34,6 +34,7 @@ from benchmarks.moe_layer import machine
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.pool_choice import PoolChoice
 from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.generate import Generated, SamplerSettings, generate
 
@@ -77,7 +78,7 @@ def activated_parameters(model: DiT, capacity: float = 1.0) -> int:
     """Parameters that a token meets, of the experts' those of `capacity` of them."""
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(p.numel() for layer in model.moe_layers for p in layer.experts.parameters())
-    experts = model.moe_layers[0].router.num_experts if model.moe_layers else 1
+    experts = len(model.moe_layers[0].experts.w1) if model.moe_layers else 1
     return round(total - routed * (1 - capacity / experts))
 
 
@@ -106,12 +107,13 @@ def measure(arguments: argparse.Namespace) -> None:
         for name, model in models.items():
             if name in RULES:
                 for layer in model.moe_layers:
+                    assert isinstance(layer.router, PoolChoice)
                     layer.router.inference = name
             begun = clock()
-            drawn = draw(model, moe_config, arguments.batch, arguments.steps)
+            sampled = sample(model, moe_config, arguments.batch, arguments.steps)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            capacity[name] = drawn.capacity
+            capacity[name] = sampled.capacity
             if round_ >= 0:
                 seconds[name].append(clock() - begun)
     print(f"{'model':>16} {'activated':>11} {'C':>6} {'images/s':>9} {'/ dense, equal':>15} {'/ dense, ratio 4':>17}")
@@ -127,7 +129,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"{name:>16} {activated:>9.2f} M {shown:>6} {rate:>9.3f} {ratios[0]:>15.3f} {ratios[1]:>17.3f}")
 
 
-def draw(model: DiT, config: Config, batch: int, steps: int) -> Generated:
+def sample(model: DiT, config: Config, batch: int, steps: int) -> Generated:
     numbers = list(range(batch))
     conditions = ClassLabels(range(1000), 1000)
     return generate(model, build_objective(config.objective), numbers, conditions, SamplerSettings("euler", steps))
@@ -151,7 +153,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=size, default=(384, 12, 8), metavar="WxLxN", help="default 384x12x8: DiT-S, 8")
-    parser.add_argument("--batch", type=int, default=4, help="images drawn together (default 4), 256 tokens each")
+    parser.add_argument("--batch", type=int, default=4, help="images sampled together (default 4), 256 tokens each")
     parser.add_argument("--steps", type=int, default=3, help="sampler steps (default 3)")
     parser.add_argument("--rounds", type=int, default=9, help="to take the median of (default 9)")
     arguments = parser.parse_args()

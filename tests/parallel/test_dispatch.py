@@ -79,6 +79,7 @@ SENT = [[1, 2], [3, 0]]  # rows from rank p to rank q; rank 1 sends itself none
 
 def exchange_rows(rank: int, world_size: int) -> dict[str, Any]:
     send, receive = SENT[rank], [row[rank] for row in SENT]
+    assert dist.group.WORLD is not None
     x = (100 * rank + torch.arange(3.0)[:, None] * torch.ones(1, 2)).requires_grad_()
     y = all_to_all_rows(x, send, receive, dist.group.WORLD)
     y.backward(y.detach() + 1000 * rank)
@@ -86,7 +87,8 @@ def exchange_rows(rank: int, world_size: int) -> dict[str, Any]:
     empty = torch.zeros(0, 2, requires_grad=True)
     nothing = all_to_all_rows(empty, [0, 0], [0, 0], dist.group.WORLD)
     nothing.sum().backward()
-    return {"rows": y.detach()[:, 0].tolist(), "grad": x.grad[:, 0].tolist(), "empty": list(nothing.shape)}  # type: ignore[index]
+    assert x.grad is not None
+    return {"rows": y.detach()[:, 0].tolist(), "grad": x.grad[:, 0].tolist(), "empty": list(nothing.shape)}
 
 
 def test_rows_travel_by_uneven_splits_and_their_gradients_travel_back() -> None:

@@ -1,7 +1,8 @@
-"""Every router, on ranks that share the experts, against the same model on one device with the whole batch."""
+"""Every router, its experts sharded over ranks, against the same model on one device with the whole batch."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_dist.config import Config, build_config
+from diffmoe_dist.config import Config
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT
 from tests.distributed import run_ranks
-from tests.parallel.weights import fill_by_name
+from tests.parallel.weights import fill_by_name, small_config
 
 IMAGES, EXPERTS = 8, 4
 LAYOUTS = [(2, 1), (2, 2), (4, 2), (4, 4)]  # (ranks, expert-parallel size)
@@ -29,22 +30,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "prototype_top_2": {"router": "prototype", "top_k": 2, "scores": "softmax", "activation": "swiglu"},
     "prototype_expert_choice": {"router": "prototype", "variant": "expert_choice", "scores": "sigmoid"},
 }
-_results: dict[int, list[dict[Any, Any]]] = {}
 
 
 def make_config(name: str, expert: int) -> Config:
-    return build_config(
-        {
-            "model": {
-                "depth": 4, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2.0,
-                "input_size": 8, "in_channels": 3, "num_classes": 5,
-            },
-            "moe": {"num_experts": EXPERTS, **ROUTERS[name]},
-            "parallel": {"expert": expert},
-            "run_dir": "unused",
-            "data": {"shards": "unused"},
-        }
-    )  # fmt: skip
+    model = {"depth": 4, "hidden_size": 16, "input_size": 8}
+    return small_config(model, {"num_experts": EXPERTS, **ROUTERS[name]}, {"expert": expert})
 
 
 @torch.no_grad()
@@ -52,15 +42,15 @@ def fill(model: DiT) -> DiT:
     fill_by_name(model, EXPERTS)
     for layer in model.moe_layers:
         if hasattr(layer.router, "threshold"):
-            layer.router.threshold.copy_(torch.tensor([0.5, 0.6, 1.0, 0.0]))
+            layer.router.get_buffer("threshold").copy_(torch.tensor([0.5, 0.6, 1.0, 0.0]))
     return model
 
 
-def run(model: DiT, share: slice, ranks: int) -> dict[str, Any]:
-    """Forward and backward in training, and forward in evaluation, of a share of the batch."""
+def run(model: DiT, part: slice, ranks: int) -> dict[str, Any]:
+    """Forward and backward in training, and forward in evaluation, of a part of the batch."""
     generator = torch.Generator().manual_seed(5)
-    x, t = torch.randn(IMAGES, 3, 8, 8, generator=generator)[share], torch.rand(IMAGES, generator=generator)[share]
-    y = torch.tensor(LABELS)[share]
+    x, t = torch.randn(IMAGES, 3, 8, 8, generator=generator)[part], torch.rand(IMAGES, generator=generator)[part]
+    y = torch.tensor(LABELS)[part]
     output = model.train()(x, t, y)
     loss = output.prediction.square().mean()
     for value in output.losses.values():
@@ -79,14 +69,14 @@ def all_cases_on_ranks(rank: int, world_size: int) -> dict[Any, Any]:
     from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, create_topology
 
     results: dict[Any, Any] = {}
-    share = slice(rank * IMAGES // world_size, (rank + 1) * IMAGES // world_size)
+    part = slice(rank * IMAGES // world_size, (rank + 1) * IMAGES // world_size)
     for expert in [expert for ranks, expert in LAYOUTS if ranks == world_size]:
         topology = create_topology(Launch(rank, world_size, rank, "environment"), torch.device("cpu"), expert)
         for name in ROUTERS:
             config = make_config(name, expert)
             model = DiT(config)
             apply_expert_parallel(model, config, topology)
-            result = run(fill(model), share, world_size)
+            result = run(fill(model), part, world_size)
             for parameter, gradient in result["gradients"].items():
                 group = topology.expert_data_group if ".experts." in parameter else topology.world_group
                 dist.all_reduce(gradient, group=group)
@@ -94,10 +84,9 @@ def all_cases_on_ranks(rank: int, world_size: int) -> dict[Any, Any]:
     return results
 
 
+@cache
 def results_of(ranks: int) -> list[dict[Any, Any]]:
-    if ranks not in _results:
-        _results[ranks] = run_ranks(ranks, all_cases_on_ranks)
-    return _results[ranks]
+    return run_ranks(ranks, all_cases_on_ranks)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: object) -> None:
@@ -122,16 +111,16 @@ def test_a_model_on_ranks_predicts_learns_and_evaluates_as_on_one_device(name: s
         for parameter, gradient in result["gradients"].items():
             expected = single["gradients"][parameter]
             if ".experts." in parameter:
-                share = EXPERTS // expert
-                expected = expected[rank % expert * share :][:share]
+                held = EXPERTS // expert
+                expected = expected[rank % expert * held :][:held]
             assert_close(gradient, expected, 2e-4, parameter)
 
 
 @pytest.mark.parametrize("name", ["token_choice", "prototype", "prototype_expert_choice"])
-def test_the_losses_of_the_batch_are_not_those_of_its_shares(name: str) -> None:
+def test_the_losses_of_the_batch_are_not_those_of_its_parts(name: str) -> None:
     # Else the test above would pass for a loss that each rank works out of its own images.
-    shares = [run(fill(DiT(make_config(name, 1))), slice(2 * r, 2 * r + 2), 1)["losses"] for r in range(4)]
+    parts = [run(fill(DiT(make_config(name, 1))), slice(2 * r, 2 * r + 2), 1)["losses"] for r in range(4)]
     whole = run(fill(DiT(make_config(name, 1))), slice(None), 1)["losses"]
     for loss, value in whole.items():
-        apart = torch.stack([losses[loss] for losses in shares]).mean()
+        apart = torch.stack([losses[loss] for losses in parts]).mean()
         assert abs(float(apart / value) - 1) > 1e-2, loss

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -7,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_dist.config import Config, build_config
+from diffmoe_dist.config import Config
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import Topology
 from tests.distributed import run_ranks
 from tests.model.layers import conditional
-from tests.parallel.weights import fill_by_name
+from tests.parallel.weights import fill_by_name, small_config
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
 
 WIDTH, EXPERTS, TOKENS_PER_IMAGE, IMAGES = 8, 4, 4, 8  # images of the whole batch
@@ -27,25 +28,14 @@ RULES = ["threshold", "count", "static"]
 # forward; gradients add up over the tokens, and over the ranks in another order.
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
-_results: dict[int, list[dict[Any, Any]]] = {}
-
 
 def make_config(expert: int, pool: str, rule: str = "threshold", exchange: str = "all_to_all") -> Config:
     parallel: dict[str, Any] = {"expert": expert}
     if pool in ("global", "expert_parallel"):
         parallel["score_exchange"] = exchange
-    return build_config(
-        {
-            "model": {
-                "depth": 2, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2.0,
-                "input_size": 4, "in_channels": 3, "num_classes": 5,
-            },
-            "moe": {"router": "global_pool", "num_experts": EXPERTS, "pool": pool, "inference": rule},
-            "parallel": parallel,
-            "run_dir": "unused",
-            "data": {"shards": "unused"},
-        }
-    )  # fmt: skip
+    model = {"depth": 2, "hidden_size": WIDTH, "input_size": 4}
+    moe = {"router": "global_pool", "num_experts": EXPERTS, "pool": pool, "inference": rule}
+    return small_config(model, moe, parallel)
 
 
 @torch.no_grad()
@@ -53,9 +43,9 @@ def fill(model: DiT) -> None:
     fill_by_name(model, EXPERTS)
     for layer in model.moe_layers:
         # Multiples of 1/8, like the tokens: the affinities are exact, so equal tokens tie on every rank.
-        layer.router.gate_weight.mul_(16).round_().div_(8)
+        layer.router.get_parameter("gate_weight").mul_(16).round_().div_(8)
         # Probabilities that some tokens exceed, for the first two; none and all of the others' tokens do.
-        layer.router.threshold.copy_(torch.tensor([0.5, 0.6, 1.0, 0.0]))
+        layer.router.get_buffer("threshold").copy_(torch.tensor([0.5, 0.6, 1.0, 0.0]))
 
 
 def single_device_model(config: Config) -> DiT:
@@ -70,7 +60,7 @@ def make_tokens(kind: str, model: DiT, ranks: int) -> Tensor:
     if kind == "five rows repeated":
         x = x[torch.randint(5, (TOKENS,), generator=generator)]
     elif kind == "one rank avoids expert 0":
-        gate = model.moe_layers[0].router.gate_weight.detach()
+        gate = model.moe_layers[0].router.get_parameter("gate_weight").detach()
         towards = (gate[0] - gate.mean(dim=0)).mul(8).round().div(8)
         x[: TOKENS // ranks] -= 2 * towards
         x[TOKENS // ranks :] += 2 * towards
@@ -82,7 +72,7 @@ def cotangent_of(x: Tensor) -> Tensor:
 
 
 def run_layer(layer: Any, x: Tensor, cotangent: Tensor, ranks: int) -> dict[str, Any]:
-    """Forward and backward of a share of the batch; the ranks' losses add up to the batch's."""
+    """Forward and backward of a part of the batch; the ranks' losses add up to the batch's."""
     layer.zero_grad(set_to_none=True)
     rows_per_expert = []
     hook = layer.experts.register_forward_pre_hook(lambda _, inputs: rows_per_expert.append(inputs[0].rows_per_expert))
@@ -126,7 +116,7 @@ def all_cases_on_ranks(rank: int, world_size: int) -> dict[Any, Any]:
 
     results: dict[Any, Any] = {}
     whole = single_device_model(make_config(1, "global"))
-    share = slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
+    part = slice(rank * TOKENS // world_size, (rank + 1) * TOKENS // world_size)
     for expert in [expert for ranks, expert in LAYOUTS if ranks == world_size]:
         launch = Launch(rank, world_size, rank, "environment")
         topology = create_topology(launch, torch.device("cpu"), expert)
@@ -141,13 +131,13 @@ def all_cases_on_ranks(rank: int, world_size: int) -> dict[Any, Any]:
                 layer = distributed_model(make_config(expert, pool, exchange=exchange), topology).moe_layers[0]
                 for kind in TOKEN_KINDS:
                     x = make_tokens(kind, whole, world_size)
-                    result = run_layer(layer, x[share], cotangent_of(x)[share], world_size)
+                    result = run_layer(layer, x[part], cotangent_of(x)[part], world_size)
                     results[expert, pool, exchange, kind] = add_up_gradients(result, topology)
         for pool in POOLS if expert > 1 else []:
             for rule in RULES:
                 layer = distributed_model(make_config(expert, pool, rule), topology).moe_layers[0].eval()
                 x = make_tokens("different", whole, world_size)
-                result = run_layer(layer, x[share], cotangent_of(x)[share], world_size)
+                result = run_layer(layer, x[part], cotangent_of(x)[part], world_size)
                 results[expert, pool, rule] = add_up_gradients(result, topology)
         results[expert, "model"] = run_model(
             distributed_model(make_config(expert, "global"), topology), rank, world_size
@@ -157,27 +147,28 @@ def all_cases_on_ranks(rank: int, world_size: int) -> dict[Any, Any]:
 
 def run_model(model: DiT, rank: int, world_size: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(5)
-    share = slice(rank * IMAGES // world_size, (rank + 1) * IMAGES // world_size)
-    x, t = torch.randn(IMAGES, 3, 4, 4, generator=generator)[share], torch.rand(IMAGES, generator=generator)[share]
-    y = torch.randint(6, (IMAGES,), generator=generator)[share]
+    part = slice(rank * IMAGES // world_size, (rank + 1) * IMAGES // world_size)
+    x, t = torch.randn(IMAGES, 3, 4, 4, generator=generator)[part], torch.rand(IMAGES, generator=generator)[part]
+    y = torch.randint(6, (IMAGES,), generator=generator)[part]
     output = model(x, t, y)
     (output.prediction.square().sum() + output.losses["capacity"] / world_size).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if ".experts." not in name}
+    dense = {name: p.grad for name, p in model.named_parameters() if ".experts." not in name}
+    gradients = {name: grad.clone() for name, grad in dense.items() if grad is not None}
+    assert gradients.keys() == dense.keys()
     for gradient in gradients.values():
         if world_size > 1:
             dist.all_reduce(gradient)
     return {"prediction": output.prediction.detach(), "gradients": gradients, "state": model.state_dict()}
 
 
+@cache
 def results_of(ranks: int) -> list[dict[Any, Any]]:
-    if ranks not in _results:
-        _results[ranks] = run_ranks(ranks, all_cases_on_ranks)
-    return _results[ranks]
+    return run_ranks(ranks, all_cases_on_ranks)
 
 
 def tokens_per_pool(pool: str, ranks: int, expert: int) -> int:
-    share = TOKENS // ranks
-    return {"global": TOKENS, "expert_parallel": share * expert, "rank": share, "sample": TOKENS_PER_IMAGE}[pool]
+    part = TOKENS // ranks
+    return {"global": TOKENS, "expert_parallel": part * expert, "rank": part, "sample": TOKENS_PER_IMAGE}[pool]
 
 
 def reference(kind: str, pool: str, ranks: int, expert: int, rule: str) -> tuple[ReferenceResult, dict[str, Tensor]]:
@@ -188,7 +179,7 @@ def reference(kind: str, pool: str, ranks: int, expert: int, rule: str) -> tuple
     x = make_tokens(kind, model, ranks)
     leaf = x.double().requires_grad_()
     result = moe_layer_over_pools(
-        leaf, weights, 1.0, tokens_per_pool(pool, ranks, expert), rule, layer.router.threshold.tolist()
+        leaf, weights, 1.0, tokens_per_pool(pool, ranks, expert), rule, layer.router.get_buffer("threshold").tolist()
     )
     loss = (result.output * cotangent_of(x)).sum()
     if rule == "training":
@@ -295,19 +286,19 @@ def test_a_whole_model_on_any_layout_of_ranks_predicts_and_learns_as_on_one_devi
 
 
 @pytest.mark.parametrize(("ranks", "expert"), LAYOUTS)
-def test_a_rank_holds_its_consecutive_share_of_the_experts_under_their_own_names(ranks: int, expert: int) -> None:
+def test_a_rank_holds_its_consecutive_experts_under_their_own_names(ranks: int, expert: int) -> None:
     whole = single_device_model(make_config(1, "global")).state_dict()
-    share = EXPERTS // expert
+    held = EXPERTS // expert
     for rank, result in enumerate(results_of(ranks)):
         state = result[expert, "model"]["state"]
         assert list(state) == list(whole)
         for name, tensor in state.items():
-            first = rank % expert * share
-            expected = whole[name][first : first + share] if ".experts." in name else whole[name]
+            first = rank % expert * held
+            expected = whole[name][first : first + held] if ".experts." in name else whole[name]
             assert torch.equal(tensor, expected), name
 
 
-def test_expert_groups_are_consecutive_ranks_and_their_data_groups_hold_the_same_share() -> None:
+def test_expert_groups_are_consecutive_ranks_and_their_data_groups_hold_the_same_experts() -> None:
     for rank, result in enumerate(results_of(4)):
         topology = result[2, "topology"]
         assert topology["expert_group"] == ([0, 1] if rank < 2 else [2, 3])
