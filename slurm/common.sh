@@ -1,12 +1,22 @@
 # shellcheck shell=bash
-# What the sbatch scripts of this folder share. Nothing here is to be edited: settings stand at the top of each script.
+# What the sbatch scripts of this folder share. Nothing here is to be edited: settings stand in the scripts and site.sh.
 
+set +u # many a site's modules and environments use variables that are not set
+# shellcheck source=slurm/site.sh
+source slurm/site.sh
+set -u
 unset SLURM_EXPORT_ENV # sbatch --export=NONE would reach srun too, and its tasks would start without a PATH
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it over from sbatch (since Slurm 22.05)
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}    # threads of two processes on one core would spin against each other
 export PYTHONUNBUFFERED=1
 attempt=${SLURM_RESTART_COUNT:-0} # Slurm leaves it unset in a job's first run
 read -ra interpreter <<<"$PYTHON"
+
+# A mistake of the user's: one line, and the exit code of the commands for it.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
 
 say() {
     printf '%(%F %T)T %s, job %s, attempt %s: %s\n' -1 "$SLURMD_NODENAME" "$SLURM_JOB_ID" "$attempt" "$*"
@@ -25,6 +35,7 @@ launch() {
 
 # Where the processes meet, and over which network they talk.
 connect() {
+    if [[ -z ${SLURMD_NODENAME:-} ]]; then refuse "no Slurm job runs this script; submit it: sbatch slurm/${0##*/}"; fi
     read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     if ! getent hosts "$MASTER_ADDR" >/dev/null; then # a node's name need not be one of the network
         MASTER_ADDR=$(scontrol show node --oneliner "$MASTER_ADDR" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -40,27 +51,37 @@ connect() {
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # a failing link or card names itself in the log; silent otherwise
 }
 
-# Train until the run is done; called by the train_*.sh scripts with their overrides. Does not return.
+# Train until the run is done; called by train.sh with the overrides. Does not return.
 train() {
-    local code=0
+    local code=0 found experts precision
+    connect
     mkdir -p "$RUN_DIR/logs"
     rm -f "$RUN_DIR/STOP"
     stopping=
     trap on_time_limit USR1
     trap 'stopping=yes; say "told to end"' TERM # Slurm tells the tasks itself
-    connect
     # Of a collective that hangs, torch keeps a record for each rank; by default on the node's own disk.
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$RUN_DIR/logs/nccl-rank-
     export DIFFMOE_ATTEMPT=$SLURM_JOB_ID.$attempt # a process left over from an older one publishes no checkpoint
     say "nodes $SLURM_JOB_NODELIST, newest checkpoint: $(newest_checkpoint)"
+    settings=(
+        device="$DEVICE" run_dir="$RUN_DIR" data.shards="$SHARDS" ${LATENTS:+data.latents="$LATENTS"}
+        ${PRECISION:+precision="$PRECISION"}
+    )
+    found=$(read_config "${settings[@]}" "$@") || leave $?
+    read -r experts precision <<<"$found"
+    say "precision $precision, $experts GPUs of a node share one set of experts"
     if [[ -n $LOCAL_SCRATCH ]]; then
         stage SHARDS
-        if [[ -n $LATENTS ]]; then stage LATENTS; fi
+        settings+=(data.shards="$SHARDS")
+        if [[ -n $LATENTS ]]; then
+            stage LATENTS
+            settings+=(data.latents="$LATENTS")
+        fi
     fi
     # Either signal would kill a process that has yet to install its handlers.
     launch bash -c 'trap "" USR1 TERM; exec "$@"' _ "${interpreter[@]}" -m diffmoe_dist.train --config "$CONFIG" \
-        device="$DEVICE" run_dir="$RUN_DIR" data.shards="$SHARDS" ${LATENTS:+data.latents="$LATENTS"} \
-        parallel.expert="$(ranks_sharing_experts)" "$@" || code=$?
+        "${settings[@]}" parallel.expert="$experts" "$@" || code=$?
     rm -f "$RUN_DIR/STOP"
     leave "$code"
 }
@@ -131,16 +152,21 @@ ask_slurm() {
     done
 }
 
-# The most processes of a node that can share out the experts evenly: tokens travel to experts inside the node, and only
-# gradients between nodes.
-ranks_sharing_experts() {
-    local ranks=$SLURM_NTASKS_PER_NODE experts
-    experts=$(sed -n 's/^[^#]*num_experts: *\([0-9]*\).*/\1/p' "$CONFIG")
-    experts=${experts:-1} # a dense model
-    while ((experts)); do
-        read -r ranks experts <<<"$experts $((ranks % experts))" # Euclid's greatest common divisor
-    done
-    echo "$ranks"
+# What the settings make of the configuration: the most processes of a node that can share out the experts evenly, for
+# tokens travel to experts inside the node, and only gradients between nodes; and the precision.
+read_config() {
+    "${interpreter[@]}" -c '
+import math, sys
+from diffmoe_dist.command import run_command
+from diffmoe_dist.config import load_config
+
+def main():
+    config = load_config(sys.argv[1], sys.argv[3:])
+    experts = config.experts.num_experts if config.experts else 1
+    precision = config.precision + "+tf32" * config.tf32
+    sys.stdout.write(f"{math.gcd(int(sys.argv[2]), experts)} {precision}\n")
+
+run_command(main)' "$CONFIG" "$SLURM_NTASKS_PER_NODE" "$@"
 }
 
 # Copy the folder of shards that a variable names to each node's own disk; a folder that has its name is complete.

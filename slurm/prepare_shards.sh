@@ -5,7 +5,7 @@
 #   SOURCE=/data/ILSVRC2012_img_train.tar OUT=shards/imagenet256 sbatch slurm/prepare_shards.sh --crop adm --size 256
 #
 # The arguments are those of `python -m data_tools pack`. Submitted again, or started again after a preemption, the job
-# goes on with the shards that are missing or damaged. Edit the settings of this file and nothing else.
+# goes on with the shards that are missing or damaged. Settings stand here and, for the cluster, in site.sh.
 #SBATCH --job-name=diffmoe-shards
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=16   # one process for each core; the first one only hands out the work
@@ -18,16 +18,14 @@
 set -euo pipefail
 
 # The environment of the submission wins over these.
-PYTHON=${PYTHON:-.venv/bin/python}
 SOURCE=${SOURCE:-data/ILSVRC2012_img_train.tar} # on a disk that all nodes share, like OUT
 OUT=${OUT:-shards/imagenet}
-LAUNCHER=${LAUNCHER:-mpirun} # of the MPI library that mpi4py loads; or srun --mpi=pmix, where Slurm speaks to it
-
-VAE=${VAE:-}                 # the folder of an autoencoder, to encode latents into $OUT-latents; empty: none
+VAE=${VAE:-} # the folder of an autoencoder, to encode latents into $OUT-latents; empty: none
 
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 read -ra launcher <<<"$LAUNCHER"
+export HWLOC_COMPONENTS=-gl # else mpirun asks ports 6000 to 6009 for X displays, where a TensorBoard never answers
 
 on_all_ranks() {
     # A rank that dies takes the others with it: what is finished stays, and the next attempt goes on from there.

@@ -3,7 +3,8 @@
 #
 #   sbatch slurm/sample.sh [--cfg-scale 1.5 --steps 250 ...]
 #
-# Edit the settings of this file and nothing else. A preempted job starts again.
+# Settings stand here and, for the cluster, in site.sh. A job that was preempted, or that is submitted again, draws what
+# is missing; with other options it needs another OUT.
 #SBATCH --job-name=diffmoe-sample
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8    # one process for each GPU
@@ -17,17 +18,15 @@
 set -euo pipefail
 
 # The environment of the submission wins over these.
-PYTHON=${PYTHON:-.venv/bin/python} # or one in a container, such as: apptainer exec --nv diffmoe.sif python
 CHECKPOINT=${CHECKPOINT:-runs/imagenet256/global_pool_xl} # a run (its newest) or a step folder
 OUT=${OUT:-samples/imagenet256/global_pool_xl}            # on a disk that all nodes share
 NUM=${NUM:-50000}
 DEVICE=${DEVICE:-cuda}
-INTERFACE=${INTERFACE:-} # the network between the nodes, such as ib0; empty: left to the libraries
 
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 connect
-rm -f "$OUT/sampling.json"
-launch "${interpreter[@]}" -m diffmoe_dist.sample --checkpoint "$CHECKPOINT" --out "$OUT" --num "$NUM" --device "$DEVICE" "$@"
+launch "${interpreter[@]}" -m diffmoe_dist.sample --checkpoint "$CHECKPOINT" --out "$OUT" --num "$NUM" \
+    --device "$DEVICE" "$@"
 [[ -e $OUT/sampling.json ]] # srun may return 0 although a node died
 say "done"

@@ -3,7 +3,7 @@
 #
 #   sbatch slurm/train_xl.sh [key=value ...]
 #
-# Edit the settings of this file and nothing else. docs/cluster.md says what comes back by itself, and when.
+# Settings of the job stand here, those of the run in train.sh, those of the cluster in site.sh.
 #SBATCH --job-name=diffmoe-xl
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8    # one process for each GPU
@@ -17,16 +17,5 @@
 #SBATCH --open-mode=append     # a requeued job goes on in its log
 set -euo pipefail
 
-# The environment of the submission wins over these.
-PYTHON=${PYTHON:-.venv/bin/python} # or one in a container, such as: apptainer exec --nv diffmoe.sif python
-CONFIG=${CONFIG:-configs/imagenet256/global_pool_xl.yaml}
-SHARDS=${SHARDS:-shards/imagenet256}
-LATENTS=${LATENTS-shards/imagenet256-latents} # made from them with encode-latents; empty: a model of pixels
-RUN_DIR=${RUN_DIR:-runs/imagenet256/global_pool_xl} # on a disk that all nodes share
-DEVICE=${DEVICE:-cuda}
-INTERFACE=${INTERFACE:-}         # the network between the nodes, such as ib0; empty: left to the libraries
-LOCAL_SCRATCH=${LOCAL_SCRATCH:-} # a folder on each node's own disk, to copy the shards to; empty: read them where they are
-
-# shellcheck source=slurm/common.sh
-source slurm/common.sh
-train "$@"
+# shellcheck source=slurm/train.sh
+source slurm/train.sh xl "$@"

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.machine import TIME_LIMIT
+
 # Processes that have torch and deepspeed loaded already: forks of one process that imported them and did nothing else.
 LOADED = multiprocessing.get_context("forkserver")
 LOADED.set_forkserver_preload(
@@ -31,7 +33,7 @@ class RankError(AssertionError):
     """A rank raised, died or hung; the message holds the tracebacks, the earliest first."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, time_limit: float = 120.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, time_limit: float = TIME_LIMIT) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` ranks that share a gloo process group.
 
     Args:

@@ -5,7 +5,7 @@ a bridge that lives in the controller's namespace) and /dev/shm: nodes can be cu
 Elsewhere a node is a slurmd on a port of 127.0.0.1, and only the loss of its processes can be played.
 
 A requeued job waits until Slurm's credentials expire (`cred_expire`; 5 s is the least it takes), and a silent node is
-declared dead after `SlurmdTimeout`: minutes on real clusters, seconds here.
+declared dead after `SlurmdTimeout`: minutes on real clusters, seconds here, but enough for a node of a busy machine.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
-from tests.machine import ROOT, free_port
+from tests.machine import ROOT, TIME_LIMIT, free_port
 
+T = TypeVar("T")
 HEAD = "head"  # the node of slurmctld and of the commands
 CPUS = 4  # that Slurm believes each node has
 SUBNET = "10.77.0"
@@ -60,11 +62,11 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdParameters=config_overrides
-SlurmdTimeout=3
-MessageTimeout=3
+SlurmdTimeout=10
+MessageTimeout=10
 TCPTimeout=1
-BatchStartTimeout=10
-KillWait=5
+BatchStartTimeout=60
+KillWait=30
 UnkillableStepTimeout=180
 MinJobAge=3600
 MailProg=/bin/true
@@ -109,7 +111,7 @@ class Cluster:
             self._order(HEAD, "slurmctld", "-D")
             for name in self.names:
                 self._start_node(name)
-            self.wait_until(self._all_idle, 60, "all nodes are idle")
+            self.wait_until(self._all_idle, "all nodes are idle")
         except BaseException:
             self._stop()
             raise
@@ -123,7 +125,7 @@ class Cluster:
         env = self.env | {name: str(value) for name, value in environment.items()}
         full = [*self._enter(on), *map(str, command)]
         ended = subprocess.run(
-            full, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+            full, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIME_LIMIT
         )
         if ended.returncode:
             raise RuntimeError(f"{' '.join(full)}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}")
@@ -141,32 +143,54 @@ class Cluster:
         """The first of them runs the batch script, and rank 0."""
         return self.run("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
 
-    def wait(
-        self, number: str, states: Iterable[str] = ("COMPLETED", "FAILED", "CANCELLED"), seconds: float = 180
-    ) -> str:
+    def wait(self, number: str, states: Iterable[str] = ("COMPLETED", "FAILED", "CANCELLED")) -> str:
         """Wait until the job is in one of the states; which."""
-        self.wait_until(lambda: self.job(number)["JobState"] in states, seconds, f"job {number} is {states}")
-        return self.job(number)["JobState"]
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+        def state() -> str | None:
+            found = self.job(number)["JobState"]
+            return found if found in states else None
+
+        return self.wait_until(state, f"job {number} is {states}")
+
+    def wait_until(self, condition: Callable[[], T | None], what: str, seconds: float = TIME_LIMIT) -> T:
+        """The condition's value, once it is true."""
         end = time.monotonic() + seconds
-        while not condition():
+        while not (value := condition()):
             if time.monotonic() > end:
                 raise TimeoutError(f"not after {seconds} s: {what}\n{self.run('squeue')}{self.logs()}")
             time.sleep(0.05)
+        return value
 
-    def start_now(self, number: str) -> None:
-        """Shorten the wait of a requeued job. (In the very second of its end a node would refuse it.)"""
-        self.wait_until(lambda: self.job(number)["JobState"] == "PENDING", 120, f"job {number} is requeued")
-        self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
+    def restart(self, number: str) -> None:
+        """Wait until a job is requeued for the first time, and shorten the pause that Slurm makes before it starts."""
 
-    def power_off(self, name: str) -> None:
-        """Everything on a node vanishes at once, in namespaces without a farewell on the network."""
+        def requeued() -> bool:
+            job = self.job(number)
+            return int(job["Restarts"]) > 0 and job["JobState"] != "COMPLETING"
+
+        self.wait_until(requeued, f"job {number} is requeued")
+        try:  # not at once: in the very second of its end a node would refuse it
+            self.run("scontrol", "update", f"JobId={number}", "StartTime=now+2")
+        except RuntimeError as error:
+            if "Job is no longer pending" not in str(error):  # it has started meanwhile
+                raise
+
+    def power_off(self, name: str, notice: bool = True) -> None:
+        """Everything on a node vanishes at once, in namespaces without a farewell on the network.
+
+        Args:
+            notice: whether Slurm is told; else it finds out when the node has been silent for SlurmdTimeout.
+        """
         if self.namespaces:
             self.run("ip", "link", "delete", f"v-{name}")
         parent = self.parents.pop(name)
         parent.stdin.close()  # type: ignore[union-attr]
-        parent.wait(timeout=10)
+        parent.wait(timeout=TIME_LIMIT)
+        if notice:
+            self.declare_down(name)
+
+    def declare_down(self, name: str) -> None:
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
 
     def cut(self, name: str, link: str = "down") -> None:
         """Pull the network cable of a node, or put it back (`up`)."""
@@ -183,8 +207,8 @@ class Cluster:
             if name not in self.parents:
                 self._start_node(name)
         queue = ("squeue", "--noheader", "--states=RUNNING,COMPLETING,PENDING")
-        self.wait_until(lambda: not self.run(*queue).strip(), 60, "the queue is empty")
-        self.wait_until(self._all_resumed, 60, "all nodes are idle")
+        self.wait_until(lambda: not self.run(*queue).strip(), "the queue is empty")
+        self.wait_until(self._all_resumed, "all nodes are idle")
 
     def logs(self) -> str:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted((self.root / "log").iterdir()))
@@ -287,4 +311,4 @@ class Cluster:
         for parent in self.parents.values():
             parent.stdin.close()  # type: ignore[union-attr]
         for parent in self.parents.values():
-            parent.wait(timeout=10)
+            parent.wait(timeout=TIME_LIMIT)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.machine import ROOT
+from tests.machine import ROOT, TIME_LIMIT
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ def bash(folder: Path, script: str, **environment: str) -> subprocess.CompletedP
     }  # fmt: skip
     return subprocess.run(
         ["bash", "-c", f"set -euo pipefail; source slurm/common.sh; {script}"],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=20,
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=TIME_LIMIT,
     )  # fmt: skip
 
 
@@ -78,30 +79,80 @@ def test_ending(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "moe", "ranks"),
+    ("gpus", "moe", "override", "answer"),
     [
-        (8, "{router: global_pool, num_experts: 16, capacity: 1.0}", 8),
-        (4, "{router: global_pool, num_experts: 16}", 4),
-        (8, "{router: prototype, num_experts: 12}", 4),
-        (8, "\n  num_experts: 14", 2),
-        (1, "{router: global_pool, num_experts: 16}", 1),
-        (8, "{router: dense}  # num_experts: 16", 1),
+        (8, "{router: global_pool, num_experts: 16, capacity: 1.0}", "seed=1", "8 fp32"),
+        (4, "{router: global_pool, num_experts: 16}", "precision=bf16", "4 bf16"),
+        (8, "{router: prototype, num_experts: 12}", "tf32=true", "4 fp32+tf32"),
+        (8, "{router: global_pool, num_experts: 16}", "moe.num_experts=14", "2 fp32"),
+        (8, "{router: dense}", "seed=1", "1 fp32"),
     ],
 )
-def test_experts_are_spread_over_as_much_of_a_node_as_they_divide(
-    gpus: int, moe: str, ranks: int, tmp_path: Path
+def test_experts_are_spread_over_as_much_of_a_node_as_they_divide_and_overrides_count(
+    gpus: int, moe: str, override: str, answer: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.yaml").write_text(f"seed: 0\nmoe: {moe}\n")
+    (tmp_path / "config.yaml").write_text(f"model: {{size: S}}\nmoe: {moe}\nrun_dir: run\ndata: {{shards: shards}}\n")
     ended = bash(
-        tmp_path, "ranks_sharing_experts", CONFIG=str(tmp_path / "config.yaml"), SLURM_NTASKS_PER_NODE=str(gpus)
-    )
-    assert ended.stdout == f"{ranks}\n", ended.stderr
+        tmp_path, f"read_config {override}",
+        CONFIG=str(tmp_path / "config.yaml"), SLURM_NTASKS_PER_NODE=str(gpus), PYTHON=sys.executable,
+    )  # fmt: skip
+    assert ended.stdout == f"{answer}\n", ended.stderr
 
 
-@pytest.mark.parametrize("size", ["s", "b", "l"])
+def shell(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of slurm/ in an environment without Slurm."""
+    return subprocess.run(
+        ["bash", f"slurm/{script}", *arguments],
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, timeout=TIME_LIMIT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["train.sh", "train_s.sh", "train_b.sh", "train_l.sh", "train_xl.sh", "sample.sh"])
+def test_without_slurm_a_script_says_what_to_do_in_one_line_and_leaves_nothing(script: str, tmp_path: Path) -> None:
+    size = ["s"] if script == "train.sh" else []
+    ended = shell(script, *size, RUN_DIR=str(tmp_path / "run"), OUT=str(tmp_path / "out"))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"error: no Slurm job runs this script; submit it: sbatch slurm/{script}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["", "xxl", "train.steps=3"])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    ended = shell("train.sh", size)
+    assert (ended.returncode, ended.stderr) == (2, f"error: SIZE={size}: choose s, b, l or xl\n")
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
 def test_the_training_scripts_differ_in_size_and_nodes_only(size: str) -> None:
-    texts = []
-    for name in (size, "xl"):
-        text = (ROOT / f"slurm/train_{name}.sh").read_text()
-        texts.append(re.sub(rf"(?<=[_-]){name}\b|(?<=size ){name.upper()}\b|--nodes=\d+", "...", text))
-    assert texts[0] == texts[1]
+    texts = [(ROOT / f"slurm/train_{name}.sh").read_text() for name in (size, "xl")]
+    same = [
+        re.sub(rf"(?<=[_-]){name}\b|(?<=size ){name.upper()}\b|(?<=train.sh ){name}\b|--nodes=\d+", "...", text)
+        for text, name in zip(texts, (size, "xl"), strict=True)
+    ]
+    assert same[0] == same[1]
+    general = (ROOT / "slurm/train.sh").read_text()
+    jobs = [
+        [line for line in text.splitlines() if "#SBATCH" in line and not re.search("--(nodes|job-name)=", line)]
+        for text in (texts[0], general)
+    ]
+    assert jobs[0] == jobs[1] != []
+
+
+def test_shards_are_planned_packed_checked_and_described_and_latents_only_where_there_is_an_autoencoder() -> None:
+    """The commands of slurm/prepare_shards.sh, told instead of run; tests/slurm/test_slurm.py runs them."""
+    told = {"PYTHON": "echo python", "LAUNCHER": "echo ranks", "SOURCE": "photos", "OUT": "shards"}
+    ranks = "ranks echo python -m mpi4py -m data_tools"
+    commands = [
+        "python -m data_tools plan photos --size 64",
+        f"{ranks} pack photos shards --size 64",
+        f"{ranks} verify shards --full",
+        "python -m data_tools stats shards --picture shards.png",
+    ]
+    assert shell("prepare_shards.sh", "--size", "64", **told).stdout.splitlines() == commands
+    latents = "python -m data_tools encode-latents shards shards-latents --vae vae"
+    assert shell("prepare_shards.sh", "--size", "64", **told, VAE="vae").stdout.splitlines() == [*commands, latents]
+
+
+def test_a_step_of_the_preparation_that_fails_is_the_last_one() -> None:
+    ended = shell("prepare_shards.sh", PYTHON="echo python", LAUNCHER="false", SOURCE="photos", OUT="shards")
+    assert (ended.returncode, ended.stdout) == (1, "python -m data_tools plan photos\n")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from PIL import Image
 
 from diffmoe_dist.config import load_config
 from tests.machine import ROOT
@@ -21,12 +23,12 @@ from tests.slurm.cluster import PATH, Cluster, missing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
-STEPS = 60
+STEPS, ENDLESS = 60, 1_000_000
 CPU_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
 
 
 class Run:
-    """A job of slurm/train_xl.sh on CPU nodes."""
+    """A job of a training script on CPU nodes."""
 
     def __init__(
         self,
@@ -34,27 +36,45 @@ class Run:
         folder: Path,
         shards: Path,
         *options: str,
+        script: Sequence[str] = ("slurm/train_xl.sh",),
+        steps: int = ENDLESS,
         overrides: Sequence[str] = (),
         scratch: str = "",
     ) -> None:
         self.cluster = cluster
         self.folder = folder
         self.output = folder.with_suffix(".out")
+        self.config = folder.with_suffix(".yaml")
+        self.set_steps(steps)
         self.job = cluster.submit(
-            *CPU_NODES, f"--output={self.output}", *options,
-            "slurm/train_xl.sh", f"train.steps={STEPS}", "checkpoint.every=10", "log.every=1", *overrides,
-            DEVICE="cpu", CONFIG="configs/debug/global_pool.yaml", RUN_DIR=folder, SHARDS=shards,
-            PYTHON=sys.executable, LOCAL_SCRATCH=scratch, LATENTS="",
+            *CPU_NODES, f"--output={self.output}", *options, *script, "checkpoint.every=10", "log.every=1", *overrides,
+            DEVICE="cpu", CONFIG=self.config, RUN_DIR=folder, SHARDS=shards, PYTHON=sys.executable,
+            LOCAL_SCRATCH=scratch, LATENTS="",
         )  # fmt: skip
+
+    def set_steps(self, steps: int) -> None:
+        """For attempts that start from now on.
+
+        An attempt that is to be disturbed has no last step: however late the disturbance comes, it finds it running.
+        """
+        settings = OmegaConf.load(ROOT / "configs/debug/global_pool.yaml")
+        settings.train.steps = steps
+        OmegaConf.save(settings, self.config)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the first attempt has taken a step; the next one is to end at step STEPS."""
+        self.wait_for_log(f"step {step}/{ENDLESS} ")
+        self.set_steps(STEPS)
 
     def log(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
     def wait_for_log(self, text: str) -> None:
-        self.cluster.wait_until(lambda: text in self.log(), 120, f"'{text}' in the log")
+        self.cluster.wait_until(lambda: text in self.log(), f"'{text}' in the log")
 
-    def wait_for_step(self, step: int) -> None:
-        self.wait_for_log(f"step {step}/{STEPS} ")
+    def steps(self) -> list[int]:
+        """As the log has them, in their order."""
+        return [int(step) for step in re.findall(r"step (\d+)/\d+ ", self.log())]
 
     def end(self) -> tuple[str, int]:
         """Wait for the job's end: its state, and how often it was restarted."""
@@ -62,11 +82,13 @@ class Run:
         return state, int(self.cluster.job(self.job)["Restarts"])
 
     def curve(self) -> list[tuple[int, float]]:
+        """The first STEPS steps and their losses."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [(line["step"], line["loss"]) for line in lines]
+        return [(line["step"], line["loss"]) for line in lines][:STEPS]
 
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+    def checkpoints(self) -> list[int]:
+        """Their steps."""
+        return sorted(int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +106,7 @@ def cluster(lab: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def undisturbed(lab: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Run:
-    run = Run(lab, tmp_path_factory.mktemp("undisturbed") / "run", digits)
+    run = Run(lab, tmp_path_factory.mktemp("undisturbed") / "run", digits, steps=STEPS)
     run.end()
     return run
 
@@ -100,10 +122,14 @@ def test_experts_stay_inside_a_node_and_shards_are_read_from_its_own_disk(
     cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
 ) -> None:
     scratch = "/dev/shm" if cluster.namespaces else ""  # without namespaces the nodes have one disk
-    run = Run(cluster, tmp_path / "run", digits, "--ntasks-per-node=2", overrides=("train.steps=3",), scratch=scratch)
+    run = Run(
+        cluster, tmp_path / "run", digits, "--nodes=2", "--ntasks-per-node=2", script=("slurm/train.sh", "S"), steps=3,
+        scratch=scratch,
+    )  # fmt: skip
     assert run.end() == ("COMPLETED", 0), run.log()
     config = load_config(run.folder / "config.yaml")
     assert config.parallel.expert == 2 and "4 x cpu" in run.log()
+    assert "precision fp32, 2 GPUs of a node share one set of experts" in run.log()
     assert str(config.data.shards).startswith(scratch)
     losses, expected = [[loss for _, loss in one.curve()[:3]] for one in (run, undisturbed)]
     assert losses == pytest.approx(expected, abs=1e-6)  # other ranks sum in another order
@@ -117,37 +143,39 @@ def test_a_signal_before_the_time_limit_costs_no_step_while_in(
     if moment == "training":
         run.wait_for_step(5)
     else:
-        run.wait_for_log("newest checkpoint: none")
+        run.wait_for_log("share one set of experts")  # and the processes are about to start
         time.sleep(0.5)
+        run.set_steps(STEPS)
     # What `--signal=B:USR1@300` does, without Slurm's clock, which looks at time limits every 30 s.
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
-    cluster.start_now(run.job)
+    cluster.restart(run.job)
     assert run.end() == ("COMPLETED", 1), run.log()
     assert run.curve() == undisturbed.curve(), run.log()
-    [stopped_at] = re.findall(r"requeued after exit code 75, newest checkpoint: step-(\d+)", run.log())
-    assert f"step {int(stopped_at) + 1}/{STEPS} " in run.log().partition("attempt 1")[2]
-    assert len(re.findall(rf"step \d+/{STEPS} ", run.log())) == STEPS
+    assert re.findall(r"requeued after exit code 75, newest checkpoint: step-\d+", run.log())
+    assert run.steps() == list(range(1, run.steps()[-1] + 1)), "no step was taken twice"
 
 
 def test_a_preempted_job_comes_back(cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path) -> None:
     run = Run(cluster, tmp_path / "run", digits, "--partition=preemptible")
     run.wait_for_step(5)
     urgent = cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    cluster.start_now(run.job)
+    cluster.restart(run.job)
     assert cluster.wait(urgent) == "COMPLETED"
     assert run.end() == ("COMPLETED", 1), run.log()
     assert run.curve() == undisturbed.curve(), run.log()
 
 
-@pytest.mark.parametrize("lost", ["of the batch script and rank 0", "of rank 1"])
+@pytest.mark.parametrize(
+    ("lost", "notice"), [("of the batch script and rank 0", False), ("of rank 1", True)], ids=["rank 0", "rank 1"]
+)
 def test_a_run_goes_on_elsewhere_after_the_loss_of_the_node(
-    lost: str, cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+    lost: str, notice: bool, cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
 ) -> None:
     run = Run(cluster, tmp_path / "run", digits)
     run.wait_for_step(15)
     node = cluster.nodes_of(run.job)[["of the batch script and rank 0", "of rank 1"].index(lost)]
-    cluster.power_off(node)
-    cluster.start_now(run.job)
+    cluster.power_off(node, notice)
+    cluster.restart(run.job)
     assert run.end() == ("COMPLETED", 1), run.log()
     assert node not in cluster.nodes_of(run.job)
     assert run.curve() == undisturbed.curve(), run.log()
@@ -157,16 +185,16 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(cluster: Cluster, tmp_pat
     run = Run(cluster, tmp_path / "run", digits)
     run.wait_for_step(5)
     cluster.run("scancel", run.job)
-    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip(), 30, "the queue is empty")
+    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip(), "the queue is empty")
     assert run.end() == ("CANCELLED", 0), run.log()
-    assert len(run.checkpoints()) == 1 and "requeued" not in run.log()
+    assert run.checkpoints()[-1] == run.steps()[-1] and "requeued" not in run.log()
 
 
 def test_a_program_that_crashes_twice_at_the_same_checkpoint_is_not_requeued(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
     run = Run(cluster, tmp_path / "run", digits, overrides=("optim.lr=1e30", "checkpoint.every=1"))
-    cluster.start_now(run.job)
+    cluster.restart(run.job)
     assert run.end() == ("FAILED", 1), run.log()
     assert re.findall(r"requeued after exit code 1, newest checkpoint: step-\d+", run.log())
     assert "exit code 1: not requeued" in run.log()
@@ -175,7 +203,8 @@ def test_a_program_that_crashes_twice_at_the_same_checkpoint_is_not_requeued(
 def test_a_mistake_in_the_settings_is_not_requeued(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     run = Run(cluster, tmp_path / "run", digits, overrides=("moe.num_experts=7.5",))
     assert run.end() == ("FAILED", 0), run.log()
-    assert "error: moe.num_experts" in run.log() and "a mistake in the settings: not requeued" in run.log()
+    assert run.log().count("error: moe.num_experts") == 1, "told once, before the processes start"
+    assert "a mistake in the settings: not requeued" in run.log()
 
 
 def test_the_deepspeed_launcher_trains_on_a_hostfile_through_its_slurm_runner(
@@ -199,14 +228,45 @@ def test_the_deepspeed_launcher_trains_on_a_hostfile_through_its_slurm_runner(
     assert [json.loads(line)["loss"] for line in lines] == [loss for _, loss in undisturbed.curve()[:3]]
 
 
-def test_the_sampling_script_draws_images_on_two_nodes(cluster: Cluster, undisturbed: Run, tmp_path: Path) -> None:
+def test_the_sampling_script_draws_images_on_two_nodes_and_keeps_them_from_other_options(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path
+) -> None:
     output, out = tmp_path / "out", tmp_path / "samples"
+
+    def sample(*options: str) -> str:
+        job = cluster.submit(
+            *CPU_NODES, f"--output={output}", "slurm/sample.sh", *options,
+            DEVICE="cpu", CHECKPOINT=undisturbed.folder, OUT=out, NUM="4", PYTHON=sys.executable,
+        )  # fmt: skip
+        return cluster.wait(job)
+
+    assert sample("--steps", "2") == "COMPLETED", output.read_text()
+    assert np.load(out / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
+    drawn = (out / "samples.npz").stat()
+    assert sample("--steps", "2") == "COMPLETED", output.read_text()
+    assert "has these 4 images already" in output.read_text()
+    assert sample("--steps", "3") == "FAILED"
+    assert f"error: --out {out}: its images have steps 2, not 3" in output.read_text()
+    assert (out / "samples.npz").stat() == drawn
+
+
+def test_the_shards_of_mpi_processes_on_two_nodes_have_the_bytes_of_one_process(
+    cluster: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    output, out = tmp_path / "out", tmp_path / "shards"
+    # Without namespaces the nodes have one host name and one /dev/shm: OpenMPI's shared memory would collide.
+    mpi = "mpirun" if cluster.namespaces else "mpirun --mca btl tcp,self"
+    options = (*CPU_NODES, "--ntasks-per-node=2", f"--output={output}")
     job = cluster.submit(
-        *CPU_NODES, f"--output={output}", "slurm/sample.sh", "--steps", "2",
-        DEVICE="cpu", CHECKPOINT=undisturbed.folder, OUT=out, NUM="4", PYTHON=sys.executable,
+        *options, "slurm/prepare_shards.sh", "--samples-per-shard", "512",
+        SOURCE="digits", OUT=out, LAUNCHER=mpi, PYTHON=sys.executable, OMPI_ALLOW_RUN_AS_ROOT="1",
+        OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
     )  # fmt: skip
     assert cluster.wait(job) == "COMPLETED", output.read_text()
-    assert np.load(out / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
+    names = sorted(path.name for path in digits.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert all((out / name).read_bytes() == (digits / name).read_bytes() for name in names)
+    assert Image.open(f"{out}.png").size[0] > 100
 
 
 def test_a_node_that_was_cut_off_and_goes_on_running_publishes_no_checkpoint(
@@ -220,12 +280,15 @@ def test_a_node_that_was_cut_off_and_goes_on_running_publishes_no_checkpoint(
     [node] = cluster.nodes_of(run.job)
     cluster.cut(node)
     cluster.signal_all(node, "STOP")
-    cluster.start_now(run.job)
-    run.wait_for_step(22)  # of the newer attempt, which started at 10
+    frozen_at = run.steps()[-1]
+    cluster.declare_down(node)
+    cluster.restart(run.job)
+    claim = run.folder / "attempt"
+    cluster.wait_until(lambda: claim.read_text().strip() == f"{run.job}.1", "the newer attempt has taken over")
     cluster.signal_all(node, "CONT")
     run.wait_for_log("another attempt has taken over")
     assert run.end() == ("COMPLETED", 1), run.log()
     cluster.cut(node, "up")
     assert run.curve() == undisturbed.curve(), run.log()
-    assert run.checkpoints() == undisturbed.checkpoints()
-    assert (run.folder / "attempt").read_text().strip() == f"{run.job}.1"
+    assert run.checkpoints()[-1] == max(STEPS, *range(10, frozen_at + 1, 10)), "the older attempt would have gone on"
+    assert claim.read_text().strip() == f"{run.job}.1"
