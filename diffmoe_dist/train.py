@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, NoReturn
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.engine.preemption import StopSignals
 from diffmoe_dist.errors import STOPPED_EXIT_CODE, UserError
-from diffmoe_dist.launch import detect_launch
+from diffmoe_dist.launch import Launch, detect_launch
 
 if TYPE_CHECKING:
+    import torch
+
     from diffmoe_dist.config import Config
+    from diffmoe_dist.data.dataset import TrainingData
+    from diffmoe_dist.data.stream import StreamedData
+    from diffmoe_dist.engine.trainer import Periodic
 
 DESCRIPTION = """\
 Train a (mixture-of-experts) diffusion transformer. Running the same command again, or with more train.steps, on any
@@ -75,45 +80,20 @@ def train(config: Config, stop: StopSignals) -> int:
     launch = detect_launch()
     check_world(config, launch.world_size)
 
-    # torch and deepspeed take seconds to import; a mistake in the settings is told before.
-    from diffmoe_dist.parallel.topology import (
-        choose_device,
-        from_first_rank,
-        set_deterministic,
-        start_process_group,
-        stop_process_group,
-    )
+    # torch and deepspeed take seconds to import; a mistake in the settings ends the run before.
+    device = open_device(config, launch)
 
-    device = choose_device(config.device, launch, config.tf32)
-    if config.profile.memory_snapshot and device.type != "cuda":
-        raise UserError(f"profile.memory_snapshot=true has no effect on device={device.type}; remove it")
-    if config.deterministic:
-        set_deterministic(device)
-
-    from diffmoe_dist.data.open import open_data, open_held_out
+    from diffmoe_dist.data.open import open_data
     from diffmoe_dist.engine.build import build_trainer
     from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.engine.run_folder import claim_run_dir, prepare_run_dir
     from diffmoe_dist.engine.trainer import RunGuards
     from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, abort_all_on_failure, collective_timeout
-    from diffmoe_dist.evaluation.training_scores import open_training_scores
     from diffmoe_dist.parallel.expert_parallel import create_topology
-    from diffmoe_dist.sampling.conditions import run_conditions
-    from diffmoe_dist.sampling.generate import open_decoder, training_grid
+    from diffmoe_dist.parallel.topology import from_first_rank, start_process_group, stop_process_group
 
     data = open_data(config, device)
-    held_out = open_held_out(config, data)
-    conditions = run_conditions(config, data)
-    draw_samples = None
-    if config.sample.every:
-        decode = open_decoder(config, config.sample.decoder, "sample.decoder", device)
-        draw_samples = partial(training_grid, config=config, conditions=conditions, decode=decode)
-    draw_figures = None
-    if config.log.figures_every:
-        from diffmoe_dist.report_page.training_figures import training_figures  # imports matplotlib
-
-        draw_figures = partial(training_figures, config=config, conditions=conditions)
-    score_samples = open_training_scores(config, conditions, device)
+    periodic = open_periodic_jobs(config, data, device)
     prepare_run_dir(config)
     run_dir = Path(str(config.run_dir))
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
@@ -123,10 +103,7 @@ def train(config: Config, stop: StopSignals) -> int:
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size))
         topology = create_topology(launch, device, config.parallel.expert)
-        guards = RunGuards(claim, stop.asked, watchdog)
-        trainer = build_trainer(
-            config, topology, data, start, draw_samples, held_out, score_samples, draw_figures, guards
-        )
+        trainer = build_trainer(config, topology, data, start, periodic, RunGuards(claim, stop.asked, watchdog))
         finished = trainer.train()
         stop.ignore()
         trainer.close()
@@ -134,6 +111,56 @@ def train(config: Config, stop: StopSignals) -> int:
     watchdog.stop()
     claim.release()
     return 0 if finished else STOPPED_EXIT_CODE
+
+
+def open_device(config: Config, launch: Launch) -> torch.device:
+    """This rank's device, set up as the settings say; to be called before deepspeed is imported."""
+    from diffmoe_dist.parallel.topology import choose_device, set_deterministic
+
+    device = choose_device(config.device, launch, config.tf32)
+    if config.profile.memory_snapshot and device.type != "cuda":
+        raise UserError(f"profile.memory_snapshot=true has no effect on device={device.type}; remove it")
+    if config.deterministic:
+        set_deterministic(device)
+    return device
+
+
+def open_periodic_jobs(config: Config, data: TrainingData | StreamedData, device: torch.device) -> list[Periodic]:
+    """What the run does beside its steps, in the order in which it is done.
+
+    Raises:
+        UserError: held-out data, decoder or extractor cannot be opened, or do not fit the model.
+    """
+    from diffmoe_dist.data.dataset import TrainingData
+    from diffmoe_dist.data.open import open_held_out
+    from diffmoe_dist.engine.trainer import Periodic
+    from diffmoe_dist.engine.validation import Validation
+    from diffmoe_dist.evaluation.training_scores import open_training_scores
+    from diffmoe_dist.sampling.conditions import run_conditions
+    from diffmoe_dist.sampling.generate import open_decoder, training_grid
+
+    jobs = []
+    held_out = open_held_out(config, data)
+    if held_out is not None:
+        losses = Validation(config, held_out, device).losses
+        jobs.append(Periodic("validation", config.validation.every, losses, in_training_mode=True))
+    conditions = run_conditions(config, data)
+    if config.sample.every or config.score.every:
+        encoders = data.encoders if isinstance(data, TrainingData) else None
+        opened = encoders.autoencoder if encoders else None
+        decode = open_decoder(config, config.sample.decoder, "sample.decoder", device, opened)
+    if config.score.every:
+        scores = open_training_scores(config, conditions, decode, device)
+        jobs.append(Periodic("scoring samples", config.score.every, scores))
+    if config.sample.every:
+        grid = partial(training_grid, config=config, conditions=conditions, decode=decode)
+        jobs.append(Periodic("sampling", config.sample.every, grid, lambda log, grid, step: log.image(grid, step)))
+    if every := config.log.figures_every:
+        from diffmoe_dist.report_page.training_figures import training_figures  # imports matplotlib
+
+        figures = partial(training_figures, config=config, conditions=conditions)
+        jobs.append(Periodic("drawing figures", every, figures, lambda log, drawn, step: log.figures(drawn, step)))
+    return jobs
 
 
 def run() -> NoReturn:

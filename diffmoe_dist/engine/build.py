@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,12 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
-from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.resume import Start
 from diffmoe_dist.engine.run_folder import NoClaim
-from diffmoe_dist.engine.run_log import NullRunLog, RunLog
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
-from diffmoe_dist.engine.trainer import DrawFigures, DrawSamples, RunGuards, ScoreSamples, Trainer
-from diffmoe_dist.engine.validation import Validation
+from diffmoe_dist.engine.trainer import Periodic, RunGuards, Trainer
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import fill_fragments
 from diffmoe_dist.logs import logger, set_up_logging
@@ -40,53 +38,38 @@ def build_trainer(
     topology: Topology,
     data: TrainingData | StreamedData,
     start: Start,
-    draw_samples: DrawSamples | None = None,
-    held_out: TrainingData | None = None,
-    score_samples: ScoreSamples | None = None,
-    draw_figures: DrawFigures | None = None,
+    periodic: Sequence[Periodic] = (),
     guards: RunGuards = UNGUARDED,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(str(config.run_dir))
-    checkpoint, progress, initial_weights = start.checkpoint, start.progress, config.train.initial_weights
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
+    _load(start, config, state)
+    if topology.rank == 0:
+        save_config(config, run_dir / "config.yaml")
+    logger.info(_summary(config, topology, engine.module, start.progress))
+    loader = _open_loader(config, topology, data, start.progress)
+    return Trainer(config, topology, engine, state, loader, start.progress, periodic, guards)
+
+
+def _load(start: Start, config: Config, state: ShardedState) -> None:
+    """Fill the state from the checkpoint that the run starts from, or from initial weights."""
+    progress, initial_weights = start.progress, config.train.initial_weights
+    fragments = [*state.fragments(), *buffers(state.model)]
     for complaint in start.damaged:
         logger.warning("%s; going back to the one before", complaint)
-    if checkpoint is not None:
-        load_fragments(checkpoint, [*state.fragments(), *buffers(engine.module)])
+    if start.checkpoint is not None:
+        load_fragments(start.checkpoint, fragments)
         state.after_load(progress.step - progress.skipped)
-        logger.info("resumed from %s", checkpoint)
+        logger.info("resumed from %s", start.checkpoint)
         if initial_weights is not None:
             logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)
     elif initial_weights is not None:
-        fill_fragments(Path(initial_weights), [*state.fragments(), *buffers(engine.module)])
+        fill_fragments(Path(initial_weights), fragments)
         state.after_load(progress.step)
         logger.info("started from the weights in %s", initial_weights)
-    if topology.rank == 0:
-        save_config(config, run_dir / "config.yaml")
-        log: Any = RunLog(run_dir, progress.step, config.train.steps)
-    else:
-        log = NullRunLog()
-    logger.info(_summary(config, topology, engine.module, progress))
-    objective = build_objective(config.objective)
-    validation = None if held_out is None else Validation(config, topology, held_out, objective)
-    return Trainer(
-        config=config,
-        topology=topology,
-        engine=engine,
-        objective=objective,
-        state=state,
-        loader=_open_loader(config, topology, data, progress),
-        progress=progress,
-        log=log,
-        draw_samples=draw_samples,
-        validate=None if validation is None else validation.losses,
-        score_samples=score_samples,
-        guards=guards,
-        draw_figures=draw_figures,
-    )
 
 
 def _open_loader(

@@ -35,7 +35,7 @@ class Log(Protocol):
 
     def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
 
-    def figure(self, name: str, picture_HWC: np.ndarray, step: int) -> None: ...
+    def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -76,8 +76,9 @@ class RunLog:
         self.tensorboard.add_image("samples", grid_HWC, step, dataformats="HWC")
         Image.fromarray(grid_HWC.squeeze()).save(self.samples / f"step-{step:08d}.png")
 
-    def figure(self, name: str, picture_HWC: np.ndarray, step: int) -> None:
-        self.tensorboard.add_image(f"experts/{name}", picture_HWC, step, dataformats="HWC")
+    def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None:
+        for name, figure_HWC in figures_HWC.items():
+            self.tensorboard.add_image(f"experts/{name}", figure_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
         self.bar.close()
@@ -95,9 +96,14 @@ class NullRunLog:
 
     def image(self, grid_HWC: np.ndarray, step: int) -> None: ...
 
-    def figure(self, name: str, picture_HWC: np.ndarray, step: int) -> None: ...
+    def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+def open_run_log(run_dir: Path, rank: int, first_step: int, steps: int) -> Log:
+    """The log of a rank. Lines of steps after `first_step`, which are about to be taken again, are removed."""
+    return RunLog(run_dir, first_step, steps) if rank == 0 else NullRunLog()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,20 +8,19 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config, loss_weights
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.loader import BatchLoader
-from diffmoe_dist.diffusion.objectives import Objective
+from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.ema import WeightAverage
@@ -29,7 +28,7 @@ from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.profiling import Profiler, Timings
 from diffmoe_dist.engine.run_folder import Claim
-from diffmoe_dist.engine.run_log import Log
+from diffmoe_dist.engine.run_log import Log, open_run_log
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout
 from diffmoe_dist.logs import logger
@@ -39,11 +38,6 @@ from diffmoe_dist.model.routing import RoutingStats
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
 from diffmoe_dist.parallel.topology import Topology
 from diffmoe_dist.planning.accelerators import device_peak, model_flop_utilization
-
-DrawSamples = Callable[[DiT], np.ndarray]
-Validate = Callable[[DiT], dict[str, float | None]]
-ScoreSamples = Callable[[DiT], dict[str, float]]
-DrawFigures = Callable[[DiT], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,20 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Periodic:
+    """What a run does with its averaged model every so many steps, besides training it."""
+
+    name: str  # of its deadline
+    every: int  # steps
+    run: Callable[[DiT], Any]  # collective
+    # Writes down what `run` has returned in this step. None: it returns values that join the step's line of metrics.
+    record: Callable[[Log, Any, int], None] | None = None
+    in_training_mode: bool = False  # of the model meanwhile
+
+
+@dataclass(frozen=True)
 class RunGuards:
-    """What the world outside may want of a rank, and what it owes it."""
+    """What may end a run before its last step."""
 
     claim: Claim  # to the run folder
     stop_asked: Callable[[], bool]  # by a signal
@@ -79,37 +85,36 @@ class Trainer:
 
     def __init__(
         self,
-        *,
         config: Config,
         topology: Topology,
         engine: Any,
-        objective: Objective,
         state: ShardedState,
         loader: BatchLoader,
         progress: Progress,
-        log: Log,
+        periodic: Sequence[Periodic],
         guards: RunGuards,
-        draw_samples: DrawSamples | None = None,
-        validate: Validate | None = None,
-        score_samples: ScoreSamples | None = None,
-        draw_figures: DrawFigures | None = None,
     ) -> None:
+        """
+        Args:
+            engine: DeepSpeed's, around a `DiT`.
+            progress: where the run stands; `state` and `loader` stand there too.
+            periodic: in the order in which they are done.
+        """
         self.config = config
         self.topology = topology
         self.engine = engine
         self.model: DiT = engine.module
-        self.objective = objective
+        self.objective = build_objective(config.objective)
         self.state = state
         self.average = WeightAverage(state, config.ema.decay)
         self.loader = loader
         self.batches = iter(loader)
         self.progress = progress
-        self.log = log
-        self.draw_samples = draw_samples
-        self.validate = validate
-        self.score_samples = score_samples
-        self.draw_figures = draw_figures
+        self.periodic = periodic
+        self.guards = guards
+        self.set_deadline = guards.watchdog.set_deadline
         self.run_dir = Path(str(config.run_dir))
+        self.log = open_run_log(self.run_dir, topology.rank, progress.step, config.train.steps)
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
         self.accounting = account(config)
@@ -120,44 +125,29 @@ class Trainer:
             if isinstance(layer.dispatcher, AllToAllDispatcher):
                 layer.dispatcher.timed = partial(self.timings.part, "all_to_all")
         self.profiler = Profiler(config.profile, self.run_dir, topology.rank, topology.device)
-        self.guards = guards
-        self.set_deadline = guards.watchdog.set_deadline
         timeout = collective_timeout(config.train.hang_timeout)
         self.checkpointer = Checkpointer(config, topology.device, guards.claim, progress.step, timeout)
 
     def train(self) -> bool:
         """Returns whether train.steps was reached; else the run was asked to stop. Everything is saved either way."""
-        config, begun = self.config, self.progress.step
-        if begun >= config.train.steps:
-            logger.info("already at step %d of train.steps=%d: nothing to do", begun, config.train.steps)
+        begun, steps = self.progress.step, self.config.train.steps
+        if begun >= steps:
+            logger.info("already at step %d of train.steps=%d: nothing to do", begun, steps)
         else:
             self.guards.claim.mark_going_on()
-        stop_asked = False
-        while self.progress.step < config.train.steps and not stop_asked:
-            step = self.progress.step + 1
+        for step in range(begun + 1, steps + 1):
             # The first step allocates, and on a GPU compiles.
             self.set_deadline(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
             with self.timer, self.profiler.step(step):
                 report = self.train_step()
-            stop_asked = report.stop_asked
             self.log.step(step)
-            validated = self.validation_losses() if _due(step, config.validation.every) and not stop_asked else {}
-            scores = self.scores() if _due(step, config.score.every) and not stop_asked else {}
-            logged = validated or scores or _due(step, config.log.every) or step == config.train.steps
-            if logged and not report.non_finite:
-                self.log.metrics(self._metrics(report) | validated | scores)
-                if len(report.load_LN):
-                    self.log.load(self._load(report))
-            if _due(step, config.sample.every) and not stop_asked:
-                self.sample()
-            if _due(step, config.log.figures_every) and not stop_asked:
-                self.figures()
-            if _due(step, config.checkpoint.every):
-                self.save()
+            self._do_what_is_due(report)
+            if report.stop_asked:
+                break
         self.save_now()
         step = self.progress.step
-        if step < config.train.steps:
-            logger.info("stopped at step %d of %d, as asked; everything is saved", step, config.train.steps)
+        if step < steps:
+            logger.info("stopped at step %d of %d, as asked; everything is saved", step, steps)
             return False
         self.guards.claim.mark_done(step)
         return True
@@ -179,7 +169,7 @@ class Trainer:
         self.bad_samples += report.bad_samples
         skipped = int(bool(report.non_finite))
         if skipped:
-            self._tell_non_finite(report, batches)
+            self._handle_non_finite(report, batches)
         else:
             if report.thresholds_LN is not None:
                 for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
@@ -210,55 +200,43 @@ class Trainer:
         with self.timings.part("checkpoint"):
             self.checkpointer.wait(must_succeed=True)
 
-    def sample(self) -> None:
-        """Draw a grid of images with the averaged weights; collective."""
-        assert self.draw_samples is not None, "sample.every is set"
-        self.set_deadline("sampling", SLOW_FACTOR)
-        self.model.eval()
-        with self.average.applied():
-            grid = self.draw_samples(self.model)
-        self.model.train()
-        self.log.image(grid, self.progress.step)
-
-    def validation_losses(self) -> dict[str, float | None]:
-        """Losses of the averaged weights on held-out images, named for metrics.jsonl; collective."""
-        if self.validate is None:
-            return {}
-        self.set_deadline("validation", SLOW_FACTOR)
-        with self.average.applied():
-            losses = self.validate(self.model)
-        logger.info("validation loss %.5f", losses["loss_val"])
-        return losses
-
-    def scores(self) -> dict[str, float]:
-        """Scores of samples of the averaged weights, named for metrics.jsonl; collective."""
-        if self.score_samples is None:
-            return {}
-        self.set_deadline("scoring samples", SLOW_FACTOR)
-        self.model.eval()
-        with self.average.applied():
-            scores = self.score_samples(self.model)
-        self.model.train()
-        logger.info("scores: %s", "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-        return scores
-
-    def figures(self) -> None:
-        """Draw what the experts do with the averaged weights; collective."""
-        assert self.draw_figures is not None, "log.figures_every is set"
-        self.set_deadline("drawing figures", SLOW_FACTOR)
-        self.model.eval()
-        with self.average.applied():
-            drawn = self.draw_figures(self.model)
-        self.model.train()
-        for name, picture in drawn.items():
-            self.log.figure(name, picture, self.progress.step)
-
     def close(self) -> None:
         self.set_deadline("the end", SLOW_FACTOR)
         self.checkpointer.close()
         self.profiler.close()
         self.loader.close()
         self.log.close()
+
+    def _do_what_is_due(self, report: StepReport) -> None:
+        """After a step: periodic jobs, metrics, a checkpoint. A run that was asked to stop only logs and saves."""
+        step, config = self.progress.step, self.config
+        due = [] if report.stop_asked else [job for job in self.periodic if _due(step, job.every)]
+        measured: dict[str, float | None] = {}
+        for job in due:
+            if job.record is None:
+                measured |= self._run_with_average(job)
+        if measured or _due(step, config.log.every) or step == config.train.steps:
+            self._log_step(report, measured)
+        for job in due:
+            if job.record is not None:
+                job.record(self.log, self._run_with_average(job), step)
+        if _due(step, config.checkpoint.every):
+            self.save()
+
+    def _run_with_average(self, job: Periodic) -> Any:
+        self.set_deadline(job.name, SLOW_FACTOR)
+        self.model.train(job.in_training_mode)
+        with self.average.applied():
+            result = job.run(self.model)
+        self.model.train()
+        return result
+
+    def _log_step(self, report: StepReport, measured: dict[str, float | None]) -> None:
+        if report.non_finite:
+            return
+        self.log.metrics(self._metrics(report) | measured)
+        if len(report.load_LN):
+            self.log.load(self._load(report))
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-step. Returns what is to be averaged over micro-steps and ranks, detached."""
@@ -315,8 +293,8 @@ class Trainer:
             stop_asked=bool(stop > 0),
         )
 
-    def _tell_non_finite(self, report: StepReport, batches: list[Batch]) -> None:
-        """Say where it began and keep the batch's sample ids; stop there unless told to skip. Collective.
+    def _handle_non_finite(self, report: StepReport, batches: list[Batch]) -> None:
+        """Log where it began and keep the batch's sample ids; stop there unless the run skips such steps. Collective.
 
         Raises:
             FloatingPointError: on every rank, once the last valid state is saved.

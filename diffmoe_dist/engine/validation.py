@@ -6,16 +6,17 @@ Shape legend: N images, B time buckets.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
-from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective
+from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
+from diffmoe_dist.logs import logger
 from diffmoe_dist.model.dit import DiT
-from diffmoe_dist.parallel.topology import Topology
 
 TIME_BUCKETS = 4
 
@@ -27,8 +28,9 @@ class Validation:
     `loss_diffusion`, and do not depend on the number of ranks where those of training do not.
     """
 
-    def __init__(self, config: Config, topology: Topology, data: TrainingData, objective: Objective) -> None:
-        self.config, self.topology, self.data, self.objective = config, topology, data, objective
+    def __init__(self, config: Config, data: TrainingData, device: torch.device) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.objective = build_objective(config.objective)
 
     @torch.no_grad()
     def losses(self, model: DiT) -> dict[str, float | None]:
@@ -39,17 +41,18 @@ class Validation:
         """
         micro, images = self.config.train.micro_batch_size, self.config.validation.images
         assert micro is not None, "check_world fills it in"
-        together = micro * self.topology.world_size
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        together = micro * world_size
         loader = TrainingLoader(
             self.data,
-            BatchSplit(together, micro, self.topology.rank, self.topology.world_size),
+            BatchSplit(together, micro, rank, world_size),
             seed=self.config.seed,
             num_workers=self.config.data.workers,
         )
-        sums_2B = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=self.topology.device)
+        sums_2B = torch.zeros(2, TIME_BUCKETS, dtype=torch.float64, device=self.device)
         for start in range(0, images, together):
-            first = start + self.topology.rank * micro
-            batch = next(loader).to(self.topology.device)
+            first = start + rank * micro
+            batch = next(loader).to(self.device)
             z, t, y = noisy_inputs(batch, self.objective, self.config)
             output = model(z, self.objective.model_time(t), y)
             of_images = self.objective.losses(output.prediction, output.variance, batch.images, batch.noise, t)
@@ -57,9 +60,11 @@ class Validation:
             losses_N = of_images["diffusion"].double() * counts_N
             sums_2B.index_add_(1, _bucket(t), torch.stack([losses_N, counts_N]))
         loader.close()
-        sums_2B = self.topology.mean(sums_2B)
+        dist.all_reduce(sums_2B)
         means = {f"loss_val_t{bucket}": _ratio(sums_2B[:, bucket]) for bucket in range(TIME_BUCKETS)}
-        return {"loss_val": _ratio(sums_2B.sum(dim=1)), **means}
+        losses = {"loss_val": _ratio(sums_2B.sum(dim=1)), **means}
+        logger.info("validation loss %.5f", losses["loss_val"])
+        return losses
 
 
 def _bucket(t_N: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from diffmoe_dist.evaluation.extractors import Extractor, open_features, open_in
 from diffmoe_dist.evaluation.metrics import Moments, Statistics
 from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
+from diffmoe_dist.logs import logger
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.sampling.conditions import Conditions
-from diffmoe_dist.sampling.generate import Decode, generate, open_decoder, run_sampler, to_uint8
+from diffmoe_dist.sampling.generate import Decode, generate, run_sampler, to_uint8
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,23 @@ class TrainingScores:
             moments.add(self.extractor(images_NCHW).pooled_NF[: max(0, num - start)])
         add_up([moments.sums])
         name = "fid" if self.extractor.is_inception else "frechet_distance"
-        return {f"{name}_{count_name(num)}": distance_on_all_ranks(moments, self.reference, rank)}
+        distance = distance_on_all_ranks(moments, self.reference, rank)
+        logger.info("scores: %s %.4f", f"{name}_{count_name(num)}", distance)
+        return {f"{name}_{count_name(num)}": distance}
 
 
-def open_training_scores(config: Config, conditions: Conditions, device: torch.device) -> TrainingScores | None:
-    """The scores that a run asks for; None where it asks for none.
+def open_training_scores(
+    config: Config, conditions: Conditions, decode: Decode, device: torch.device
+) -> TrainingScores:
+    """The scores that `score` asks for.
+
+    Args:
+        decode: turns the model's images into pixels on `device`.
 
     Raises:
         UserError: the extractor or the reference cannot be used, or they do not fit each other.
     """
     settings = config.score
-    if not settings.every:
-        return None
-    decode = open_decoder(config, config.sample.decoder, "sample.decoder", device)
     features, named = str(settings.features), f"score.features={settings.features}"
     open_extractor = open_inception if features.endswith(".pth") else open_features
     extractor = open_extractor(features, device, named)

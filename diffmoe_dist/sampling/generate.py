@@ -155,10 +155,14 @@ def choose_sampler(name: str | None, steps: int | None, objective: str) -> tuple
     return name, steps
 
 
-def open_decoder(config: Config, folder: str | None, setting: str, device: torch.device) -> Decode:
+def open_decoder(
+    config: Config, folder: str | None, setting: str, device: torch.device, opened: Autoencoder | None = None
+) -> Decode:
     """What turns the model's images into pixels: nothing for pixels, the autoencoder in `folder` for latents.
 
-    `setting` is how the user names the folder.
+    Args:
+        setting: how the user names the folder.
+        opened: that of `data.autoencoder`, where something else has opened it on this device: it is not opened again.
 
     Raises:
         UserError: latents without a decoder, pixels with one, or a decoder of other latents than the model's.
@@ -173,12 +177,12 @@ def open_decoder(config: Config, folder: str | None, setting: str, device: torch
         raise UserError(f"{setting}={folder}: this model makes pixels, not latents; remove it")
     if folder is None:
         raise UserError(f"model.in_channels={channels}: this model makes latents; give {setting} their autoencoder")
-    decoder = Autoencoder.open(folder, setting, device)
+    own = config.data.autoencoder
+    decoder = opened if opened is not None and folder == own else Autoencoder.open(folder, setting, device)
     if decoder.latent_channels != channels:
         raise UserError(f"{setting}={folder}: has {decoder.latent_channels} latent channels, the model {channels}")
-    own = config.data.autoencoder
     if own is not None and own != folder and Path(own).is_dir():
-        trained = Autoencoder.open(own, "data.autoencoder", "cpu")
+        trained = opened or Autoencoder.open(own, "data.autoencoder", "cpu")
         if (trained.scale, trained.shift) != (decoder.scale, decoder.shift):
             raise UserError(f"{setting}={folder}: takes latents of another scale or shift than data.autoencoder={own}")
     for entry in data_sets(config.data):

@@ -11,7 +11,6 @@ import torch
 from diffmoe_dist.config import Config, build_config, check_world
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.sharded_state import Fragment, buffers
-from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT, initialize
 
@@ -55,13 +54,14 @@ def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.engine.build import build_trainer
     from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
+    from diffmoe_dist.train import open_periodic_jobs
 
     check_world(config, world_size)
-    launch = Launch(rank, world_size, rank, "environment")
-    topology = create_topology(launch, torch.device("cpu"), config.parallel.expert)
-    index = open_data(config)
-    start = find_start(config, index, world_size)
-    return build_trainer(config, topology, index, start)
+    cpu = torch.device("cpu")
+    topology = create_topology(Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert)
+    data = open_data(config)
+    start = find_start(config, data, world_size)
+    return build_trainer(config, topology, data, start, open_periodic_jobs(config, data, cpu))
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

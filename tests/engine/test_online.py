@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from diffmoe_dist.config import Config, build_config, check_world
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.latents import Autoencoder
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.order import BatchSplit
@@ -23,6 +25,7 @@ from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.sampling.conditions import run_conditions
 from diffmoe_dist.sampling.generate import open_decoder
+from diffmoe_dist.train import open_periodic_jobs
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
 from tests.data.test_text import save_encoder
@@ -176,3 +179,25 @@ def test_a_decoder_of_another_scale_than_the_encoding_autoencoder_is_refused(fol
     other = save_autoencoder(tmp_path / "vae", scaling_factor=0.5)
     with pytest.raises(UserError, match=r"takes latents of another scale or shift than data\.autoencoder="):
         open_decoder(config_of(folder, online(folder)), str(other), "--decoder", torch.device("cpu"))
+
+
+def test_a_run_that_encodes_samples_and_scores_opens_its_autoencoder_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    open_autoencoder = Autoencoder.open
+
+    def count(folder: str, *arguments: Any) -> Autoencoder:
+        opened.append(folder)
+        return open_autoencoder(folder, *arguments)
+
+    monkeypatch.setattr(Autoencoder, "open", count)
+    colours, reference = "tests.evaluation.colours:colours", tmp_path / "colours.npz"
+    np.savez(reference, mu=np.zeros(12), sigma=np.eye(12), extractor=np.array(colours))
+    score = {"every": 1, "features": colours, "reference": str(reference)}
+    config = config_of(folder, {**online(folder), "sample": {"every": 1}, "score": score})
+
+    jobs = open_periodic_jobs(config, open_data(config), torch.device("cpu"))
+
+    assert [job.name for job in jobs] == ["scoring samples", "sampling"]
+    assert opened == [str(folder / "vae")]

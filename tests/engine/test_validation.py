@@ -10,16 +10,15 @@ import torch
 
 from data_tools.digits import DigitsSource
 from data_tools.pack import PackSettings, pack
-from diffmoe_dist.config import Config, check_world
+from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import TrainingDataset
 from diffmoe_dist.data.open import open_held_out
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.sharded_state import EMA
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.launch import Launch
 from tests.distributed import run_ranks
-from tests.engine.runs import empty_model, metrics, tiny_config, whole_state
+from tests.engine.runs import empty_model, metrics, tiny_config, train_all, whole_state
 
 IMAGES = 40  # no multiple of the 16 of a step
 
@@ -30,32 +29,6 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("held-out") / "digits"
     pack(DigitsSource(), folder, PackSettings(seed=1))
     return folder
-
-
-def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
-    from diffmoe_dist.data.open import open_data
-    from diffmoe_dist.engine.build import build_trainer
-    from diffmoe_dist.engine.resume import find_start
-    from diffmoe_dist.parallel.expert_parallel import create_topology
-
-    for run_dir, settings in jobs:
-        config = tiny_config(run_dir, digits, settings)
-        check_world(config, world_size)
-        topology = create_topology(
-            Launch(rank, world_size, rank, "environment"), torch.device("cpu"), config.parallel.expert
-        )
-        index = open_data(config)
-        start = find_start(config, index, world_size)
-        trainer = build_trainer(
-            config,
-            topology,
-            index,
-            start,
-            lambda model: None,
-            open_held_out(config, index),  # type: ignore
-        )
-        trainer.train()
-        trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path, held_out: Path)
     }
     unvalidated = {"train": {"steps": 4}}
     alone = [("alone", settings), ("ddpm1", {**settings, **ddpm}), ("without", unvalidated)]
-    run_ranks(1, train, digits, [(folder / name, layer) for name, layer in alone])
+    run_ranks(1, train_all, digits, [(folder / name, layer) for name, layer in alone])
     spread = {**settings, "parallel": {"expert": 2}}
-    run_ranks(2, train, digits, [(folder / "two", spread), (folder / "ddpm2", {**spread, **ddpm})])
+    run_ranks(2, train_all, digits, [(folder / "two", spread), (folder / "ddpm2", {**spread, **ddpm})])
     return folder
 
 

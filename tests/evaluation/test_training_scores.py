@@ -10,40 +10,20 @@ import pytest
 import torch
 
 from diffmoe_dist import load_model
-from diffmoe_dist.config import check_world
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.metrics import Moments, Statistics, frechet_distance
 from diffmoe_dist.evaluation.training_scores import open_training_scores
-from diffmoe_dist.launch import Launch
 from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.generate import SamplerSettings, generate, to_uint8
 from tests.distributed import run_ranks
-from tests.engine.runs import metrics, tiny_config
+from tests.engine.runs import metrics, tiny_config, train_all
 from tests.evaluation.colours import colours
 
 COLOURS = "tests.evaluation.colours:colours"
 DIGITS = ClassLabels(range(10), 10)
 CPU = torch.device("cpu")
-
-
-def train(rank: int, world_size: int, digits: Path, jobs: list[tuple[Path, dict[str, Any]]]) -> None:
-    from diffmoe_dist.data.open import open_data
-    from diffmoe_dist.engine.build import build_trainer
-    from diffmoe_dist.engine.resume import find_start
-    from diffmoe_dist.parallel.expert_parallel import create_topology
-
-    for run_dir, settings in jobs:
-        config = tiny_config(run_dir, digits, settings)
-        check_world(config, world_size)
-        topology = create_topology(Launch(rank, world_size, rank, "environment"), CPU, config.parallel.expert)
-        index = open_data(config)
-        start = find_start(config, index, world_size)
-        scores = open_training_scores(config, DIGITS, CPU)
-        trainer = build_trainer(config, topology, index, start, lambda model: None, None, scores)  # type: ignore
-        trainer.train()
-        trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +44,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path, reference: Path
         "score": {"every": 2, "num": 21, "features": COLOURS, "reference": str(reference)},
         "sample": {"steps": 3, "cfg_scale": 1.5},
     }
-    run_ranks(1, train, digits, [(folder / "alone", settings), (folder / "without", {"train": {"steps": 4}})])
-    run_ranks(2, train, digits, [(folder / "two", {**settings, "parallel": {"expert": 2}})])
+    run_ranks(1, train_all, digits, [(folder / "alone", settings), (folder / "without", {"train": {"steps": 4}})])
+    run_ranks(2, train_all, digits, [(folder / "two", {**settings, "parallel": {"expert": 2}})])
     return folder
 
 
@@ -95,7 +75,7 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
 
 def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference: Path, tmp_path: Path) -> None:
     def open_scores(**score: Any) -> None:
-        open_training_scores(tiny_config(Path("r"), digits, {"score": score}), DIGITS, CPU)
+        open_training_scores(tiny_config(Path("r"), digits, {"score": score}), DIGITS, lambda images: images, CPU)
 
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3), extractor=np.array(COLOURS))
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((9, 8, 8, 1), dtype=np.uint8))
@@ -114,4 +94,3 @@ def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference:
     ):
         with pytest.raises(UserError, match=message):
             open_scores(**wrong)
-    assert open_training_scores(tiny_config(Path("r"), digits), DIGITS, CPU) is None
