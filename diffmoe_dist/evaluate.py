@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import make_writable, write_json
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.sampling.settings import (
     PROMPTS_NAME,
@@ -40,8 +41,9 @@ features, precision and recall, against a reference made with it. --clip takes t
 transformers writes it, and scores how well images fit their prompts (prompts.jsonl beside them), with or without a
 reference.
 
-With a run or a checkpoint as --samples the images are drawn first, into the folder of --out. The result says how the
-samples were drawn where a sampling.json beside them does. A score of other than 50,000 samples carries their number.
+With a run or a checkpoint as --samples the images are sampled first, into the folder of --out, by the options of
+diffmoe_dist.sample, whose --batch-size is --sampling-batch-size here. The result says how they were sampled, as far as
+a sampling.json beside them does. A score of other than 50,000 samples carries their number.
 """
 CLIP_FILES = (
     ("*.safetensors",),
@@ -93,47 +95,61 @@ def parse() -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse options that are missing, or have no effect beside others, before torch is imported."""
-    given = {name for name, value in vars(arguments).items() if value is not None}
-    needed: tuple[str, ...]
-    useless: tuple[str, ...]
     compared = ("reference",) if arguments.clip is None else ()
-    samples_run = not arguments.make_reference and arguments.samples and Path(arguments.samples).is_dir()
     if arguments.make_reference:
-        needed, useless = ("shards",), ("samples", "reference", "clip", "out")
         purpose = "--make-reference"
-    elif samples_run:
-        counted = () if arguments.prompts or arguments.prompt else ("num",)  # else one for each prompt
-        needed, useless = (*compared, *counted, "out"), ("shards",)
+        _check_given(arguments, purpose, needed=("shards",), useless=("samples", "reference", "clip", "out"))
+    elif samples_run(arguments):
         purpose = f"--samples {arguments.samples} (a folder)"
-    else:
-        needed, useless = ("samples", *compared), ("shards",)
-        purpose = f"--samples {arguments.samples} (a file)" if arguments.samples else "scoring"
-    for name in needed:
-        if name not in given:
-            raise UserError(f"{_option(name)} is missing: {purpose} needs it; see diffmoe_dist.evaluate --help")
-    for name in useless:
-        if name in given:
-            raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect with {purpose}; leave it out")
-    if samples_run:
+        counted = () if arguments.prompts or arguments.prompt else ("num",)  # else one for each prompt
+        _check_given(arguments, purpose, needed=(*compared, *counted, "out"), useless=("shards",))
         settings_from(arguments, arguments.samples).check()
     else:
+        purpose = f"--samples {arguments.samples} (a file)" if arguments.samples else "scoring"
+        _check_given(arguments, purpose, needed=("samples", *compared), useless=("shards",))
+    if not samples_run(arguments):
         refuse_sampling_options(arguments, purpose)
-    extractors = sorted({"inception", "features"} & given)
-    if arguments.make_reference or arguments.reference:
-        if len(extractors) != 1:
-            raise UserError("give --inception FILE.pth or --features FILE.pt2|module:callable, one of them")
-    elif extractors:
-        name = extractors[0]
-        raise UserError(f"{_option(name)} {vars(arguments)[name]} has no effect without --reference; leave it out")
+    _check_extractor(arguments)
     if arguments.clip is not None:
-        wanted = "a whole CLIP, both of its towers"
-        check_model_folder(arguments.clip, f"--clip {arguments.clip}", wanted, ("clip",), files=CLIP_FILES)
-        if Path(arguments.samples).is_file():
-            _prompts_beside(Path(arguments.samples))
-        elif samples_run and not (arguments.prompts or arguments.prompt):
-            raise UserError(f"--clip {arguments.clip}: scores images and their prompts; give --prompts to sample from")
+        _check_clip(arguments)
     if arguments.scoring_batch_size < 1:
         raise UserError(f"--batch-size {arguments.scoring_batch_size}: choose at least 1")
+
+
+def samples_run(arguments: argparse.Namespace) -> bool:
+    """Whether the images are to be sampled first, from a run or a checkpoint."""
+    return not arguments.make_reference and arguments.samples is not None and Path(arguments.samples).is_dir()
+
+
+def _check_given(
+    arguments: argparse.Namespace, purpose: str, needed: tuple[str, ...], useless: tuple[str, ...]
+) -> None:
+    for name in needed:
+        if getattr(arguments, name) is None:
+            raise UserError(f"{_option(name)} is missing: {purpose} needs it; see diffmoe_dist.evaluate --help")
+    for name in useless:
+        value = getattr(arguments, name)
+        if value is not None:
+            raise UserError(f"{_option(name)} {value} has no effect with {purpose}; leave it out")
+
+
+def _check_extractor(arguments: argparse.Namespace) -> None:
+    given = [name for name in ("features", "inception") if getattr(arguments, name) is not None]
+    if arguments.make_reference or arguments.reference:
+        if len(given) != 1:
+            raise UserError("give --inception FILE.pth or --features FILE.pt2|module:callable, one of them")
+    elif given:
+        value = getattr(arguments, given[0])
+        raise UserError(f"{_option(given[0])} {value} has no effect without --reference; leave it out")
+
+
+def _check_clip(arguments: argparse.Namespace) -> None:
+    folder, samples = arguments.clip, Path(arguments.samples)
+    check_model_folder(folder, f"--clip {folder}", "a whole CLIP, both of its towers", ("clip",), files=CLIP_FILES)
+    if samples.is_file():
+        _prompts_beside(samples)
+    elif samples_run(arguments) and not (arguments.prompts or arguments.prompt):
+        raise UserError(f"--clip {folder}: scores images and their prompts; give --prompts to sample from")
 
 
 def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
@@ -152,12 +168,11 @@ def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: t
 
 
 def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
-    from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
+    from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, prompts_of_images
     from diffmoe_dist.evaluation.extractors import open_extractor
     from diffmoe_dist.evaluation.image_sources import NpzImages
     from diffmoe_dist.evaluation.reference import read_reference
     from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
-    from diffmoe_dist.files import write_json
 
     extractor = reference = clip = record = None
     if arguments.reference:
@@ -168,12 +183,12 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     path = Path(arguments.samples)
     out = arguments.out or path.with_name("scores.json")
     _check_writable(out, "--out")
-    if path.is_dir():
-        path = draw_samples(arguments, out.parent, launch, device)
+    if samples_run(arguments):
+        path = sample_run(arguments, out.parent, launch, device)
     samples = NpzImages(path)
     if clip:  # before anything is scored
         prompts_file = _prompts_beside(path)
-        prompts = read_prompts(prompts_file, samples.num_images)
+        prompts = prompts_of_images(prompts_file, samples.num_images)
     options = {"batch_size": arguments.scoring_batch_size, "rank": launch.rank, "ranks": launch.world_size}
     scores = {}
     if reference and extractor:
@@ -188,8 +203,8 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     return f"{table(result)}\nresult: {out}\n"
 
 
-def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:
-    """Draw the images of a run into a folder, on all ranks; collective."""
+def sample_run(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:
+    """Sample the images of a run into a folder, on all ranks; collective."""
     from diffmoe_dist.sampling.job import sample_to_folder
 
     settings = settings_from(arguments, arguments.samples)
@@ -200,17 +215,12 @@ def draw_samples(arguments: argparse.Namespace, folder: Path, launch: Launch, de
 def _prompts_beside(samples: Path) -> Path:
     path = samples.with_name(PROMPTS_NAME)
     if not path.is_file():
-        raise UserError(f"--samples {samples}: no {PROMPTS_NAME} beside it; draw with diffmoe_dist.sample --prompts")
+        raise UserError(f"--samples {samples}: no {PROMPTS_NAME} beside it; sample with diffmoe_dist.sample --prompts")
     return path
 
 
 def _check_writable(path: Path, option: str) -> None:
-    from diffmoe_dist.files import make_writable
-
-    try:
-        make_writable(path.parent)
-    except OSError as error:
-        raise UserError(f"{option} {path}: its folder cannot be written ({error.strerror}); choose another") from None
+    make_writable(path.parent, f"the folder of {option} {path}")
     if path.is_dir():
         raise UserError(f"{option} {path}: that is a folder; give the name of a file")
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from diffmoe_dist.errors import UserError
+
 PARTIAL = ".partial"  # at the end of a file's name while it is written
 
 
@@ -58,11 +60,21 @@ def flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_writable(folder: Path) -> None:
-    """Make a folder and prove that files can be written there. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def make_writable(folder: Path, named: str) -> None:
+    """Make a folder and prove that files can be written there.
+
+    Args:
+        named: how the user named the folder, as `--out FOLDER`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{named}: cannot be written ({error.strerror}); choose another") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -59,7 +59,7 @@ def main() -> None:
     points = search_thresholds(settings, thresholds, arguments.out, score, device, launch)
     stop_process_group()
     if launch.rank == 0:
-        picture = write_points(points, arguments.out)
+        figure = write_points(points, arguments.out)
         sys.stdout.write(format_table(points))
         best = best_point(points)
         what = "largest C" if score is None else "best score"
@@ -67,7 +67,7 @@ def main() -> None:
         sys.stdout.write(f"{what} at C <= 1:  {found}\n")
         if score is None:
             sys.stdout.write("no --score was given: the images were not judged\n")
-        sys.stdout.write(f"picture:         {picture}\n")
+        sys.stdout.write(f"figure:          {figure}\n")
 
 
 def read_thresholds(text: str) -> list[float]:

@@ -35,10 +35,7 @@ def prepare_run_dir(config: Config) -> None:
     Raises:
         UserError: it cannot be made or written to.
     """
-    try:
-        make_writable(Path(str(config.run_dir)))
-    except OSError as error:
-        raise UserError(f"run_dir={config.run_dir}: cannot be written ({error.strerror}); choose another") from None
+    make_writable(Path(str(config.run_dir)), f"run_dir={config.run_dir}")
 
 
 class Claim(Protocol):

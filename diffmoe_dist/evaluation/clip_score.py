@@ -1,4 +1,4 @@
-"""CLIPScore: how well images fit the prompts that they were drawn from, by the cosine of CLIP's two embeddings.
+"""CLIPScore: how well images fit the prompts that they were sampled from, by the cosine of CLIP's two embeddings.
 
 The score is the mean over images of 100 * max(cos(image, prompt), 0), as torchmetrics defines it. (Its code takes the
 maximum of the mean, which is the same where no cosine is negative.) Hessel et al. (2021) define 2.5 * max(cos, 0): this
@@ -9,7 +9,6 @@ Shape legend: N images, C channels, H, W image size.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffmoe_dist.data.encoding import model_sha256
+from diffmoe_dist.data.prompts import read_prompts
 from diffmoe_dist.data.text_encoder import without_loading_bar
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.image_sources import ImageSource
-from diffmoe_dist.evaluation.scores import add_up, share
+from diffmoe_dist.evaluation.scores import add_up, rows_of_rank
 from diffmoe_dist.logs import logger
 
 
@@ -68,7 +68,7 @@ def open_clip(folder: Path, device: torch.device) -> Clip:
     """A CLIP from a local folder.
 
     Raises:
-        UserError: it does not load, lacks weights, or its pictures are of another size than its weights are for.
+        UserError: it does not load, lacks weights, or its images are of another size than its weights are for.
     """
     try:
         # Pillow's resizing is that of CLIP's authors; the processor of the plain name would need torchvision.
@@ -108,28 +108,16 @@ def open_clip(folder: Path, device: torch.device) -> Clip:
     return clip
 
 
-def read_prompts(path: Path, num_images: int) -> list[str]:
-    """The prompt of each image, from the `prompts.jsonl` that sampling writes: a JSON object a line.
+def prompts_of_images(path: Path, num_images: int) -> list[str]:
+    """The prompt of each image, from the `prompts.jsonl` that sampling writes.
 
     Raises:
-        UserError: a line has no prompt, or there are more or fewer lines than images.
+        UserError: a line has no prompt, or there are more or fewer prompts than images.
     """
-    try:
-        lines = path.read_bytes().rstrip(b"\n").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); draw the images again") from None
-    if len(lines) != num_images:
-        raise UserError(f"{path}: has {len(lines)} lines for {num_images} images; draw the images again")
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise UserError(f'{path} line {number}: no prompt; each line is a JSON object with a "prompt"')
-        prompts.append(prompt)
-    return prompts
+    prompts = read_prompts(path, "prompts of --samples")
+    if len(prompts) != num_images:
+        raise UserError(f"{path}: has {len(prompts)} prompts for {num_images} images; sample the images again")
+    return [prompt.text for prompt in prompts]
 
 
 def clip_score(
@@ -141,10 +129,10 @@ def clip_score(
         UserError: CLIP returned numbers that are not finite.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=clip.device)  # of the scores, and prompts that were cut
-    rows = share(samples.num_images, rank, ranks)
+    rows = rows_of_rank(samples.num_images, rank, ranks)
     done = rows.start
     hidden = rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(rows), unit="image", desc=f"CLIPScore (1 of {ranks} shares)", disable=hidden) as bar:
+    with tqdm(total=len(rows), unit="image", desc=f"CLIPScore (1 of {ranks} ranks)", disable=hidden) as bar:
         for images in samples.batches(rows, batch_size):
             of_batch = prompts[done : done + len(images)]
             sums[0] += 100 * clip.cosines(images, of_batch).clamp(min=0).sum()

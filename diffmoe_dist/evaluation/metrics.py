@@ -68,11 +68,11 @@ class ClassSums:
         self.of_splits.index_add_(0, split_N, row)
 
     def score(self) -> float:
-        """exp of the mean divergence of p(class | image) from p(class), averaged over the splits (Salimans 2016)."""
+        """exp of the mean KL divergence of p(class | image) from p(class), averaged over the splits (Salimans 2016)."""
         count, negative_entropy, p_K = self.of_splits.split([1, 1, self.of_splits.shape[1] - 2], dim=1)
         marginal_K = p_K / count
-        divergence = (negative_entropy / count).squeeze(1) - torch.xlogy(marginal_K, marginal_K).sum(dim=1)
-        return float(divergence.exp().mean())
+        kl = (negative_entropy / count).squeeze(1) - torch.xlogy(marginal_K, marginal_K).sum(dim=1)
+        return float(kl.exp().mean())
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:

@@ -1,4 +1,4 @@
-"""Scores of samples against a reference on all ranks: each takes a share of the images, one reduction adds the sums up.
+"""Scores of samples against a reference on all ranks: each takes a part of the images, one reduction adds the sums up.
 
 Features themselves travel only for precision and recall, which compare every image with every other.
 
@@ -38,15 +38,17 @@ FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
 # What scores depend on beside the weights, under the names of sampling.json
 SAMPLING_FACTS = (
     "checkpoint", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "one_pass", "decoder",
-    "batch_size", "inference", "capacity", "parameters", "activated_parameters", "seed", "uint8_rule",
+    "batch_size", "inference", "recalibrate", "capacity", "nfe", "parameters", "activated_parameters", "seed",
+    "uint8_rule",
 )  # fmt: skip
-PROMPT_FACTS = ("num_prompts", "negative_prompt", "text_encoder_sha256")  # where there are prompts, else labels
+CLASS_FACTS = ("labels", "classes")
+PROMPT_FACTS = ("num_prompts", "negative_prompt", "text_encoder_sha256")
 NOT_RECORDED = "not recorded"
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Of all images on all ranks; `features_NF` are those of this rank's share."""
+    """Of all images on all ranks; `features_NF` are those of this rank's part."""
 
     pooled: Moments
     spatial: Moments | None
@@ -54,7 +56,7 @@ class Collected:
     features_NF: Tensor
 
 
-def share(num: int, rank: int, ranks: int) -> range:
+def rows_of_rank(num: int, rank: int, ranks: int) -> range:
     """The rows of this rank: consecutive, and as many as others have, give or take one."""
     return range(rank * num // ranks, (rank + 1) * num // ranks)
 
@@ -68,17 +70,17 @@ def collect(
         what: they are, for the progress bar.
         keep: the features too, and not their sums alone.
     """
-    one = extractor(next(source.batches(range(1), 1)))  # how wide the features are, also for a rank without a share
+    one = extractor(next(source.batches(range(1), 1)))  # how wide the features are, also for a rank without images
     pooled = Moments(one.pooled_NF.shape[1], extractor.device)
     spatial = None if one.spatial_NF is None else Moments(one.spatial_NF.shape[1], extractor.device)
     classes = None
     if one.classes_NK is not None:
         classes = ClassSums(source.num_images, one.classes_NK.shape[1], extractor.device)
     kept = [one.pooled_NF[:0].float()]
-    rows = share(source.num_images, rank, ranks)
+    rows = rows_of_rank(source.num_images, rank, ranks)
     done = rows.start
     hidden = rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(rows), unit="image", desc=f"{what} (1 of {ranks} shares)", disable=hidden) as bar:
+    with tqdm(total=len(rows), unit="image", desc=f"{what} (1 of {ranks} ranks)", disable=hidden) as bar:
         for images in source.batches(rows, batch_size):
             features = extractor(images)
             pooled.add(features.pooled_NF)
@@ -133,9 +135,9 @@ def score(
 
 
 def precision_recall(features_RF: Tensor, features_SF: Tensor, rank: int, ranks: int) -> tuple[float, float]:
-    """The share of samples in the references' manifold, and of references in the samples'; collective.
+    """The part of samples in the references' manifold, and of references in the samples'; collective.
 
-    Every rank has all features and compares its share of rows with all others.
+    Every rank has all features and compares its part of the rows with all others.
     """
     # Distances do not change, and what is squared and subtracted in fp32 becomes small.
     centre_F = features_RF.mean(dim=0)
@@ -152,14 +154,14 @@ def precision_recall(features_RF: Tensor, features_SF: Tensor, rank: int, ranks:
 
 
 def gather_rows(mine_NF: Tensor, num: int, rank: int, ranks: int) -> Tensor:
-    """All ranks' shares of `num` rows in their order, on every rank; collective."""
+    """All ranks' parts of `num` rows in their order, on every rank; collective."""
     longest = -(-num // ranks)
     padded = mine_NF.new_zeros(longest, mine_NF.shape[1])
     padded[: len(mine_NF)] = mine_NF
     everyone = padded.new_empty(ranks * longest, mine_NF.shape[1])
     all_gather(everyone, padded)
     parts = everyone.split(longest)
-    return torch.cat([part[: len(share(num, owner, ranks))] for owner, part in enumerate(parts)])
+    return torch.cat([part[: len(rows_of_rank(num, owner, ranks))] for owner, part in enumerate(parts)])
 
 
 def add_up(sums: Sequence[Tensor]) -> None:
@@ -224,7 +226,7 @@ def build_result(
         result |= {"extractor": describe(extractor), "neighbours": NEIGHBOURS}
     if clip is not None:
         result["clip"] = clip
-    facts = [*SAMPLING_FACTS, *(PROMPT_FACTS if "prompts" in recorded else ("labels",))]
+    facts = [*SAMPLING_FACTS, *(PROMPT_FACTS if "prompts" in recorded else CLASS_FACTS)]
     return {**result, "sampling": {name: recorded.get(name, NOT_RECORDED) for name in facts}}
 
 
@@ -257,13 +259,19 @@ def table(result: dict[str, Any]) -> str:
         (f"{titles[key.rpartition('_')[0]]} of {num:,} samples", f"{value:.4f}")
         for key, value in result["scores"].items()
     ]
-    lines += list(result["sampling"].items())
-    if (
-        reference is not None and num != FULL_SAMPLES
-    ):  # a mean of each image's own score does not shift with their number
+    lines += [(name, _readable(value)) for name, value in result["sampling"].items()]
+    # A mean of each image's own score, as CLIP's, does not shift with the number of images.
+    if reference is not None and num != FULL_SAMPLES:
         lines.append(("note", f"scores of {num:,} samples do not compare with those of {FULL_SAMPLES:,}"))
     width = max(len(title) for title, _ in lines)
     return "".join(f"{title:<{width}}  {value}\n" for title, value in lines)
+
+
+def _readable(value: Any) -> str:
+    """A fact for a table: four significant digits, lists without brackets."""
+    if isinstance(value, list):
+        return " ".join(map(_readable, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _check_width(moments: Moments, stored: Statistics, reference: Reference) -> None:
@@ -275,7 +283,7 @@ def _check_width(moments: Moments, stored: Statistics, reference: Reference) -> 
 
 
 def _slice(x: Tensor, rank: int, ranks: int) -> slice:
-    rows = share(len(x), rank, ranks)
+    rows = rows_of_rank(len(x), rank, ranks)
     return slice(rows.start, rows.stop)
 
 

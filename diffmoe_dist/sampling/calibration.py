@@ -1,7 +1,7 @@
 """Capacity thresholds for averaged weights.
 
 Training moves the thresholds with the weights it trains; the averaged weights have another capacity predictor, which
-those thresholds do not fit exactly. A few batches of training data tell the thresholds at which the averaged model has
+those thresholds do not fit exactly. A few batches of training data give the thresholds at which the averaged model has
 the capacity that it was trained for.
 """
 

@@ -70,16 +70,9 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
         UserError: there is no such checkpoint, its model makes latents and no decoder is given, a setting is not for
             it, or `out` belongs to another job.
     """
-    check_folder(Path(out))
-    run_job(settings, open_source(settings, device, launch), Path(out), launch)
-
-
-def check_folder(out: Path) -> None:
-    """Raises UserError where nothing can be written to `out`."""
-    try:
-        make_writable(out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+    out = Path(out)
+    make_writable(out, f"--out {out}")
+    run_job(settings, open_source(settings, device, launch), out, launch)
 
 
 def open_source(settings: SamplingSettings, device: torch.device, launch: Launch) -> Source:

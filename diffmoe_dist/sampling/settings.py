@@ -96,6 +96,67 @@ class SamplingSettings:
             raise UserError("--geneval needs --prompts, a file such as GenEval's evaluation_metadata.jsonl")
 
 
+def read_classes(text: str) -> tuple[int, ...]:
+    """'1,2,3' to (1, 2, 3)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--classes {text}: expected numbers with commas between them, such as 1,2,3") from None
+
+
+_FLAG: dict[str, Any] = {"action": "store_true", "default": None}
+_FOLDER: dict[str, Any] = {"metavar": "DIR"}
+# What argparse needs to know of the option of each field.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "num": {"type": int, "metavar": "N", "help": "how many images (default with prompts: one of each)"},
+    "steps": {"type": int, "metavar": "N", "help": "sampler steps (default 50; dopri5 chooses its own)"},
+    "seed": {"type": int, "metavar": "N", "help": "of the noise and of random labels (default 0)"},
+    "sampler": {
+        "choices": SAMPLERS,
+        "help": "for objective.name=flow: euler (its default), heun (two NFE a step), dopri5 (adaptive, images of a "
+        "batch share their steps); for ddpm: ddpm (its default), ddim, dpm-solver++",
+    },
+    "cfg_scale": {
+        "type": float,
+        "metavar": "SCALE",
+        "help": "scale of classifier-free guidance (CFG), 1: none (default)",
+    },
+    "cfg_channels": {"choices": ["all", "3"], "help": "which are guided (default all; 3: as published DiT)"},
+    "cfg_interval": {
+        "type": float,
+        "nargs": 2,
+        "metavar": ("LO", "HI"),
+        "help": "guide at these times of the objective only",
+    },
+    "one_pass": {
+        **_FLAG,
+        "help": "guide with conditional and unconditional tokens in one batch, and so in one pool",
+    },
+    "labels": {"choices": ["balanced", "random"], "help": "the classes in turn (default) or random ones"},
+    "classes": {"type": read_classes, "metavar": "A,B,...", "help": "only these classes"},
+    "batch_size": {"type": int, "metavar": "N", "help": "images sampled together, a block (default 100)"},
+    "decoder": {**_FOLDER, "help": "the autoencoder of a model of latents (default: the run's sample.decoder)"},
+    "recalibrate": {
+        "type": int,
+        "metavar": "BATCHES",
+        "help": "first find the capacity thresholds of the averaged weights on this many batches of training data",
+    },
+    "prompts": {"metavar": "FILE", "help": "for a model conditioned on captions: .txt, .jsonl, or encoded .npz"},
+    "prompt": {"metavar": "TEXT", "help": "or one prompt"},
+    "negative_prompt": {"metavar": "TEXT", "help": "what guidance moves away from (default: the empty caption)"},
+    "encoder": {**_FOLDER, "help": "local folder of the text encoder that the model was trained with"},
+    "tokenizer": {**_FOLDER, "help": "and of its tokenizer, where it lies elsewhere"},
+    "geneval": {**_FLAG, "help": "also write the images into the folder geneval as GenEval reads them"},
+    "expert": {"type": int, "metavar": "RANKS", "help": "ranks that one set of experts is sharded over (default 1)"},
+    "png": {**_FLAG, "help": "also write every image as png/NUMBER.png"},
+    "overrides": {
+        "nargs": "*",
+        "metavar": "key=value",
+        "help": "another moe.inference or moe.constant_threshold; other data.shards, data.latents, data.text, ...",
+    },
+}
+
+
 def add_sampling_options(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup,
     *,
@@ -104,71 +165,21 @@ def add_sampling_options(
 ) -> None:
     """Add an option for each field of `SamplingSettings` but `checkpoint`; `settings_from` reads them.
 
-    Every default is None, so that a command can tell what was given.
+    Every default is None, so that a command can see what was given.
 
     Args:
         leave_out: fields that have no effect in this command.
         batch_size_option: where `--batch-size` has another meaning.
     """
-
-    def add(*names: str, **options: Any) -> None:
-        if names[0].lstrip("-").replace("-", "_") not in leave_out:
-            parser.add_argument(*names, **options)
-
     parser.set_defaults(batch_size_option=batch_size_option)
-    add("--num", "--num-images", type=int, help="how many images (default with prompts: one of each)")
-    add("--steps", type=int, help="sampler steps (default 50; dopri5 chooses its own)")
-    add("--seed", type=int, help="of the noise and of random labels (default 0)")
-    add(
-        "--sampler",
-        choices=SAMPLERS,
-        help="for objective.name=flow: euler (its default), heun (two NFE a step), dopri5 (adaptive, images of a batch "
-        "share their steps); for ddpm: ddpm (its default), ddim, dpm-solver++",
-    )
-    add("--cfg-scale", type=float, help="scale of classifier-free guidance (CFG), 1: none (default)")
-    add("--cfg-channels", choices=["all", "3"], help="which are guided (default all; 3: as published DiT)")
-    add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide at these times of the objective only")
-    add(
-        "--one-pass",
-        action="store_true",
-        default=None,
-        help="guide with conditional and unconditional tokens in one batch, and so in one pool",
-    )
-    add("--labels", choices=["balanced", "random"], help="the classes in turn (default) or random ones")
-    add("--classes", type=read_classes, metavar="A,B,...", help="only these classes")
-    add(
-        batch_size_option,
-        dest="batch_size",
-        type=int,
-        metavar="N",
-        help="images sampled together, a block (default 100)",
-    )
-    add("--decoder", metavar="DIR", help="the autoencoder of a model of latents (default: the run's sample.decoder)")
-    add(
-        "--recalibrate",
-        type=int,
-        metavar="BATCHES",
-        help="first find the capacity thresholds of the averaged weights on this many batches of training data",
-    )
-    add("--prompts", metavar="FILE", help="for a model conditioned on captions: .txt, .jsonl, or encoded .npz")
-    add("--prompt", metavar="TEXT", help="or one prompt")
-    add("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: the empty caption)")
-    add("--encoder", metavar="DIR", help="local folder of the text encoder that the model was trained with")
-    add("--tokenizer", metavar="DIR", help="and of its tokenizer, where it lies elsewhere")
-    add(
-        "--geneval",
-        action="store_true",
-        default=None,
-        help="also write the images into the folder geneval as GenEval reads them",
-    )
-    add("--expert", type=int, metavar="RANKS", help="ranks that one set of experts is sharded over (default 1)")
-    add("--png", action="store_true", default=None, help="also write every image as png/NUMBER.png")
-    add(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="another moe.inference or moe.constant_threshold; other data.shards, data.latents, data.text, ...",
-    )
+    other_names = {"num": ["--num", "--num-images"], "batch_size": [batch_size_option]}
+    for name, options in _OPTIONS.items():
+        if name in leave_out:
+            continue
+        if name == "overrides":
+            parser.add_argument(name, **options)
+        else:
+            parser.add_argument(*other_names.get(name, [_option(name)]), dest=name, **options)
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -207,14 +218,6 @@ def refuse_sampling_options(arguments: argparse.Namespace, beside: str, allowed:
     for name, value in given_options(arguments).items():
         if name not in allowed:
             raise UserError(f"{_as_written(arguments, name, value)} has no effect with {beside}; leave it out")
-
-
-def read_classes(text: str) -> tuple[int, ...]:
-    """'1,2,3' to (1, 2, 3)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--classes {text}: expected numbers with commas between them, such as 1,2,3") from None
 
 
 def _as_written(arguments: argparse.Namespace, name: str, value: Any) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from diffmoe_dist.engine.weights import read_settings
-from diffmoe_dist.files import write_json
+from diffmoe_dist.files import make_writable, write_json
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.logs import logger
-from diffmoe_dist.sampling.job import check_folder, open_source, run_job
+from diffmoe_dist.sampling.job import open_source, run_job
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def search_thresholds(
         config = read_settings(source.checkpoint, here.overrides)
         for layer in source.model.moe_layers:
             layer.router.settings = config.moe  # type: ignore[assignment]
-        check_folder(folder)
+        make_writable(folder, f"--out {out}")
         run_job(here, replace(source, config=config), folder, launch)
         if launch.rank == 0:
             capacity = json.loads((folder / "sampling.json").read_text())["capacity"]

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, read_prompts
+from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, prompts_of_images
 from diffmoe_dist.evaluation.image_sources import NpzImages
 from tests.commands import run, start
 from tests.distributed import run_ranks
@@ -128,7 +128,7 @@ def score_on_rank(rank: int, ranks: int, clip_folder: Path, folder: Path, names:
     logging.getLogger("diffmoe_dist").addHandler(handler)
     for name in names:
         samples = NpzImages(folder / name / "samples.npz")
-        prompts = read_prompts(folder / name / "prompts.jsonl", samples.num_images)
+        prompts = prompts_of_images(folder / name / "prompts.jsonl", samples.num_images)
         of_all = clip_score(samples, prompts, clip, **options)
         found[name] = of_all.score, of_all.cut, list(warnings)
         warnings.clear()
@@ -208,10 +208,10 @@ def test_gray_images_are_scored_as_if_they_had_three_equal_channels(clip_folder:
 
 
 LINES = {
-    "has 2 lines for 3 images": '{"prompt": "a"}\n{"prompt": "b"}\n',
-    'line 2: no prompt; each line is a JSON object with a "prompt"': '{"prompt": "a"}\n{"tag": "b"}\n{"prompt": "c"}\n',
-    "line 3: no prompt": '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"\n',
-    "line 1: no prompt": '["prompt"]\n{"prompt": "b"}\n{"prompt": "c"}\n',
+    "has 2 prompts for 3 images": '{"prompt": "a"}\n{"prompt": "b"}\n',
+    "line 2: is no object with a string `prompt`; correct the line": '{"prompt": "a"}\n{"tag": "b"}\n{"prompt": "c"}\n',
+    "line 3: is no JSON": '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"\n',
+    "line 1: is no object with a string `prompt`": '["prompt"]\n{"prompt": "b"}\n{"prompt": "c"}\n',
 }
 
 
@@ -219,14 +219,14 @@ LINES = {
 def test_prompts_that_are_not_those_of_the_images_are_refused(tmp_path: Path, message: str) -> None:
     (tmp_path / "prompts.jsonl").write_text(LINES[message])
     with pytest.raises(UserError, match=f"prompts.jsonl:? {message}"):
-        read_prompts(tmp_path / "prompts.jsonl", 3)
+        prompts_of_images(tmp_path / "prompts.jsonl", 3)
 
 
 def test_a_prompt_may_hold_any_character(tmp_path: Path) -> None:
     prompts = ["two\nlines", "a line\u2028separator", "größer", ""]
     lines = "\n".join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts)
     (tmp_path / "prompts.jsonl").write_text(lines, encoding="utf-8")
-    assert read_prompts(tmp_path / "prompts.jsonl", 4) == prompts
+    assert prompts_of_images(tmp_path / "prompts.jsonl", 4) == prompts
 
 
 def test_weights_that_do_not_load_or_fit_are_refused(clip_folder: Path, tmp_path: Path) -> None:
@@ -282,7 +282,11 @@ def test_the_command_scores_prompts_on_two_ranks_alone_and_on_one_beside_a_refer
 
 
 WITHOUT = {  # what is taken away, and what else is given
-    "prompts": (("SAMPLES/prompts.jsonl",), (), "no prompts.jsonl beside it; draw with diffmoe_dist.sample --prompts"),
+    "prompts": (
+        ("SAMPLES/prompts.jsonl",),
+        (),
+        "no prompts.jsonl beside it; sample with diffmoe_dist.sample --prompts",
+    ),
     "samples": (("SAMPLES/samples.npz",), (), "samples.npz: cannot be read"),
     "a configuration": (
         ("CLIP/config.json",),

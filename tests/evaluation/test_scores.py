@@ -19,7 +19,7 @@ from diffmoe_dist.evaluation.extractors import Extractor, Features, open_extract
 from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import frechet_distance
 from diffmoe_dist.evaluation.reference import REFERENCE_IMAGES, read_reference
-from diffmoe_dist.evaluation.scores import build_result, collect, count_name, make_reference, score, share, table
+from diffmoe_dist.evaluation.scores import build_result, collect, count_name, make_reference, rows_of_rank, score, table
 from tests.commands import run, start
 from tests.distributed import run_ranks
 from tests.evaluation.colours import colours
@@ -117,7 +117,7 @@ def inside(centres: list[list[float]], points: list[list[float]]) -> list[bool]:
 
 def test_every_image_is_one_ranks() -> None:
     for num, ranks in ((10, 3), (2, 4), (50_000, 7)):
-        rows = [share(num, rank, ranks) for rank in range(ranks)]
+        rows = [rows_of_rank(num, rank, ranks) for rank in range(ranks)]
         assert [row for part in rows for row in part] == list(range(num))
         assert max(map(len, rows)) - min(map(len, rows)) <= 1
 
@@ -159,6 +159,19 @@ def test_a_result_tells_how_the_samples_were_drawn_and_what_nobody_recorded(fold
     assert "FID of 61 " in text and "FID-50K" not in text and "fid_50k" not in text
     assert "scores of 61 samples do not compare with those of 50,000" in text
     assert [line.split()[-2:] for line in text.splitlines() if line.startswith("decoder")] == [["not", "recorded"]]
+
+
+def test_the_table_rounds_for_people_what_the_result_has_in_full(folder: Path) -> None:
+    capacity = 0.8117350243031979
+    record = {"num": 61, "capacity": capacity, "cfg_interval": [0.25, 1.0], "classes": [1, 20], "nfe": 50.0}
+    result = result_of(folder, {**record, "parameters": 1234567, "one_pass": False, "seed": 7})
+    assert result["sampling"]["capacity"] == capacity
+    shown = dict(line.split("  ", 1) for line in table(result).splitlines())
+    facts = {name: shown[name].strip() for name in ("capacity", "cfg_interval", "classes", "nfe", "parameters")}
+    assert facts == {
+        "capacity": "0.8117", "cfg_interval": "0.25 1", "classes": "1 20", "nfe": "50", "parameters": "1234567",
+    }  # fmt: skip
+    assert (shown["one_pass"].strip(), shown["seed"].strip()) == ("False", "7")
 
 
 @pytest.mark.parametrize("record", [{"num": 62, "sampler": "euler"}, ["euler"], None])
