@@ -27,7 +27,7 @@ import torch
 
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
-from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.config import Config, build_config, for_world
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.engine.build import build_trainer
 from diffmoe_dist.engine.resume import find_start
@@ -52,7 +52,7 @@ def settings(folder: Path, micro_batch: int, device: str) -> Config:
 
 
 def make_trainer(config: Config) -> Trainer:
-    check_world(config, 1)
+    config = for_world(config, 1)
     device = choose_device(config.device, detect_launch())
     index = open_data(config)
     launch = start_process_group(device)

@@ -45,10 +45,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffmoe_dist.config.routers.global_pool import Settings
 from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
-from diffmoe_dist.model.routers.global_pool import Settings
 from diffmoe_dist.model.routing import LocalPool
 
 MLP_RATIO = 4

@@ -63,9 +63,9 @@ def dry_run(config: Config, world_size: int) -> None:
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: choose at least 1")
 
-    from diffmoe_dist.config import check_world
+    from diffmoe_dist.config import for_world
 
-    check_world(config, world_size)
+    config = for_world(config, world_size)
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed need not look for a GPU
 
     from diffmoe_dist.engine.dry_run import build_on_meta
@@ -75,10 +75,10 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def train(config: Config, stop: StopSignals) -> int:
     """Returns the exit code."""
-    from diffmoe_dist.config import check_world
+    from diffmoe_dist.config import for_world
 
     launch = detect_launch()
-    check_world(config, launch.world_size)
+    config = for_world(config, launch.world_size)
 
     # torch and deepspeed take seconds to import; a mistake in the settings ends the run before.
     device = open_device(config, launch)
@@ -95,7 +95,7 @@ def train(config: Config, stop: StopSignals) -> int:
     data = open_data(config, device)
     periodic = open_periodic_jobs(config, data, device)
     prepare_run_dir(config)
-    run_dir = Path(str(config.run_dir))
+    run_dir = Path(config.run_dir)
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
     watchdog.set_deadline("start-up", SLOW_FACTOR)
     launch = start_process_group(device, collective_timeout(config.train.hang_timeout))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffmoe_dist.config import check_world, load_config, loss_weights
+from diffmoe_dist.config import for_world, load_config, loss_weights
 from diffmoe_dist.model.accounting import account
 from tests.machine import ROOT
 
@@ -65,4 +65,4 @@ def test_the_command_in_a_configurations_header_fits_its_ranks(name: str) -> Non
     path = FOLDER / f"{name}.yaml"
     (ranks, given, overrides) = re.findall(r"#   deepspeed --num_gpus (\d+) .*--config (\S+)(.*)", path.read_text())[0]
     assert Path(given).name == path.name
-    check_world(load_config(path, overrides.split()), int(ranks))
+    for_world(load_config(path, overrides.split()), int(ranks))

@@ -115,6 +115,14 @@ class TrainingData:
         return channels
 
     @property
+    def text_encoder_sha256(self) -> str:
+        """The fingerprint of the encoder of the captions; empty: there are none."""
+        if self.encoders is not None and self.encoders.text is not None:
+            return self.encoders.text.sha256
+        text = self.datasets[0].text
+        return "" if text is None else text.spec.encoder_sha256
+
+    @property
     def read_size(self) -> int:
         """Height and width of what is read: of pixels, or of stored latents."""
         return self.image_size * (self.encoders.downsampling if self.encoders else 1)

@@ -15,7 +15,7 @@ from diffmoe_dist.errors import UserError
 
 
 def open_data(config: Config, device: torch.device | str = "cpu") -> TrainingData | StreamedData:
-    """Open the data and check that they fit the model; fill in `model.text_encoder_sha256`.
+    """Open the data and check that they fit the model.
 
     Args:
         device: where images and captions are encoded that are read unencoded.
@@ -27,10 +27,16 @@ def open_data(config: Config, device: torch.device | str = "cpu") -> TrainingDat
     model, settings = config.model, config.data
     if settings.stream:
         return StreamedData.open(
-            str(settings.shards), allow_pipe=settings.allow_pipe,
+            settings.shards, allow_pipe=settings.allow_pipe,
             channels=model.in_channels, image_size=model.input_size, num_classes=model.num_classes,
         )  # fmt: skip
     return _open_data(config, OnlineEncoders.open(config, device))
+
+
+def with_text_encoder(config: Config, data: TrainingData | StreamedData) -> Config:
+    """The configuration with the fingerprint of the text encoder that the data's captions are encoded by, if any."""
+    sha256 = data.text_encoder_sha256 if isinstance(data, TrainingData) else ""
+    return replace(config, model=replace(config.model, text_encoder_sha256=sha256 or config.model.text_encoder_sha256))
 
 
 def open_held_out(config: Config, data: TrainingData | StreamedData) -> TrainingData | None:
@@ -42,7 +48,7 @@ def open_held_out(config: Config, data: TrainingData | StreamedData) -> Training
     if not config.validation.every:
         return None
     settings = config.validation
-    held_out = DataConfig(shards=settings.shards, latents=settings.latents, text=settings.text)
+    held_out = DataConfig(shards=settings.shards or "", latents=settings.latents, text=settings.text)
     encoders = data.encoders if isinstance(data, TrainingData) else None
     opened = _open_data(replace(config, data=held_out), encoders, "validation")
     if opened.fingerprint == data.fingerprint:
@@ -55,7 +61,7 @@ def _open_data(config: Config, encoders: OnlineEncoders | None, section: str = "
     entries = data_sets(config.data)
     datasets = tuple(
         DataSet.open(
-            str(entry.shards), entry.latents, entry.text,
+            entry.shards, entry.latents, entry.text,
             f"{section}.mixture[{number}]" if config.data.mixture else section,
         )
         for number, entry in enumerate(entries)
@@ -100,9 +106,7 @@ def _check_fit(config: Config, dataset: DataSet, encoders: OnlineEncoders | None
 
 
 def _check_text(model: ModelConfig, where: str, sha256: str, hidden_size: int, length: int, pooled_size: int) -> None:
-    if model.text_encoder_sha256 is None:
-        model.text_encoder_sha256 = sha256
-    if model.text_encoder_sha256 != sha256:
+    if model.text_encoder_sha256 not in ("", sha256):
         raise UserError(
             f"{where}: its encoder (SHA-256 {sha256[:12]}...) is not the model's (model.text_encoder_sha256="
             f"{model.text_encoder_sha256[:12]}...); encode the captions with that one"

@@ -34,7 +34,6 @@ class RectifiedFlow:
     loss_names = ("diffusion",)
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        assert config.time_scale is not None, "build_config resolves the settings"
         self.time_distribution = config.time_distribution
         self.data_time = 1.0 if config.direction == "data_at_one" else 0.0
         self.time_scale = config.time_scale

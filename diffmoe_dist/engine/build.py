@@ -42,7 +42,7 @@ def build_trainer(
     guards: RunGuards = UNGUARDED,
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
-    run_dir = Path(str(config.run_dir))
+    run_dir = Path(config.run_dir)
     engine = _build_engine(config, topology)
     state = ShardedState(engine.module, engine.optimizer)
     set_up_logging(run_dir, topology.rank)
@@ -75,7 +75,6 @@ def _load(start: Start, config: Config, state: ShardedState) -> None:
 def _open_loader(
     config: Config, topology: Topology, data: TrainingData | StreamedData, progress: Progress
 ) -> BatchLoader:
-    assert config.train.micro_batch_size is not None
     split = BatchSplit(
         config.train.global_batch_size, config.train.micro_batch_size, topology.rank, topology.world_size
     )

@@ -37,7 +37,7 @@ class Checkpointer:
             step: of the state that the run begins with, which needs no saving.
             timeout: after which a rank gives up waiting for the others.
         """
-        self.folder = Path(str(config.run_dir)) / "checkpoints"
+        self.folder = Path(config.run_dir) / "checkpoints"
         self.config = config
         self.claim = claim
         self.failed = 0  # checkpoints that could not be written

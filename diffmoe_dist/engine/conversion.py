@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.config.pool_choice import PoolChoiceSettings
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
 from diffmoe_dist.engine.weights import CONFIG_NAME, WEIGHTS_NAME, check_out, read_settings, write_weights
@@ -47,7 +49,7 @@ def convert_published(
         UserError: the file or `out` is not as it should be; nothing is written then.
     """
     check_out(out)
-    _take_text_encoder(config, file)
+    config = _with_text_encoder(config, file)
     with torch.device("meta"):
         model = DiT(config)
     parts = correspondence(layout, config, {name: value.shape for name, value in model.state_dict().items()}, upcycle)
@@ -55,7 +57,8 @@ def convert_published(
     check_tensors(parts, published, str(file))
     decay = threshold_decay(parts, published, str(file))
     if decay is not None:
-        config.moe.threshold_decay = decay  # type: ignore[attr-defined]
+        assert isinstance(config.moe, PoolChoiceSettings)  # else there is no such tensor
+        config = replace(config, moe=replace(config.moe, threshold_decay=decay))
     model.to_empty(device="cpu")
     if upcycle:
         initialize(model, config.seed)  # the routers; everything else is overwritten
@@ -65,17 +68,19 @@ def convert_published(
     return taken
 
 
-def _take_text_encoder(config: Config, file: Path) -> None:
-    """Fill in the fingerprint of a text model's encoder from the folder of weights that the file lies in."""
-    if config.model.condition != "text" or config.model.text_encoder_sha256 is not None:
-        return
-    if file.name == WEIGHTS_NAME and file.with_name(CONFIG_NAME).is_file():
-        config.model.text_encoder_sha256 = read_settings(file.parent).model.text_encoder_sha256
-    if config.model.text_encoder_sha256 is None:
+def _with_text_encoder(config: Config, file: Path) -> Config:
+    """A text model's configuration with the fingerprint of its encoder, by the folder of weights the file lies in."""
+    sha256 = config.model.text_encoder_sha256
+    if config.model.condition != "text":
+        return config
+    if not sha256 and file.name == WEIGHTS_NAME and file.with_name(CONFIG_NAME).is_file():
+        sha256 = read_settings(file.parent).model.text_encoder_sha256
+    if not sha256:
         raise UserError(
             "model.text_encoder_sha256 is not set, and a text model is one with its encoder; give the encoder_sha256 "
             "in index.json of its captions' folder"
         )
+    return replace(config, model=replace(config.model, text_encoder_sha256=sha256))
 
 
 def export_checkpoint(directory: str | Path, out: Path, weights: str | None = None) -> Path:

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from diffmoe_dist.config import Config, ModelConfig
 from diffmoe_dist.data.dataset import TrainingData
-from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
@@ -38,13 +38,14 @@ META = torch.device("meta")
 
 
 def build_on_meta(config: Config, world_size: int) -> str:
-    """Build what a rank of `world_size` would build, check it, and return a report; `check_world` has been called.
+    """Build what a rank of `world_size` would build, check it, and return a report; config as `for_world` returns it.
 
     Raises:
         UserError: something does not fit together, or the data is not whole.
     """
     data = open_data(config)
-    found = complete_checkpoints(Path(str(config.run_dir)) / "checkpoints")
+    config = with_text_encoder(config, data)
+    found = complete_checkpoints(Path(config.run_dir) / "checkpoints")
     progress = progress_from(found[-1] if found else None, config, data, world_size)
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
@@ -79,7 +80,6 @@ def _check_experts_cover(whole: DiT, config: Config, topology: Topology) -> None
 def _check_batches(config: Config, progress: Progress, world_size: int) -> None:
     """The micro-batches of all ranks make up the global batch, each sample once."""
     micro = config.train.micro_batch_size
-    assert micro is not None
     positions: list[int] = []
     for rank in range(world_size):
         split = BatchSplit(config.train.global_batch_size, micro, rank, world_size)
@@ -91,7 +91,6 @@ def _check_batches(config: Config, progress: Progress, world_size: int) -> None:
 def _check_forward(model: DiT, config: Config) -> None:
     """A micro-batch goes through; where a token is sent depends on its values, so experts get rows of a free number."""
     micro, settings = config.train.micro_batch_size, config.model
-    assert micro is not None
     for block in model.blocks:
         if isinstance(block.mlp, MoELayer):
             block.mlp.forward = _ShapesOfExperts(block.mlp)  # type: ignore
@@ -161,7 +160,7 @@ def _report(
     yield (
         "checkpoint",
         f"{_size(written)}, {_size(written // ranks)} of it copied to host memory by a rank; "
-        f"{_size(shutil.disk_usage(_existing(Path(str(config.run_dir)))).free)} are free at run_dir",
+        f"{_size(shutil.disk_usage(_existing(Path(config.run_dir))).free)} are free at run_dir",
     )
     yield "start", f"step {progress.step}" + (f", from {found[-1]}" if found else ", there is no checkpoint")
 

@@ -33,7 +33,7 @@ def find_start(config: Config, data: TrainingData | StreamedData, world_size: in
     Raises:
         UserError: the checkpoint is of another model, seed, data set or pool size; or all checkpoints are damaged.
     """
-    checkpoint, damaged = newest_valid_checkpoint(Path(str(config.run_dir)) / "checkpoints")
+    checkpoint, damaged = newest_valid_checkpoint(Path(config.run_dir) / "checkpoints")
     return Start(checkpoint, progress_from(checkpoint, config, data, world_size), tuple(damaged))
 
 
@@ -47,7 +47,6 @@ def progress_from(
             `train.initial_weights` are of another model.
     """
     micro_batch_size = config.train.micro_batch_size
-    assert micro_batch_size is not None, "check_world fills it in"
     fresh = Progress(
         step=0,
         images_seen=0,

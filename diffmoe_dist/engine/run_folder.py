@@ -35,7 +35,7 @@ def prepare_run_dir(config: Config) -> None:
     Raises:
         UserError: it cannot be made or written to.
     """
-    make_writable(Path(str(config.run_dir)), f"run_dir={config.run_dir}")
+    make_writable(Path(config.run_dir), f"run_dir={config.run_dir}")
 
 
 class Claim(Protocol):

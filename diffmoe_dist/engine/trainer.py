@@ -113,7 +113,7 @@ class Trainer:
         self.periodic = periodic
         self.guards = guards
         self.set_deadline = guards.watchdog.set_deadline
-        self.run_dir = Path(str(config.run_dir))
+        self.run_dir = Path(config.run_dir)
         self.log = open_run_log(self.run_dir, topology.rank, progress.step, config.train.steps)
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()

@@ -40,7 +40,6 @@ class Validation:
         are filled up with images that do not count.
         """
         micro, images = self.config.train.micro_batch_size, self.config.validation.images
-        assert micro is not None, "check_world fills it in"
         rank, world_size = dist.get_rank(), dist.get_world_size()
         together = micro * world_size
         loader = TrainingLoader(

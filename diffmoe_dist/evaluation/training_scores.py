@@ -35,7 +35,6 @@ class TrainingScores:
         """The score by the name it has in metrics.jsonl; collective. Every rank makes the same forward passes."""
         config, rank, ranks = self.config, dist.get_rank(), dist.get_world_size()
         num, batch = config.score.num, config.train.micro_batch_size
-        assert batch is not None, "check_world fills it in"
         share = -(-num // ranks)
         objective = build_objective(config.objective)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)

@@ -116,7 +116,6 @@ def account(config: Config) -> Accounting:
     routed_macs = macs.pop("routed experts")  # as if every token went to every expert
     macs.pop("unconditional expert")  # C counts it as a routed one
     keys = tokens + (config.model.text_max_length or 0)  # of self-attention and of cross-attention
-    assert config.model.hidden_size is not None and config.model.depth is not None
     return Accounting(
         parameters=parameters,
         fixed_macs=macs,

@@ -19,6 +19,7 @@ from diffmoe_dist.model.condition import Condition, TextCondition, is_null
 from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TextEmbedder, TimestepEmbedder, position_table
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import Experts, MoELayer
+from diffmoe_dist.model.routers import build_router
 from diffmoe_dist.model.routing import Router, RoutingStats
 
 
@@ -41,7 +42,6 @@ class DiT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         model = config.model
-        assert model.depth is not None and model.hidden_size is not None and model.num_heads is not None
         self.in_channels = model.in_channels
         self.patch_size = model.patch_size
         self.grid_size = model.input_size // model.patch_size
@@ -104,9 +104,7 @@ class DiT(nn.Module):
 
 
 def _condition_embedder(model: ModelConfig) -> LabelEmbedder | TextEmbedder:
-    assert model.hidden_size is not None
     if model.condition == "text":
-        assert model.text_hidden_size is not None and model.text_pooled_size is not None
         return TextEmbedder(model.text_hidden_size, model.text_pooled_size, model.hidden_size)
     return LabelEmbedder(model.num_classes, model.hidden_size)
 
@@ -116,11 +114,10 @@ def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
     assert width is not None
     if settings is None or block not in config.moe_blocks:
         return Mlp(width, int(width * config.model.mlp_ratio))
-    assert settings.num_experts is not None and settings.expert_mlp_ratio is not None
     hidden = int(width * settings.expert_mlp_ratio)
     dense = SwiGLU if settings.activation == "swiglu" else Mlp
     return MoELayer(
-        settings.build_router(config),
+        build_router(config),
         Experts(settings.num_experts, width, hidden, settings.activation),
         # Experts that always run together are one wider layer.
         shared=dense(width, settings.shared_experts * hidden) if settings.shared_experts else None,

@@ -5,103 +5,14 @@ Shape legend: T local tokens, D width, N experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config, RouterSettings, expert_slots, require
-from diffmoe_dist.errors import UserError
+from diffmoe_dist.config import expert_slots
+from diffmoe_dist.config.pool_choice import PoolChoiceSettings
 from diffmoe_dist.model.routing import Router, Routing, Selection, TokenPool, route
 from diffmoe_dist.model.routing_losses import capacity_loss
-
-_PREDICTOR_DEFAULTS = {"capacity_loss_weight": 1.0, "threshold_decay": 0.95}
-
-
-@dataclass
-class PoolChoiceSettings(RouterSettings):
-    capacity: float = 1.0  # expert slots per token, C in the papers
-    capacity_schedule: tuple[int, int] | None = None  # steps: C = N until the first, linearly down until the second
-    inference: str | None = None
-    constant_threshold: float | None = None  # with inference=constant: gamma of DiffMoE eq. 16
-    capacity_loss_weight: float | None = None
-    threshold_decay: float | None = None
-
-    def has_predictor(self) -> bool:
-        raise NotImplementedError
-
-    def nominal_capacity(self) -> float:
-        return self.capacity
-
-    def visits(self, pool_tokens: int) -> float:
-        assert self.num_experts is not None
-        return self.num_experts * expert_slots(pool_tokens, self.num_experts, self.capacity) / pool_tokens
-
-    def score_kinds(self) -> int:
-        return 2 if self.has_predictor() else 1
-
-    def saved_bytes(self, hidden_size: int, element: int) -> int:
-        assert self.num_experts is not None
-        return hidden_size * element + 4 * hidden_size + 8 * self.num_experts if self.has_predictor() else 0
-
-    def structure(self) -> dict[str, Any]:
-        return {**super().structure(), "capacity_predictor": self.has_predictor()}
-
-    def resolve(self, config: Config) -> None:
-        super().resolve(config)
-        self._resolve_predictor()
-        for name in ("capacity_loss_weight", "constant_threshold"):
-            require(self, "moe", name, lambda value: value >= 0, "0 or more")
-        require(self, "moe", "threshold_decay", lambda value: 0 <= value < 1, "in [0, 1)")
-        require(self, "moe", "capacity", lambda value: value > 0, "above 0")
-        assert self.num_experts is not None
-        if self.capacity > self.num_experts:
-            raise UserError(
-                f"moe.capacity={self.capacity} is more than moe.num_experts={self.num_experts}: "
-                "a token cannot visit an expert twice; lower it"
-            )
-        schedule = self.capacity_schedule
-        if schedule is not None and not 0 <= schedule[0] <= schedule[1]:
-            raise UserError(f"moe.capacity_schedule={list(schedule)} must be two steps, the later one second")
-
-    def _resolve_predictor(self) -> None:
-        for name, default in _PREDICTOR_DEFAULTS.items():
-            if not self.has_predictor() and getattr(self, name) is not None:
-                raise UserError(
-                    f"moe.{name}={getattr(self, name)} has no effect without a capacity predictor; remove it"
-                )
-            if self.has_predictor() and getattr(self, name) is None:
-                setattr(self, name, default)
-        if self.inference == "constant":
-            if self.constant_threshold is None:
-                raise UserError(
-                    "moe.constant_threshold is not set, but moe.inference=constant; give it a value, such as 0.4"
-                )
-        elif self.constant_threshold is not None:
-            raise UserError(
-                f"moe.constant_threshold={self.constant_threshold} has no effect with moe.inference={self.inference}; "
-                "remove it or set moe.inference=constant"
-            )
-
-    def check_pool(self, pool_tokens: int) -> None:
-        assert self.num_experts is not None
-        if expert_slots(pool_tokens, self.num_experts, self.capacity) < 1:
-            raise UserError(
-                f"moe.capacity={self.capacity} gives each of moe.num_experts={self.num_experts} experts no slot in a "
-                f"pool of {pool_tokens} tokens (moe.pool={self.pool_kind()}); raise the capacity or the batch"
-            )
-
-    def capacity_at(self, step: int) -> float:
-        """C in optimizer step `step`, counted from 0 (the published code's schedule)."""
-        if self.capacity_schedule is None:
-            return self.capacity
-        begin, end = self.capacity_schedule
-        if step < begin:
-            return float(self.num_experts or 0)
-        left = max(end - step, 0) / max(end - begin, 1)
-        return self.capacity + left * ((self.num_experts or 0) - self.capacity)
 
 
 class PoolChoice(Router):
@@ -125,7 +36,6 @@ class PoolChoice(Router):
 
     def __init__(self, hidden_size: int, settings: PoolChoiceSettings, pool: TokenPool, layers: int) -> None:
         super().__init__()
-        assert settings.num_experts is not None and settings.inference is not None
         self.settings = settings
         self.num_experts = settings.num_experts
         self.inference = settings.inference

@@ -105,7 +105,6 @@ def correspondence(
         return parts
     names = _DENSE_LAYER if upcycle else _NAMES[config.experts.router]
     blocks = {f"blocks.{block}" for block in config.moe_blocks}
-    assert config.experts.num_experts is not None
     for name, shape in shapes.items():
         block, _, inside = name.partition(".mlp.")
         module, _, tensor = inside.partition(".")
@@ -241,7 +240,6 @@ def _check_upcycle(layout: str, config: Config) -> None:
             f"--upcycle: moe.activation={experts.activation}, but the dense layers of DiT are gelu; set "
             "moe.activation=gelu"
         )
-    assert model.hidden_size is not None and experts.expert_mlp_ratio is not None
     if int(model.hidden_size * experts.expert_mlp_ratio) != int(model.hidden_size * model.mlp_ratio):
         raise UserError(
             f"--upcycle: moe.expert_mlp_ratio={experts.expert_mlp_ratio}, but the dense layers have "

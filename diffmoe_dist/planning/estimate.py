@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffmoe_dist.config import Config, check_world
+from diffmoe_dist.config import Config, for_world
 from diffmoe_dist.model.accounting import Accounting, account
 from diffmoe_dist.planning.accelerators import matmul_format, model_flop_utilization
 from diffmoe_dist.planning.memory import USABLE_MEMORY, peak_bytes, persistent_bytes
@@ -79,7 +79,7 @@ def make_plan(config: Config, cluster: Cluster, capacity: float | None = None) -
     Raises:
         UserError: the ranks, the expert-parallel size and the batch do not fit together.
     """
-    check_world(config, cluster.ranks)
+    config = for_world(config, cluster.ranks)
     accounting = account(config)
     work = workload(config, cluster.ranks, capacity)
     transfers = all_transfers(config, cluster, work)

@@ -107,9 +107,6 @@ def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
 def activation_bytes(config: Config, work: Workload) -> float:
     """Bytes that a forward pass saves for backward: an estimate, within 3 % of what autograd keeps."""
     model = config.model
-    assert model.depth is not None
-    assert model.hidden_size is not None
-    assert model.num_heads is not None
     D, e = model.hidden_size, element_bytes(config)
     # Of each block: input, two norms' outputs and their modulations, q, k, v, attention's output, its projection, the
     # residual stream in the middle, the feed-forward output; then statistics of norms and attention, and adaLN.
@@ -125,11 +122,6 @@ def activation_bytes(config: Config, work: Workload) -> float:
 def _text_activation_bytes(config: Config, work: Workload) -> float:
     """Of the captions' embedder, and of cross-attention in all blocks."""
     model, e = config.model, element_bytes(config)
-    assert model.depth is not None
-    assert model.hidden_size is not None
-    assert model.num_heads is not None
-    assert model.text_hidden_size is not None
-    assert model.text_max_length is not None
     D, text_tokens = model.hidden_size, work.images * model.text_max_length
     # The residual stream before it and its norm, q, the output; then k and v; statistics of norm and attention.
     block = work.tokens * (4 * D * e + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
@@ -141,7 +133,6 @@ def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workloa
     """Of one mixture-of-experts layer, beyond its input and output."""
     D, e = config.model.hidden_size, element_bytes(config)
     assert D is not None
-    assert experts.expert_mlp_ratio is not None
     N, H = int(experts.num_experts or 0), int(D * experts.expert_mlp_ratio)
     hidden = (4 if experts.activation == "swiglu" else 2) * H * e
     fp32_copy = 4 * D if e < 4 else 0

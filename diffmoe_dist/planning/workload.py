@@ -38,13 +38,12 @@ class Workload:
 
 
 def workload(config: Config, ranks: int, capacity: float | None = None) -> Workload:
-    """What a rank computes in a micro-step; `check_world` has filled in the micro-batch size.
+    """What a rank computes in a micro-step; `for_world` has filled in the micro-batch size.
 
     Args:
         capacity: C, experts per token; by default what the settings make it in training.
     """
     images = config.train.micro_batch_size
-    assert images is not None, "check_world fills it in"
     tokens = images * config.tokens_per_sample
     micro_steps = config.train.global_batch_size // (images * ranks)
     experts = config.experts
@@ -61,4 +60,4 @@ def workload(config: Config, ranks: int, capacity: float | None = None) -> Workl
 def _experts_per_token(config: Config, experts: RouterSettings, ranks: int, tokens: int) -> float:
     """Routed experts per routed token in training, once a capacity schedule has ended."""
     pools = {"global": ranks * tokens, "expert_parallel": config.parallel.expert * tokens, "rank": tokens}
-    return experts.visits(pools.get(experts.pool_kind(), config.tokens_per_sample))
+    return experts.experts_per_token(pools.get(experts.pool_kind(), config.tokens_per_sample))

@@ -151,7 +151,7 @@ def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> 
     """
     if config.model.condition == "class":
         return ClassLabels(list(range(config.model.num_classes)), config.model.num_classes)
-    assert isinstance(data, TrainingData) and config.model.text_max_length is not None
+    assert isinstance(data, TrainingData)
     encoder = data.encoders.text if data.encoders else None
     return DataCaptions(data.datasets[0], encoder, config.model.text_max_length)
 
@@ -173,7 +173,6 @@ def open_conditions(settings: SamplingSettings, config: Config, device: torch.de
         raise UserError(
             "--prompts is missing: this model is conditioned on captions; give a FILE of them, or --prompt TEXT"
         )
-    assert config.model.text_max_length is not None
     return PromptConditions(open_prompts(settings, config, device), config.model.text_max_length)
 
 

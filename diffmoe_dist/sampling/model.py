@@ -48,7 +48,6 @@ def shard_experts(model: DiT, config: Config, *, expert: int, device: torch.devi
     experts = config.experts
     if experts is None:
         raise UserError(f"--expert {expert} needs experts, but moe.router=dense has none; leave it out")
-    assert experts.num_experts is not None
     if launch.world_size % expert or experts.num_experts % expert:
         raise UserError(
             f"--expert {expert} must divide the {launch.world_size} ranks and moe.num_experts={experts.num_experts}"

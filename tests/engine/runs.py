@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.config import Config, build_config, for_world
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.sharded_state import Fragment, buffers
 from diffmoe_dist.launch import Launch
@@ -56,7 +56,7 @@ def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.train import open_periodic_jobs
 
-    check_world(config, world_size)
+    config = for_world(config, world_size)
     cpu = torch.device("cpu")
     topology = create_topology(Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert)
     data = open_data(config)

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from data_tools.latents import LatentSettings, encode_latents
-from diffmoe_dist.config import Config, build_config, check_world
+from diffmoe_dist.config import Config, build_config, for_world
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import Autoencoder
 from diffmoe_dist.data.loader import TrainingLoader
-from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.text import captions_of
 from diffmoe_dist.engine.resume import find_start
@@ -118,9 +118,9 @@ def test_pictures_that_a_run_draws_take_its_own_captions_and_autoencoder(folder:
 
 def test_a_run_does_not_go_on_with_another_encoder(folder: Path, tmp_path: Path) -> None:
     def start(settings: dict[str, Any]) -> None:
-        config = config_of(folder, settings, "online-1")
-        check_world(config, 1)
-        find_start(config, open_data(config), 1)
+        config = for_world(config_of(folder, settings, "online-1"), 1)
+        data = open_data(config)
+        find_start(with_text_encoder(config, data), data, 1)
 
     start(online(folder))
     other = save_autoencoder(tmp_path / "vae", scaling_factor=0.5)

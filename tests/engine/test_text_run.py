@@ -13,7 +13,7 @@ from diffmoe_dist.config import build_config
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingDataset, TrainingLoader
-from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
@@ -124,13 +124,13 @@ def test_captions_of_another_encoder_than_the_models_are_refused(
 
 def test_the_encoders_fingerprint_stands_in_the_runs_settings(folder: Path) -> None:
     config = build_config(TINY, text_settings(folder, "unused"))
-    assert config.model.text_encoder_sha256 is None
+    assert config.model.text_encoder_sha256 == ""
     data = open_data(config)
     assert isinstance(data, TrainingData)
-    spec = data.datasets[0].text
-    assert spec is not None and spec.text is not None
-    assert config.model.text_encoder_sha256 == spec.text.encoder_sha256
-    assert spec.text.encoder_sha256 in (folder / "global_pool/config.yaml").read_text()
+    captions = data.datasets[0].text
+    assert captions is not None
+    assert with_text_encoder(config, data).model.text_encoder_sha256 == captions.spec.encoder_sha256
+    assert captions.spec.encoder_sha256 in (folder / "global_pool/config.yaml").read_text()
 
 
 @pytest.mark.parametrize(

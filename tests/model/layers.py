@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_dist.model.pool_choice import PoolChoice, PoolChoiceSettings
+from diffmoe_dist.config.pool_choice import PoolChoiceSettings
+from diffmoe_dist.model.pool_choice import PoolChoice
 from diffmoe_dist.model.routing import LocalPool
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffmoe_dist.config.routers import expert_choice
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routers import expert_choice
 from tests.model.layers import conditional, pool_choice
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 3, 8, 8, 4

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffmoe_dist.config import build_config
+from diffmoe_dist.config.routers import global_pool
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher, MoELayer
-from diffmoe_dist.model.routers import global_pool
 from tests.model.layers import conditional, pool_choice
 
 CONFIG = global_pool.Settings(
@@ -42,7 +42,6 @@ def make_experts(experts: int, width: int, hidden: int, seed: int = 0, activatio
 def make_layer(
     config: global_pool.Settings = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16
 ) -> MoELayer:
-    assert config.num_experts is not None
     router = pool_choice(width, config, tokens_per_sample)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

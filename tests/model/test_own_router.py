@@ -1,16 +1,18 @@
-"""The worked example of docs/architecture.md: a router of one's own is one file and one configuration."""
+"""The worked example of docs/architecture.md: a router of one's own is two short files and one configuration."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from diffmoe_dist import config as configuration
+from diffmoe_dist.config import load
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
@@ -27,25 +29,26 @@ LAYERS = [
 
 @pytest.fixture
 def by_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the document's file among the routers."""
+    """Puts the document's two files among the settings and the routers."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    (text,) = [block for block in blocks if "class ByPlace(Router)" in block]
-    file = tmp_path / "by_place.py"
-    file.write_text(text)
-    name = "diffmoe_dist.model.routers.by_place"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
+    for package, sign in (("config", "class Settings(RouterSettings)"), ("model", "class ByPlace(Router)")):
+        (text,) = [block for block in blocks if sign in block]
+        file = tmp_path / f"{package}_by_place.py"
+        file.write_text(text)
+        name = f"diffmoe_dist.{package}.routers.by_place"
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
     names = [*configuration.router_names(), "by_place"]
-    monkeypatch.setattr(configuration, "router_names", lambda: names)
+    monkeypatch.setattr(load, "router_names", lambda: names)
 
 
 def workload_of(config: configuration.Config) -> float:
-    """Visits to experts that are planned for a micro-batch of three images."""
-    config.train.global_batch_size = config.train.micro_batch_size = 3
-    return workload(config, ranks=1).assignments
+    """Assignments to experts that are planned for a micro-batch of three images."""
+    three = replace(config, train=replace(config.train, global_batch_size=3, micro_batch_size=3))
+    return workload(three, ranks=1).assignments
 
 
 @pytest.mark.usefixtures("by_place")
@@ -61,11 +64,11 @@ def test_the_documented_example_trains_and_its_settings_are_checked() -> None:
     (output.prediction.square().mean() + output.losses["gate"]).backward()
     assert all(p.grad is not None and p.grad.any() for layer in model.moe_layers for p in layer.router.parameters())
     assert [stats.tokens_per_expert.tolist() for stats in output.routing] == [[12] * 4] * 2  # 3 images of 16 tokens
-    assert account(config).nominal_capacity == 1.0 and workload_of(config) == 3 * 16  # one visit of each token
+    assert account(config).nominal_capacity == 1.0 and workload_of(config) == 3 * 16  # one expert per token
     with pytest.raises(UserError, match=r"moe\.top_k=2 has no effect with moe\.router=by_place"):
         configuration.build_config(*LAYERS, {"moe": {"top_k": 2}})
 
 
-def test_without_its_file_the_router_is_not_known() -> None:
+def test_without_its_files_the_router_is_not_known() -> None:
     with pytest.raises(UserError, match=r"moe\.router=by_place is not a router"):
         configuration.build_config(*LAYERS)

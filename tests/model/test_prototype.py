@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffmoe_dist.config.routers.prototype import Settings
 from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routers.prototype import PrototypeRouter, Settings
+from diffmoe_dist.model.routers.prototype import PrototypeRouter
 from diffmoe_dist.model.routing_losses import contrastive_loss
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 4, 8, 8, 4

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import Config, ModelConfig, expert_slots
+from diffmoe_dist.config import expert_slots
+from diffmoe_dist.config.pool_choice import PREDICTOR_DEFAULTS
+from diffmoe_dist.config.routers import expert_choice, global_pool
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routers import expert_choice, global_pool
 from diffmoe_dist.model.routing import LocalPool
 from tests.model.layers import conditional, pool_choice
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
@@ -33,7 +34,6 @@ FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
 def make_layer(config: global_pool.Settings = CONFIG) -> MoELayer:
     generator = torch.Generator().manual_seed(1)
-    assert config.num_experts is not None
     layer = MoELayer(pool_choice(WIDTH, config, TOKENS), Experts(config.num_experts, WIDTH, HIDDEN))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
@@ -423,8 +423,9 @@ def test_training_follows_the_schedule_and_inference_does_not() -> None:
 
 def test_expert_choice_with_a_predictor_is_the_pool_of_one_image_under_every_rule() -> None:
     for rule in ("threshold", "count", "static"):
-        own = expert_choice.Settings("expert_choice", EXPERTS, capacity_predictor=True, inference=rule)
-        own.resolve(Config(model=ModelConfig(depth=2, hidden_size=WIDTH, num_heads=2)))
+        own = expert_choice.Settings(
+            "expert_choice", EXPERTS, 4.0, capacity_predictor=True, inference=rule, **PREDICTOR_DEFAULTS
+        )
         layers = [make_layer(own), make_layer(replace(CONFIG, pool="sample", inference=rule))]  # type: ignore[arg-type]
         x = make_tokens().view(IMAGES, TOKENS, WIDTH)
         for mode in (True, False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def test_the_peak_is_that_of_the_device_by_its_exact_name(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert device_peak(torch.device("cuda"), config) == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    config.precision = "fp32"
+    config = replace(config, precision="fp32")
     assert device_peak(torch.device("cuda"), config) == 67e12, "TF32 is off"
-    config.tf32 = True
+    config = replace(config, tf32=True)
     assert device_peak(torch.device("cuda"), config) == 494e12
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffmoe_dist.config import check_world
+from diffmoe_dist.config import for_world
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.planning.memory import activation_bytes, persistent_bytes
@@ -38,7 +38,7 @@ TEXT = {
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings: Case) -> None:
     shape = {"model": {"depth": 4, "hidden_size": 64, "num_heads": 4, "input_size": 16, "in_channels": 1}}
     config = tiny_config(Path("unused"), Path("unused"), settings, shape)
-    check_world(config, 1)
+    config = for_world(config, 1)
     images = config.train.global_batch_size
     work = workload(config, 1)
     model = DiT(config)

@@ -17,7 +17,7 @@ from data_tools.text import TextSettings, encode_text
 from diffmoe_dist import encode_captions, load_model
 from diffmoe_dist.config import build_config, load_config
 from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.prompts import Prompt, encode_prompts
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.diffusion.objectives import build_objective
@@ -180,15 +180,17 @@ def test_an_encoder_that_is_not_the_models_is_refused(folder: Path, tmp_path: Pa
 
 
 def run_on_other_captions(folder: Path, text: Path) -> None:
-    from diffmoe_dist.config import check_world
+    from diffmoe_dist.config import for_world
     from diffmoe_dist.data.open import open_data
     from diffmoe_dist.engine.resume import find_start
 
     sizes = {"model": {"text_pooled_size": 0}, "data": {"text": str(text)}}
     config = build_config(TINY, text_settings(folder, "run"), sizes)
-    check_world(config, 1)
+    config = for_world(config, 1)
     data = open_data(config)
-    config.model.text_pooled_size = 16  # as if the other encoder differed in its weights alone
+    config = with_text_encoder(config, data)
+    # As if the other encoder differed in its weights alone.
+    config = replace(config, model=replace(config.model, text_pooled_size=16))
     find_start(config, data, 1)
 
 

@@ -9,76 +9,22 @@ Shape legend: T local tokens (S of each of G images), D width, N experts, K expe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config, RouterSettings, expert_slots, require
-from diffmoe_dist.errors import UserError
+from diffmoe_dist.config import Config, expert_slots
+from diffmoe_dist.config.routers.prototype import Settings
 from diffmoe_dist.model.pool_choice import sortable
-from diffmoe_dist.model.routers.token_choice import best_experts, check_top_k
+from diffmoe_dist.model.routers.token_choice import best_experts
 from diffmoe_dist.model.routing import LocalPool, Router, Routing, Selection, route
 from diffmoe_dist.model.routing_losses import contrastive_loss
 
 
-@dataclass
-class Settings(RouterSettings):
-    variant: Literal["token_choice", "expert_choice"] = "token_choice"
-    top_k: int = 1
-    scores: Literal["identity", "sigmoid", "softmax"] = "identity"  # of the cosines; they choose, and they are the gate
-    contrastive_loss_weight: float = 1.0
-    contrastive_temperature: float = 0.07
-    # A shared and a routed expert of half the width do the work of one dense layer.
-    shared_experts: int = 1
-    expert_mlp_ratio: float | None = 2.0
-
-    has_unconditional_expert = True
-
-    def shares_batch(self) -> bool:
-        return self.contrastive_loss_weight > 0
-
-    def structure(self) -> dict[str, Any]:
-        names = ("variant", "top_k", "scores")
-        return {**super().structure(), **{name: getattr(self, name) for name in names}}
-
-    def nominal_capacity(self) -> float:
-        return float(self.top_k)
-
-    def visits(self, pool_tokens: int) -> float:
-        assert self.num_experts is not None
-        if self.variant == "token_choice":
-            return float(self.top_k)
-        return self.num_experts * expert_slots(pool_tokens, self.num_experts, self.top_k) / pool_tokens
-
-    def batch_sum_bytes(self, hidden_size: int) -> int:
-        assert self.num_experts is not None
-        if self.variant == "expert_choice":
-            return 8  # how many images have a condition
-        return 4 * self.num_experts * (hidden_size + 1)  # the sum and the number of each prototype's tokens
-
-    def saved_bytes(self, hidden_size: int, element: int) -> int:
-        assert self.num_experts is not None
-        return 8 * hidden_size + 4 * self.num_experts  # normalised tokens, and those whose means the loss takes
-
-    def resolve(self, config: Config) -> None:
-        super().resolve(config)
-        require(self, "moe", "contrastive_loss_weight", lambda value: value >= 0, "0 or more")
-        require(self, "moe", "contrastive_temperature", lambda value: value > 0, "above 0")
-        check_top_k(self.top_k, self.num_experts)
-        assert self.num_experts is not None
-        tokens = config.tokens_per_sample
-        if self.variant == "expert_choice" and expert_slots(tokens, self.num_experts, self.top_k) < 1:
-            raise UserError(
-                f"moe.top_k={self.top_k} gives each of moe.num_experts={self.num_experts} experts no slot among the "
-                f"{tokens} tokens of an image; lower moe.num_experts"
-            )
-
-    def build_router(self, config: Config) -> PrototypeRouter:
-        assert config.model.hidden_size is not None
-        return PrototypeRouter(config.model.hidden_size, self, config.tokens_per_sample)
+def build_router(settings: Settings, config: Config) -> PrototypeRouter:
+    return PrototypeRouter(config.model.hidden_size, settings, config.tokens_per_sample)
 
 
 class PrototypeRouter(Router):
@@ -86,7 +32,6 @@ class PrototypeRouter(Router):
 
     def __init__(self, hidden_size: int, settings: Settings, tokens_per_sample: int) -> None:
         super().__init__()
-        assert settings.num_experts is not None
         self.settings = settings
         self.num_experts = settings.num_experts
         self.tokens_per_sample = tokens_per_sample

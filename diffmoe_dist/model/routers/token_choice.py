@@ -8,48 +8,19 @@ Shape legend: T tokens, D width, N experts, K experts of a token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config, RouterSettings, require
-from diffmoe_dist.errors import UserError
+from diffmoe_dist.config import Config
+from diffmoe_dist.config.routers.token_choice import Settings
 from diffmoe_dist.model.routing import Router, Routing, RoutingStats, Selection
 from diffmoe_dist.model.routing_losses import balance_loss
 
 
-@dataclass
-class Settings(RouterSettings):
-    top_k: int = 1  # experts a token chooses
-    balance_loss_weight: float = 0.0
-
-    def shares_batch(self) -> bool:
-        return self.balance_loss_weight > 0
-
-    def nominal_capacity(self) -> float:
-        return float(self.top_k)
-
-    def batch_sum_bytes(self, hidden_size: int) -> int:
-        assert self.num_experts is not None
-        return 8 * self.num_experts  # how often each was picked
-
-    def resolve(self, config: Config) -> None:
-        super().resolve(config)
-        require(self, "moe", "balance_loss_weight", lambda value: value >= 0, "0 or more")
-        check_top_k(self.top_k, self.num_experts)
-
-    def build_router(self, config: Config) -> TokenChoice:
-        assert config.model.hidden_size is not None
-        return TokenChoice(config.model.hidden_size, self)
-
-
-def check_top_k(top_k: int, num_experts: int | None) -> None:
-    """Refuse a token without experts, and more experts than there are."""
-    assert num_experts is not None
-    if not 1 <= top_k <= num_experts:
-        raise UserError(f"moe.top_k={top_k} must be from 1 to moe.num_experts={num_experts}")
+def build_router(settings: Settings, config: Config) -> TokenChoice:
+    return TokenChoice(config.model.hidden_size, settings)
 
 
 class TokenChoice(Router):
@@ -57,7 +28,6 @@ class TokenChoice(Router):
 
     def __init__(self, hidden_size: int, settings: Settings) -> None:
         super().__init__()
-        assert settings.num_experts is not None
         self.num_experts = settings.num_experts
         self.top_k = settings.top_k
         self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))

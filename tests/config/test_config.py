@@ -8,8 +8,8 @@ import pytest
 from diffmoe_dist.config import (
     Config,
     build_config,
-    check_world,
     expert_slots,
+    for_world,
     load_config,
     pool_samples,
     save_config,
@@ -163,7 +163,7 @@ def test_an_objective_knows_its_own_settings_alone() -> None:
         "flow", "uniform", "data_at_one", 1.0,
     )  # fmt: skip
     ddpm = config({"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}}).objective
-    assert (ddpm.time_distribution, ddpm.direction, ddpm.time_scale) == (None, None, None)
+    assert (ddpm.time_distribution, ddpm.direction, ddpm.time_scale) == ("uniform", "noise_at_one", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_an_objective_knows_its_own_settings_alone() -> None:
 )
 def test_a_launch_that_does_not_fit_is_refused(layer: dict[str, Any], ranks: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_world(config(layer), ranks)
+        for_world(config(layer), ranks)
 
 
 def test_without_a_micro_batch_size_nothing_is_accumulated() -> None:
     for ranks in (1, 2, 4):
         fitted = config({"train": {"global_batch_size": 16}})
-        check_world(fitted, ranks)
+        fitted = for_world(fitted, ranks)
         assert fitted.train.micro_batch_size == 16 // ranks
         assert pool_samples(fitted, ranks) == 16, "so the global pool is the global batch on any number of ranks"
 
@@ -196,7 +196,7 @@ def test_the_pool_is_what_its_name_says() -> None:
     sizes = {}
     for pool in ("global", "expert_parallel", "rank", "sample"):
         fitted = config({"train": {"global_batch_size": 16}, "moe": {"pool": pool}, "parallel": {"expert": 2}})
-        check_world(fitted, 4)
+        fitted = for_world(fitted, 4)
         sizes[pool] = pool_samples(fitted, 4)
     assert sizes == {"global": 16, "expert_parallel": 8, "rank": 4, "sample": 1}
 

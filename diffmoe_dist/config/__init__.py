@@ -1,0 +1,39 @@
+"""Every setting of a run: what it is called, its default, and which combinations are impossible. No torch here."""
+
+from diffmoe_dist.config.checks import for_world, pool_samples
+from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, load_config, router_names, save_config
+from diffmoe_dist.config.router import RouterSettings, expert_slots
+from diffmoe_dist.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MixtureConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    ProfileConfig,
+    data_sets,
+    loss_weights,
+    model_settings,
+)
+
+__all__ = [
+    "OBJECTIVE_DEFAULTS",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "MixtureConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ProfileConfig",
+    "RouterSettings",
+    "build_config",
+    "data_sets",
+    "expert_slots",
+    "for_world",
+    "load_config",
+    "loss_weights",
+    "model_settings",
+    "pool_samples",
+    "router_names",
+    "save_config",
+]

@@ -1,0 +1,297 @@
+"""What makes a setting, or a combination of settings, impossible. Nothing here changes a setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from diffmoe_dist.config.require import require
+from diffmoe_dist.config.schema import Config, ModelConfig, data_sets
+from diffmoe_dist.errors import UserError
+
+Rule = tuple[Callable[[Any], bool], str]
+
+AT_LEAST_ONE: Rule = (lambda value: value >= 1, "at least 1")
+NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 (off) or more")
+POSITIVE: Rule = (lambda value: 0 < value < math.inf, "above 0 and finite")
+BELOW_ONE: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+
+# What each setting by itself must be, where its type does not say it.
+RULES: dict[str, Rule] = {
+    "model.depth": AT_LEAST_ONE,
+    "model.hidden_size": AT_LEAST_ONE,
+    "model.num_heads": AT_LEAST_ONE,
+    "model.mlp_ratio": POSITIVE,
+    "model.patch_size": AT_LEAST_ONE,
+    "model.input_size": AT_LEAST_ONE,
+    "model.in_channels": AT_LEAST_ONE,
+    "model.text_hidden_size": (lambda value: value >= 0, "at least 1"),
+    "model.text_max_length": (lambda value: value >= 0, "at least 1"),
+    "model.text_pooled_size": (lambda value: value >= 0, "0 (none) or more"),
+    "objective.time_scale": POSITIVE,
+    "train.steps": AT_LEAST_ONE,
+    "train.global_batch_size": AT_LEAST_ONE,
+    "train.micro_batch_size": (lambda value: value >= 0, "at least 1, or 0 for no accumulation"),
+    "train.label_dropout": BELOW_ONE,
+    "train.hang_timeout": (lambda value: 0 <= value < math.inf, "0 (no limit) or more"),
+    "optim.lr": POSITIVE,
+    "optim.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.clip_grad_norm": NOT_NEGATIVE,
+    "ema.decay": BELOW_ONE,
+    "parallel.expert": AT_LEAST_ONE,
+    "parallel.tensor": AT_LEAST_ONE,
+    "data.workers": (lambda value: value >= 0, "0 or more"),
+    "checkpoint.every": AT_LEAST_ONE,
+    "checkpoint.keep": AT_LEAST_ONE,
+    "checkpoint.keep_every": (lambda value: value >= 0, "0 (none) or more"),
+    "log.every": AT_LEAST_ONE,
+    "log.figures_every": NOT_NEGATIVE,
+    "sample.every": NOT_NEGATIVE,
+    "sample.num": AT_LEAST_ONE,
+    "sample.steps": AT_LEAST_ONE,
+    "validation.every": NOT_NEGATIVE,
+    "validation.images": AT_LEAST_ONE,
+    "score.every": NOT_NEGATIVE,
+    "score.num": (lambda value: value >= 2, "at least 2"),
+    "profile.steps": (lambda value: 1 <= value[0] <= value[1], "first and last step, from 1"),
+}
+
+
+def check(config: Config) -> None:
+    """Refuse what contradicts itself, whatever the data and the number of ranks.
+
+    Raises:
+        UserError: a setting is out of range, has no effect, or does not fit another one.
+    """
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed={config.seed} is out of range; choose one from 0 to 2**63 - 1")
+    for setting, (accepts, rule) in RULES.items():
+        section, name = setting.split(".")
+        require(getattr(config, section), section, name, accepts, rule)
+    _check_model(config.model)
+    _check_condition(config.model)
+    _check_ddpm(config)
+    _check_experts(config)
+    _check_parallel(config)
+    _check_data(config)
+    _check_online(config)
+    _check_periods(config)
+
+
+def _check_model(model: ModelConfig) -> None:
+    divisors = {
+        "hidden_size": (f"model.num_heads={model.num_heads}", model.num_heads),
+        "input_size": (f"model.patch_size={model.patch_size}", model.patch_size),
+    }
+    for name, (what, divisor) in divisors.items():
+        value = getattr(model, name)
+        if value % divisor:
+            raise UserError(f"model.{name}={value} is not divisible by {what}; choose a multiple")
+    if model.hidden_size % 4:
+        raise UserError(
+            f"model.hidden_size={model.hidden_size} is not divisible by 4, which the two-dimensional sine-cosine "
+            "position table needs; choose a multiple of 4"
+        )
+
+
+def _check_condition(model: ModelConfig) -> None:
+    if model.condition == "class":
+        require(model, "model", "num_classes", lambda value: value >= 1, "at least 1")
+        for name in ("text_hidden_size", "text_max_length", "text_pooled_size", "text_encoder_sha256"):
+            if getattr(model, name):
+                raise UserError(
+                    f"model.{name}={getattr(model, name)} has no effect with model.condition=class; remove it"
+                )
+        return
+    if model.num_classes != 0:
+        raise UserError(f"model.num_classes={model.num_classes}: with model.condition=text there are no classes; use 0")
+    for name, meaning in {
+        "text_hidden_size": "the width of the text encoder's tokens, such as 768",
+        "text_max_length": "the number of tokens that captions were encoded to, such as 77",
+    }.items():
+        if not getattr(model, name):
+            raise UserError(f"model.{name} is not set; give {meaning}")
+
+
+def _check_ddpm(config: Config) -> None:
+    if config.objective.name != "ddpm":
+        return
+    if not config.model.learn_sigma:
+        raise UserError(
+            "model.learn_sigma=false, but objective.name=ddpm trains a learned variance; set model.learn_sigma=true"
+        )
+    if not 2 <= config.sample.steps <= 1000:
+        raise UserError(
+            f"sample.steps={config.sample.steps}: objective.name=ddpm has 1000 steps and needs the first and the last; "
+            "choose 2 to 1000"
+        )
+
+
+def _check_experts(config: Config) -> None:
+    model, experts, parallel = config.model, config.experts, config.parallel
+    if experts is None:
+        if config.log.figures_every:
+            raise UserError(
+                f"log.figures_every={config.log.figures_every} has no effect with moe.router=dense, which has no "
+                "experts to show; remove it"
+            )
+        if parallel.expert != 1:
+            raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
+        return
+    experts.check(config.tokens_per_sample)
+    if not config.moe_blocks:
+        raise UserError(f"model.depth={model.depth}: experts are in every second block, there is none; use 2 or more")
+    widths = {
+        f"model.hidden_size={model.hidden_size}": model.hidden_size,
+        f"moe.expert_mlp_ratio={experts.expert_mlp_ratio}": int(model.hidden_size * experts.expert_mlp_ratio),
+    }
+    for setting, width in widths.items():
+        if width % 8:
+            raise UserError(f"{setting} makes experts {width} wide; grouped matrix products need a multiple of 8")
+    if experts.num_experts % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert} does not divide moe.num_experts={experts.num_experts}; choose a divisor"
+        )
+
+
+def _check_parallel(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.tensor != 1:
+        raise UserError(f"parallel.tensor={parallel.tensor}: tensor parallelism is not available yet; use 1")
+    kind = "sample" if config.experts is None else config.experts.pool_kind()
+    if kind not in ("global", "expert_parallel") and parallel.score_exchange != "all_to_all":
+        what = f"moe.pool={kind}" if hasattr(config.moe, "pool") else f"moe.router={config.moe.router}"
+        raise UserError(
+            f"parallel.score_exchange={parallel.score_exchange} has no effect with {what}, which exchanges no scores; "
+            "remove it"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data, held_out, condition = config.data, config.validation, config.model.condition
+    for name in ("latents", "text"):
+        folder = getattr(held_out, name)
+        if folder and not held_out.shards:
+            raise UserError(f"validation.{name}={folder} has no effect without validation.shards; remove it")
+    if held_out.text and condition == "class":
+        raise UserError(f"validation.text={held_out.text} has no effect with model.condition=class; remove it")
+    if held_out.shards and condition == "text" and not (held_out.text or data.text_encoder):
+        raise UserError("validation.text is not set, but model.condition=text; encode the captions held out")
+    if data.mixture and (data.shards or data.latents or data.text):
+        raise UserError("data.mixture names its own shards, latents and text; remove data.shards, .latents and .text")
+    for number, entry in enumerate(data_sets(data)):
+        section = f"data.mixture[{number}]" if data.mixture else "data"
+        require(entry, section, "weight", *POSITIVE)
+        if entry.text and condition == "class":
+            raise UserError(
+                f"{section}.text={entry.text} has no effect with model.condition=class; remove it or set "
+                "model.condition=text"
+            )
+        if data.stream and condition == "text":
+            raise UserError("data.stream=true reads images and classes, but model.condition=text; pack an index")
+        if data.stream and (entry.latents or data.mixture):
+            raise UserError("data.stream=true reads one stream of images; remove data.latents and data.mixture")
+    if data.allow_pipe and not data.stream:
+        raise UserError("data.allow_pipe=true has no effect without data.stream=true; remove it")
+
+
+def _check_online(config: Config) -> None:
+    """Encoders that run while the data are read take the place of folders, and of folders only."""
+    data, held_out = config.data, config.validation
+    if data.text_encoder and config.model.condition == "class":
+        raise UserError(f"data.text_encoder={data.text_encoder} has no effect with model.condition=class; remove it")
+    if data.tokenizer and not data.text_encoder:
+        raise UserError(f"data.tokenizer={data.tokenizer} has no effect without data.text_encoder; remove it")
+    for encoder, kind in (("autoencoder", "latents"), ("text_encoder", "text")):
+        folder = getattr(data, encoder)
+        if folder is None:
+            continue
+        if data.stream:
+            raise UserError(f"data.{encoder}={folder}: data.stream=true encodes nothing; pack an index, or remove it")
+        if getattr(held_out, kind) or any(getattr(entry, kind) for entry in data_sets(data)):
+            raise UserError(f"data.{encoder}={folder} encodes what data.{kind} holds already; give one of them")
+
+
+def _check_periods(config: Config) -> None:
+    """What happens every so many steps has what it needs, and nothing is given for what never happens."""
+    for section, name in (("validation", "shards"), ("score", "features"), ("score", "reference")):
+        every, value = getattr(config, section).every, getattr(getattr(config, section), name)
+        if every and not value:
+            raise UserError(f"{section}.every={every} needs {section}.{name}; give it, or set {section}.every=0")
+        if value and not every:
+            raise UserError(
+                f"{section}.{name}={value} has no effect with {section}.every=0; set it to a number of steps, such as "
+                "5000"
+            )
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every % checkpoint.every:
+        raise UserError(
+            f"checkpoint.keep_every={checkpoint.keep_every} is not a multiple of checkpoint.every={checkpoint.every}, "
+            "so there would be nothing to keep; choose a multiple"
+        )
+
+
+def check_places(config: Config) -> None:
+    """Refuse a training run without a folder to write to, or without data.
+
+    Raises:
+        UserError: one is not set.
+    """
+    if not config.run_dir:
+        raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
+    for number, entry in enumerate(data_sets(config.data)):
+        section = f"data.mixture[{number}]" if config.data.mixture else "data"
+        if not entry.shards:
+            raise UserError(f"{section}.shards is not set; give a folder made by `python -m data_tools pack`")
+        if config.model.condition == "text" and not (entry.text or config.data.text_encoder):
+            raise UserError(
+                f"{section}.text is not set, but model.condition=text; make it with `python -m data_tools encode-text` "
+                "or give data.text_encoder"
+            )
+
+
+def for_world(config: Config, world_size: int) -> Config:
+    """The configuration on so many ranks: with `train.micro_batch_size` where it was 0, and what only they decide
+    checked.
+
+    Raises:
+        UserError: the ranks, the expert-parallel size and the batch do not fit together.
+    """
+    ep, batch, micro = config.parallel.expert, config.train.global_batch_size, config.train.micro_batch_size
+    if world_size % ep:
+        raise UserError(
+            f"parallel.expert={ep} does not divide the {world_size} ranks; choose a divisor of {world_size}"
+        )
+    if not micro and batch % world_size:
+        raise UserError(
+            f"train.global_batch_size={batch} does not divide over {world_size} ranks; "
+            f"choose a multiple of {world_size}"
+        )
+    micro = micro or batch // world_size
+    if batch % (micro * world_size):
+        raise UserError(
+            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {world_size} ranks;"
+            f" choose a multiple of {micro * world_size}"
+        )
+    fitted = replace(config, train=replace(config.train, micro_batch_size=micro))
+    if config.experts is not None:
+        samples = pool_samples(fitted, world_size) if config.experts.pool_kind() != "sample" else 1
+        config.experts.check_pool(samples * config.tokens_per_sample)
+    return fitted
+
+
+def pool_samples(config: Config, world_size: int) -> int:
+    """How many samples of a training micro-step compete in one token pool, or have a loss of the batch in common.
+
+    Args:
+        config: as `for_world` returns it.
+    """
+    kind = "sample" if config.experts is None else config.experts.pool_kind()
+    if config.experts is not None and config.experts.shares_batch():
+        kind = "global"
+    ranks = {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}
+    return 1 if kind == "sample" else config.train.micro_batch_size * ranks[kind]

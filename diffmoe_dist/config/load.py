@@ -1,0 +1,169 @@
+"""From a file and `key=value` overrides to a checked configuration.
+
+Unknown keys, wrong types and impossible combinations end here, before torch is even imported. A setting that the
+chosen path would ignore is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffmoe_dist.config.checks import check, check_places
+from diffmoe_dist.config.router import MoEConfig, RouterSettings
+from diffmoe_dist.config.schema import MODEL_SIZES, Config
+from diffmoe_dist.errors import UserError
+
+OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "flow": {"time_distribution": "uniform", "direction": "data_at_one", "time_scale": 1.0},
+    "ddpm": {"time_distribution": "uniform", "direction": "noise_at_one", "time_scale": 1.0},  # its only values
+}
+_OF_A_SIZE = ("depth", "hidden_size", "num_heads")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bool = True) -> Config:
+    """Read a YAML file, apply `key=value` overrides, and return the checked, resolved configuration.
+
+    Args:
+        training: whether it is for a run, which needs `run_dir` and `data.shards`.
+
+    Raises:
+        UserError: the file or a key is unknown, a value has the wrong type, or settings contradict each other.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file; see configs/ for examples")
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override '{override}': expected key=value, such as optim.lr=1e-4")
+    try:
+        from_file = OmegaConf.load(path)
+        from_command = OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} {' '.join(overrides)}: not readable as YAML: {error}") from None
+    if not isinstance(from_file, DictConfig):
+        raise UserError(f"--config {path}: expected a mapping of settings at the top level")
+    return build_config(from_file, from_command, training=training)
+
+
+def build_config(*layers: DictConfig | dict[str, Any], training: bool = True) -> Config:
+    """Merge layers of settings over the defaults, later ones winning; derive what follows from them; check the result.
+
+    A null is a setting that is not given: it unsets what an earlier layer gave.
+    """
+    given = OmegaConf.to_container(OmegaConf.merge(*layers))
+    schema = Config(moe=_moe_schema(given))
+    _refuse_unknown_keys(given, schema, prefix="")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), _without_nulls(given))
+        config = OmegaConf.to_object(OmegaConf.merge(typed, _derived(typed, schema)))
+    except OmegaConfBaseException as error:
+        where = error.full_key or "config"
+        raise UserError(f"{where}: {str(error).splitlines()[0]}; give a value of the right type") from None
+    assert isinstance(config, Config)
+    check(config)
+    if training:
+        check_places(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved settings as YAML that `load_config` reads back to an equal Config."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def router_names() -> list[str]:
+    """The routers there are: dense, and the files of config/routers/."""
+    files = (Path(__file__).parent / "routers").glob("[!_]*.py")
+    return ["dense", *sorted(path.stem for path in files)]
+
+
+def _moe_schema(given: Any) -> MoEConfig:
+    """The settings that the chosen router knows, with their defaults."""
+    moe = given.get("moe") if isinstance(given, dict) else None
+    router = moe.get("router", MoEConfig.router) if isinstance(moe, dict) else MoEConfig.router
+    names = router_names()
+    if router not in names:
+        close = difflib.get_close_matches(str(router), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"moe.router={router} is not a router; {hint}choose from {', '.join(names)}")
+    if router == "dense":
+        return MoEConfig()
+    settings: RouterSettings = importlib.import_module(f"diffmoe_dist.config.routers.{router}").Settings(router=router)
+    return settings
+
+
+def _without_nulls(given: Any) -> Any:
+    if isinstance(given, dict):
+        return {key: _without_nulls(value) for key, value in given.items() if value is not None}
+    return [_without_nulls(value) for value in given] if isinstance(given, list) else given
+
+
+def _derived(typed: Any, schema: Config) -> dict[str, dict[str, Any]]:
+    """By section, the settings that are not given and follow from others. Raises UserError."""
+    derived = {"model": _derived_model(typed.model), "objective": _derived_objective(typed.objective)}
+    if schema.experts is not None:
+        derived["moe"] = schema.experts.derived(typed)
+    return derived
+
+
+def _derived_model(model: Any) -> dict[str, Any]:
+    """Depth, width and heads of the preset that `model.size` names."""
+    preset = {} if model.size is None else dict(zip(_OF_A_SIZE, MODEL_SIZES[model.size], strict=True))
+    for name in _OF_A_SIZE:
+        given = None if OmegaConf.is_missing(model, name) else model[name]
+        if given is None and not preset:
+            raise UserError(f"model.{name} is not set; give it a value or choose model.size from {list(MODEL_SIZES)}")
+        if given is not None and preset and given != preset[name]:
+            raise UserError(
+                f"model.{name}={given} contradicts model.size={model.size} ({name} {preset[name]}); drop one"
+            )
+    return preset
+
+
+def _derived_objective(objective: Any) -> dict[str, Any]:
+    defaults = OBJECTIVE_DEFAULTS[objective.name]
+    for name, value in defaults.items():
+        if objective.name == "ddpm" and not OmegaConf.is_missing(objective, name) and objective[name] != value:
+            raise UserError(f"objective.{name}={objective[name]} has no effect with objective.name=ddpm; remove it")
+    return {name: value for name, value in defaults.items() if OmegaConf.is_missing(objective, name)}
+
+
+def _refuse_unknown_keys(given: Any, schema: Any, prefix: str) -> None:
+    """OmegaConf also refuses them; this names the nearest known key."""
+    known = {f.name: getattr(schema, f.name) for f in fields(schema)}
+    if not isinstance(given, dict):
+        raise UserError(
+            f"{prefix.rstrip('.') or 'config'}={given}: expected settings below it, such as {prefix}{next(iter(known))}"
+        )
+    for key, value in list(given.items()):
+        if key in known and is_dataclass(known[key]):
+            _refuse_unknown_keys(value, known[key], f"{prefix}{key}.")
+        elif key not in known and isinstance(schema, MoEConfig):
+            _refuse_unknown_router_setting(given, key, schema)
+        elif key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(known)}"
+            raise UserError(f"unknown setting {prefix}{key}={value}; {remedy}")
+
+
+def _refuse_unknown_router_setting(moe: dict[Any, Any], key: str, schema: MoEConfig) -> None:
+    if moe[key] is None:
+        del moe[key]
+        return
+    known = [f.name for f in fields(schema) if f.name != "router"]
+    close = difflib.get_close_matches(str(key), known, n=1)
+    if close:
+        raise UserError(f"unknown setting moe.{key}={moe[key]}; did you mean moe.{close[0]}?")
+    raise UserError(
+        f"moe.{key}={moe[key]} has no effect with moe.router={schema.router}, which knows "
+        f"{', '.join(known) or 'nothing else'}; remove it"
+    )

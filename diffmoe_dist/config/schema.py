@@ -1,0 +1,214 @@
+"""Every setting of a run, and its default.
+
+A configuration is made by `load_config` and never changes. A setting that has no default follows from others, and
+`load.py` says how; one that may be None is a feature that a run need not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from diffmoe_dist.config.router import MoEConfig, RouterSettings
+
+# depth, hidden size, heads (DiT, DiffMoE Table 1)
+MODEL_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    size: Literal["S", "B", "L", "XL"] | None = None  # a preset for the next three, which may also be given freely
+    depth: int = MISSING
+    hidden_size: int = MISSING
+    num_heads: int = MISSING
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    input_size: int = 32  # height and width of what the model sees: latents or pixels
+    in_channels: int = 4
+    condition: Literal["class", "text"] = "class"
+    num_classes: int = 1000  # 0 with condition=text
+    text_hidden_size: int = 0  # with condition=text: width of the encoder's tokens
+    text_max_length: int = 0  # tokens that captions are padded to
+    text_pooled_size: int = 0  # width of the encoder's pooled vector; 0: it has none
+    text_encoder_sha256: str = ""  # the encoder's fingerprint; default: that of data.text or data.text_encoder
+    learn_sigma: bool = False  # twice the output channels; the second half is the learned variance
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is not given is the objective's own (`load.OBJECTIVE_DEFAULTS`); DDPM knows no other values than those."""
+
+    name: Literal["flow", "ddpm"] = "flow"
+    time_distribution: Literal["uniform", "logit_normal"] = MISSING
+    direction: Literal["data_at_one", "noise_at_one"] = MISSING  # which end of time 1 is
+    time_scale: float = MISSING  # the model is given time_scale * t
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 100_000
+    global_batch_size: int = 256
+    micro_batch_size: int = 0  # images a rank computes at once; 0: its part of the global batch, without accumulation
+    label_dropout: float = 0.1
+    initial_weights: str | None = None  # a folder of weights (diffmoe_dist.convert) that a fresh run starts from
+    hang_timeout: float = 600.0  # seconds a step may take before the run ends itself; 0: no limit
+    skip_non_finite: bool = False  # leave out the update of a batch with a non-finite loss or gradient, and go on
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 0.0  # 0: no clipping
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    decay: float = 0.9999
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    expert: int = 1  # ranks that one set of experts is sharded over
+    tensor: int = 1
+    zero_stage: Literal[1, 2] = 1
+    score_exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """One of several data sets that a run reads together; `weight` is its part of the samples against the others'."""
+
+    shards: str = ""
+    latents: str | None = None
+    text: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str = ""
+    latents: str | None = None  # a folder made from the shards by `encode-latents`; takes the place of their images
+    text: str | None = None  # a folder made from the shards by `encode-text`
+    # In the place of latents and of text: folders of an AutoencoderKL, and of a CLIP or T5, that encode images and
+    # captions as they are read; and of the latter's tokenizer, where it lies elsewhere.
+    autoencoder: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    mixture: list[MixtureConfig] = field(default_factory=list)  # several, in place of shards, latents and text
+    workers: int = 0
+    flip: bool = False
+    stream: bool = False  # read `shards`, URLs or paths of tars, without an index; not reproducible
+    allow_pipe: bool = False  # let the URLs of a stream run commands: `pipe:COMMAND`
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 0  # checkpoints of every n-th step stay for good; 0: none
+    allow_pool_change: bool = False  # resume although the token pool would change its size
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 50
+    figures_every: int = 0  # steps between figures of what the experts do, in TensorBoard; 0: none
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    shards: str | None = None  # images held out from data.shards
+    latents: str | None = None  # and their latents, where the model is trained on latents
+    text: str | None = None  # and their encoded captions, where it is told captions
+    every: int = 0  # steps between validation losses; 0: none
+    images: int = 1024  # the same ones every time
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: tuple[int, int] | None = None  # first and last step of a trace in run_dir/profile
+    memory_snapshot: bool = False  # keep CUDA's allocations, and write them there when memory runs out
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    every: int = 0  # steps between sample grids; 0: none
+    num: int = 40
+    steps: int = 50
+    cfg_scale: float = 1.0
+    decoder: str | None = None  # the folder of the autoencoder that turns latents into images
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """A score of few samples, drawn by `sample.steps` and `sample.cfg_scale`."""
+
+    every: int = 0  # steps between scores; 0: none
+    num: int = 1000
+    features: str | None = None  # weights.pth of FID's Inception network, another program.pt2, or module:callable
+    reference: str | None = None  # an npz of `python -m diffmoe_dist.evaluate --make-reference`, or ADM's
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = ""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # on CUDA: the same bits every time, at some cost of speed; on a CPU it is so anyway
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return (self.model.input_size // self.model.patch_size) ** 2
+
+    @property
+    def experts(self) -> RouterSettings | None:
+        """The settings of the experts and their router; None for a dense model."""
+        return self.moe if isinstance(self.moe, RouterSettings) else None
+
+    @property
+    def moe_blocks(self) -> list[int]:
+        """The blocks that are mixtures of experts. Both papers: those with an odd 0-based index."""
+        return [] if self.experts is None else list(range(1, self.model.depth, 2))
+
+
+def data_sets(data: DataConfig) -> list[MixtureConfig]:
+    """The data sets of a run, of which there is usually one."""
+    return data.mixture or [MixtureConfig(data.shards, data.latents, data.text)]
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide which tensors a model has and what they mean, as flat `section.key` -> value."""
+    sections = {
+        "model": {name: value for name, value in vars(config.model).items() if name != "size"},
+        "moe": {"router": "dense"} if config.experts is None else config.experts.structure(),
+        "objective": vars(config.objective),
+    }
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """What each loss of the router counts beside the diffusion loss, by name: its settings `NAME_loss_weight`."""
+    ending = "_loss_weight"
+    settings = vars(config.moe).items()
+    return {key.removesuffix(ending): value for key, value in settings if key.endswith(ending) and value is not None}
