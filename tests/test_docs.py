@@ -62,6 +62,9 @@ DEEPSPEED_ON_NODES = (
     "tests/slurm/test_slurm.py::test_the_deepspeed_launcher_trains_on_a_hostfile_through_its_slurm_runner"
 )
 SLURM = Elsewhere("tests/slurm/test_slurm.py::test_two_nodes_train_until_the_run_is_marked_as_done")
+PREPARATION = Elsewhere(
+    "tests/slurm/test_slurm.py::test_the_shards_of_mpi_processes_on_two_nodes_have_the_bytes_of_one_process"
+)
 SCORES = "tests/evaluation/test_scores.py::test_the_command_scores_a_file_under_a_launcher_against_a_reference_it_made"
 
 # The first pattern that fits the whole command counts.
@@ -91,7 +94,7 @@ COMMANDS: dict[str, How] = {
     r"(deepspeed --num_gpus|torchrun --nproc-per-node|mpirun -n) 2 .*diffmoe_dist\.train .*": LAUNCHERS,
     r"torchrun --nnodes 2 .*diffmoe_dist\.train .*": NotRun("needs a second node; tried by hand, see docs/cluster.md"),
     r"(.*\S )?sbatch .*slurm/train_\S+.*": SLURM,
-    r"sbatch slurm/prepare_shards\.sh .*": NotRun("its commands are those of data_tools"),
+    r"sbatch slurm/prepare_shards\.sh .*": PREPARATION,
     r"\$EDITOR .*|cat hostfile|node\d slots=8": NotRun("the reader's editor and file"),
     r"deepspeed --hostfile hostfile --launcher pdsh .*": NotRun("needs ssh; tried by hand, see docs/cluster.md"),
     r"scontrol show hostnames .*|deepspeed --hostfile hostfile --no_ssh_check .*": Elsewhere(DEEPSPEED_ON_NODES),
