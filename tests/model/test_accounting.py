@@ -134,12 +134,14 @@ def test_multiply_accumulates_are_what_torch_counts_in_a_forward_pass(
     images = 8
     # The counter knows neither grouped products nor the one operation that attention is on a CPU.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
-    told: Condition = torch.tensor([0, 10] * (images // 2))  # 10: the null label
+    condition: Condition = torch.tensor([0, 10] * (images // 2))  # 10: the null label
     if shape is TEXT:
         null = torch.tensor([False, True] * (images // 2))
-        told = TextCondition(torch.randn(images, 10, 24), torch.ones(images, 10).bool(), torch.randn(images, 16), null)
+        condition = TextCondition(
+            torch.randn(images, 10, 24), torch.ones(images, 10).bool(), torch.randn(images, 16), null
+        )
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        output = model(torch.randn(images, 1, 8, 8), torch.rand(images), told)
+        output = model(torch.randn(images, 1, 8, 8), torch.rand(images), condition)
     counts = account(settings)
     capacity = sum(float(stats.capacity) for stats in output.routing)  # of the only layer that has experts, if any
     # Two operations a multiply-accumulate.

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.model.blocks import Attention, DiTBlock
@@ -166,19 +166,19 @@ def test_a_model_without_learned_variance_has_none() -> None:
     assert make_model()(*make_inputs()).variance is None
 
 
-def test_the_same_experts_come_out_whatever_share_of_them_is_held() -> None:
+def test_an_expert_starts_with_the_same_values_on_whichever_device_it_is() -> None:
     whole = make_model(MOE, seed=3)
     for first in (0, 2):
-        share = DiT(make_config(MOE))
-        for layer in share.moe_layers:
+        shard = DiT(make_config(MOE))
+        for layer in shard.moe_layers:
             layer.experts = Experts(2, 16, 64)
             layer.experts.first = first
-        initialize(share, 3)
+        initialize(shard, 3)
 
-        shares = dict(share.named_parameters())
+        held = dict(shard.named_parameters())
         for name, parameter in whole.named_parameters():
             expected = parameter[first : first + 2] if ".experts." in name else parameter
-            assert torch.equal(shares[name], expected), name
+            assert torch.equal(held[name], expected), name
 
 
 def test_initialisation_depends_on_the_seed_the_name_and_the_expert_and_on_nothing_else() -> None:
@@ -193,12 +193,13 @@ def test_initialisation_depends_on_the_seed_the_name_and_the_expert_and_on_nothi
             assert not torch.equal(parameter, dict(other.named_parameters())[name]), name
     assert not torch.equal(model.moe_layers[0].experts.w1, model.moe_layers[1].experts.w1)
     assert not torch.equal(model.moe_layers[0].experts.w1[0], model.moe_layers[0].experts.w1[1])
-    assert not torch.equal(model.blocks[0].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    first, second = (model.get_parameter(f"blocks.{block}.attn.qkv.weight") for block in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_initialisation_follows_the_published_rules() -> None:
     model = make_model(MOE, hidden_size=64, seed=3)
-    named = dict(model.named_parameters())
+    named = {name: parameter.detach() for name, parameter in model.named_parameters()}
     width, hidden = 64, 256
 
     def bound(fan_in: int, fan_out: int) -> float:
@@ -222,7 +223,6 @@ def test_initialisation_follows_the_published_rules() -> None:
         "blocks.mlp.router.gate_weight": 0.006,
     }
     for name, parameter in named.items():
-        parameter = parameter.detach()
         rule = re.sub(r"^blocks\.\d", "blocks", name)
         if rule in uniform:  # at least 256 numbers: the largest is within 3 % of the bound, almost surely
             assert 0.97 * uniform[rule] < parameter.abs().max() <= uniform[rule], name
@@ -304,6 +304,7 @@ def test_a_block_modulates_normalises_and_gates_as_adaln_zero_does() -> None:
     with torch.no_grad():
         output, routing = block(x, condition, torch.zeros(len(x), dtype=torch.bool))
         linear = block.adaLN_modulation[1]
+        assert isinstance(linear, nn.Linear)
         six = (condition * condition.sigmoid()) @ linear.weight.T + linear.bias
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (part[:, None] for part in six.split(8, dim=1))
         expected = x + gate_a * block.attn(normalised(x) * (1 + scale_a) + shift_a)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.config.routers import expert_choice
-from diffmoe_dist.model.moe import Experts, MoELayer
-from tests.model.layers import conditional, pool_choice
+from diffmoe_dist.model.moe import Experts
+from tests.model.layers import PoolChoiceLayer, conditional, gelu_expert, gradients, pool_choice
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 3, 8, 8, 4
 
 
-def make_layer(capacity: float) -> MoELayer:
+def make_layer(capacity: float) -> PoolChoiceLayer:
     config = expert_choice.Settings("expert_choice", EXPERTS, capacity=capacity, inference="static")
-    layer = MoELayer(pool_choice(WIDTH, config, TOKENS), Experts(EXPERTS, WIDTH, 16)).double().train()
+    layer = PoolChoiceLayer(pool_choice(WIDTH, config, TOKENS), Experts(EXPERTS, WIDTH, 16)).double().train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -23,17 +23,17 @@ def make_layer(capacity: float) -> MoELayer:
     return layer
 
 
-def slow(layer: MoELayer, x: Tensor, slots: int) -> Tensor:
+def slow(layer: PoolChoiceLayer, x: Tensor, slots: int) -> Tensor:
     """Image by image, expert by expert."""
-    experts, images = layer.experts, []
+    images = []
     for image in x:
         # The router works in fp32, so its reference does too.
         scores = [torch.softmax(layer.router.gate_weight.float() @ token.float(), dim=0) for token in image]
         rows = [torch.zeros(WIDTH, dtype=x.dtype) for _ in image]
         for e in range(EXPERTS):
-            for s in sorted(range(TOKENS), key=lambda s, e=e, p=scores: (-p[s][e].item(), s))[:slots]:
-                hidden = torch.nn.functional.gelu(image[s] @ experts.w1[e] + experts.b1[e], approximate="tanh")
-                rows[s] = rows[s] + scores[s][e] * (hidden @ experts.w2[e] + experts.b2[e])
+            column = [row[e].item() for row in scores]
+            for s in sorted(range(TOKENS), key=column.__getitem__, reverse=True)[:slots]:
+                rows[s] = rows[s] + scores[s][e] * gelu_expert(layer.experts, e, image[s])
         images.append(torch.stack(rows))
     return torch.stack(images)
 
@@ -48,7 +48,7 @@ def test_outputs_and_gradients_equal_a_loop_over_images_and_experts(capacity: fl
         x = x.detach().requires_grad_()
         y = forward(x)
         y.square().sum().backward()
-        results.append([y, x.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+        results.append([y, x.grad, *gradients(layer)])
     for fast, reference in zip(*results, strict=True):
         # fp32 inside the router, fp64 elsewhere.
         torch.testing.assert_close(fast.double(), reference.double(), atol=1e-5, rtol=1e-5)

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from diffmoe_dist.config import build_config
 from diffmoe_dist.config.routers import global_pool
 from diffmoe_dist.model.dit import DiT, initialize
-from diffmoe_dist.model.mlp import Mlp
-from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher, MoELayer
-from tests.model.layers import conditional, pool_choice
+from diffmoe_dist.model.mlp import Mlp, SwiGLU
+from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher
+from tests.model.layers import PoolChoiceLayer, conditional, gelu_expert, gradients, pool_choice
 
 CONFIG = global_pool.Settings(
     router="global_pool",
@@ -41,13 +41,13 @@ def make_experts(experts: int, width: int, hidden: int, seed: int = 0, activatio
 
 def make_layer(
     config: global_pool.Settings = CONFIG, tokens_per_sample: int = 6, width: int = 8, hidden: int = 16
-) -> MoELayer:
+) -> PoolChoiceLayer:
     router = pool_choice(width, config, tokens_per_sample)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return MoELayer(router, make_experts(config.num_experts, width, hidden))
+    return PoolChoiceLayer(router, make_experts(config.num_experts, width, hidden))
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -76,8 +76,7 @@ def loop_over_experts(experts: Experts, x_RD: Tensor, counts: list[int], cotange
             gate, up = rows @ experts.w1[e, :, :hidden], rows @ experts.w1[e, :, hidden:]
             parts.append((gate * torch.sigmoid(gate) * up) @ experts.w2[e])
         else:
-            h = F.gelu(rows @ experts.w1[e] + experts.b1[e], approximate="tanh")
-            parts.append(h @ experts.w2[e] + experts.b2[e])
+            parts.append(gelu_expert(experts, e, rows))
     output = torch.cat(parts)
     return [output.detach(), *torch.autograd.grad(output, [x, *experts.parameters()], cotangent)]
 
@@ -134,6 +133,7 @@ def test_experts_without_any_token_return_no_row_and_zero_gradients() -> None:
 
 def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
     layer, dense = make_layer(replace(CONFIG, num_experts=1)), Mlp(8, 16)
+    assert layer.experts.b1 is not None and layer.experts.b2 is not None
     with torch.no_grad():
         dense.fc1.weight.copy_(layer.experts.w1[0].T)
         dense.fc1.bias.copy_(layer.experts.b1[0])
@@ -150,11 +150,13 @@ def test_one_expert_that_takes_every_token_is_the_dense_layer() -> None:
     assert torch.equal(routing.gate, torch.ones(24))
     assert_close(output.detach(), expected.detach())
     assert_close(x_moe.grad, x_dense.grad)
-    gradients = {name: p.grad[0] for name, p in layer.experts.named_parameters() if p.grad is not None}
-    assert_close(gradients["w1"], dense.fc1.weight.grad.T)
-    assert_close(gradients["b1"], dense.fc1.bias.grad)
-    assert_close(gradients["w2"], dense.fc2.weight.grad.T)
-    assert_close(gradients["b2"], dense.fc2.bias.grad)
+    found = {name: p.grad[0] for name, p in layer.experts.named_parameters() if p.grad is not None}
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = gradients(dense)
+    assert_close(found["w1"], fc1_weight.T)
+    assert_close(found["b1"], fc1_bias)
+    assert_close(found["w2"], fc2_weight.T)
+    assert_close(found["b2"], fc2_bias)
+    assert layer.router.gate_weight.grad is not None
     assert not layer.router.gate_weight.grad.any()  # a softmax over one expert is 1 whatever the weight
 
 
@@ -176,11 +178,8 @@ def test_a_token_of_several_experts_gets_the_sum_of_gate_times_result() -> None:
     output = conditional(layer, x)[0].detach()
 
     gates = (x.flatten(0, 1) @ layer.router.gate_weight.T).softmax(dim=1)
-    results = []
-    for e in range(4):
-        h = F.gelu(x.flatten(0, 1) @ layer.experts.w1[e] + layer.experts.b1[e], approximate="tanh")
-        results.append(gates[:, e : e + 1] * (h @ layer.experts.w2[e] + layer.experts.b2[e]))
-    assert_close(output.flatten(0, 1), sum(results).detach())
+    results = [gates[:, e : e + 1] * gelu_expert(layer.experts, e, x.flatten(0, 1)) for e in range(4)]
+    assert_close(output.flatten(0, 1), torch.stack(results).sum(dim=0).detach())
 
 
 def test_the_layer_keeps_the_type_and_shape_of_its_input() -> None:
@@ -222,11 +221,12 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rule", ["training", "threshold", "count", "static"])
-def test_nothing_as_large_as_a_copy_of_the_tokens_for_every_expert_is_made(rule: str) -> None:
+def test_nothing_as_large_as_a_copy_of_the_tokens_for_every_expert_is_made(rule: Any) -> None:
     experts, tokens, width, hidden = 16, 128, 8, 32
     config = replace(CONFIG, num_experts=experts, inference="static" if rule == "training" else rule)
     layer = make_layer(config, 32, width, hidden).train(rule == "training")
     x = random(4, 32, width, seed=2).requires_grad_()
+    assert layer.router.capacity_predictor is not None
     predicted = layer.router.capacity_predictor(x.detach().flatten(0, 1)).sigmoid()
     layer.router.threshold.copy_(predicted.quantile(0.85, dim=0))  # a sixth of the tokens for every expert
 
@@ -266,10 +266,10 @@ def test_shared_experts_add_their_sum_to_every_token_whatever_the_router(activat
     x = random(2, 256, 8, seed=1)
     extra = conditional(with_two, x)[0] - conditional(without, x)[0]
 
-    assert with_two.shared is not None
+    assert isinstance(with_two.shared, Mlp | SwiGLU)
     total = torch.zeros(2, 256, 8)
     for half in (slice(0, 32), slice(32, 64)):  # each shared expert is one half of the hidden units
-        if activation == "gelu":
+        if isinstance(with_two.shared, Mlp):
             h = F.gelu(
                 F.linear(x, with_two.shared.fc1.weight[half], with_two.shared.fc1.bias[half]), approximate="tanh"
             )

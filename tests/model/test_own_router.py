@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from diffmoe_dist.planning.workload import workload
 from tests.machine import ROOT
 
 DOCUMENT = ROOT / "docs/architecture.md"
-LAYERS = [
+LAYERS: list[dict[str, Any]] = [
     {"run_dir": "r", "data": {"shards": "s"}},
     {"model": {"depth": 4, "hidden_size": 16, "num_heads": 2, "input_size": 8, "in_channels": 1, "num_classes": 5}},
     {"moe": {"router": "by_place", "num_experts": 4, "shared_experts": 1}},

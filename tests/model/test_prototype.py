@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffmoe_dist.config.routers.prototype import Settings
@@ -15,6 +14,7 @@ from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.routers.prototype import PrototypeRouter
 from diffmoe_dist.model.routing_losses import contrastive_loss
+from tests.model.layers import gelu_expert, gradients
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 4, 8, 8, 4
 NULL = [False, True, False, False]
@@ -22,10 +22,16 @@ VARIANTS = ["token_choice", "expert_choice"]
 SCORES = ["identity", "sigmoid", "softmax"]
 
 
-def make_layer(**settings: Any) -> MoELayer:
+class PrototypeLayer(MoELayer):
+    router: PrototypeRouter
+    shared: Mlp
+    unconditional: Mlp
+
+
+def make_layer(**settings: Any) -> PrototypeLayer:
     chosen = Settings("prototype", EXPERTS, expert_mlp_ratio=2.0, **settings)
-    experts, hidden = Experts(EXPERTS, WIDTH, 16), 16
-    layer = MoELayer(PrototypeRouter(WIDTH, chosen, TOKENS), experts, Mlp(WIDTH, hidden), Mlp(WIDTH, hidden)).train()
+    router, experts = PrototypeRouter(WIDTH, chosen, TOKENS), Experts(EXPERTS, WIDTH, 16)
+    layer = PrototypeLayer(router, experts, Mlp(WIDTH, 16), Mlp(WIDTH, 16)).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -37,13 +43,13 @@ def make_images() -> Tensor:
     return torch.randn(IMAGES, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
-def expert(layer: MoELayer, e: int, token: Tensor) -> Tensor:
-    hidden = F.gelu(token @ layer.experts.w1[e] + layer.experts.b1[e], approximate="tanh")
-    return hidden @ layer.experts.w2[e] + layer.experts.b2[e]
-
-
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
+
+
+def best_places(scores: list[Tensor], count: int) -> list[int]:
+    """Of equal scores the first."""
+    return sorted(range(len(scores)), key=lambda place: -scores[place].item())[:count]
 
 
 def row_loss(prototypes: Tensor, means: dict[int, Tensor], temperature: float) -> Tensor:
@@ -57,7 +63,7 @@ def row_loss(prototypes: Tensor, means: dict[int, Tensor], temperature: float) -
     return total / len(means)
 
 
-def slow(layer: MoELayer, x: Tensor, variant: str, scores: str, top_k: int) -> tuple[Tensor, Tensor]:
+def slow(layer: PrototypeLayer, x: Tensor, variant: str, scores: str, top_k: int) -> tuple[Tensor, Tensor]:
     prototypes, outputs, assigned = layer.router.prototypes, [], []  # assigned: for each image {expert: tokens}
     slots = math.floor(TOKENS / EXPERTS * top_k)
     for image, is_null in zip(x, NULL, strict=True):
@@ -72,11 +78,10 @@ def slow(layer: MoELayer, x: Tensor, variant: str, scores: str, top_k: int) -> t
         chosen: set[tuple[int, int]] = set()
         if not is_null and variant == "token_choice":
             for s, row in enumerate(table):
-                chosen |= {(s, e) for e in sorted(range(EXPERTS), key=lambda e, r=row: -r[e].item())[:top_k]}
+                chosen |= {(s, e) for e in best_places(row, top_k)}
         elif not is_null:
             for e in range(EXPERTS):
-                best = sorted(range(TOKENS), key=lambda s, e=e, t=table: -t[s][e].item())[:slots]
-                chosen |= {(s, e) for s in best}
+                chosen |= {(s, e) for s in best_places([row[e] for row in table], slots)}
         assigned.append({e: [image[s] for s, of in sorted(chosen) if of == e] for e in range(EXPERTS)})
         rows = []
         for s, token in enumerate(image):
@@ -85,7 +90,7 @@ def slow(layer: MoELayer, x: Tensor, variant: str, scores: str, top_k: int) -> t
                 y = y + layer.unconditional(token)
             for e in range(EXPERTS):
                 if (s, e) in chosen:
-                    y = y + table[s][e] * expert(layer, e, token)
+                    y = y + table[s][e] * gelu_expert(layer.experts, e, token)
             rows.append(y)
         outputs.append(torch.stack(rows))
     if variant == "token_choice":
@@ -120,12 +125,12 @@ def test_outputs_loss_and_gradients_equal_a_loop_over_images_tokens_and_experts(
         x = x.detach().requires_grad_()
         y, loss = forward(x)
         (y.square().sum() + loss).backward()
-        results.append([y, loss, x.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+        results.append([y, loss, x.grad, *gradients(layer)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-5)  # fp32 sums; the temperature magnifies by 14
 
 
-def test_images_without_a_condition_visit_the_unconditional_expert_and_no_other() -> None:
+def test_unconditional_images_go_to_the_unconditional_expert_and_no_other() -> None:
     layer, x = make_layer().eval(), make_images()
     y, routing = layer(x, torch.tensor(NULL))
     assert not set((routing.token_index // TOKENS).tolist()) & {1}
@@ -133,7 +138,7 @@ def test_images_without_a_condition_visit_the_unconditional_expert_and_no_other(
     assert float(routing.stats.capacity) == 1.0, "every token has one expert, the unconditional one counted"
 
 
-def test_a_pass_of_null_labels_alone_leaves_the_routed_experts_idle_and_still_has_gradients() -> None:
+def test_a_batch_of_null_labels_alone_leaves_the_routed_experts_idle_and_still_has_gradients() -> None:
     layer, x = make_layer(), make_images()
     y, routing = layer(x, torch.ones(IMAGES, dtype=torch.bool))
     (y.sum() + routing.losses["contrastive"]).backward()

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.routers import token_choice
 from diffmoe_dist.model.routing_losses import balance_loss
-from tests.model.layers import conditional
+from tests.model.layers import conditional, gelu_expert, gradients
 
 IMAGES, TOKENS, WIDTH, EXPERTS = 2, 6, 8, 4
 
@@ -26,19 +26,18 @@ def make_layer(top_k: int) -> MoELayer:
 
 def slow(layer: MoELayer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Token by token and expert by expert."""
-    experts, outputs, probabilities = layer.experts, [], []
+    outputs, probabilities = [], []
     picks = torch.zeros(EXPERTS)
     for token in x.flatten(0, 1):
-        p = torch.softmax(layer.router.gate_weight @ token, dim=0)
+        p = torch.softmax(layer.router.get_parameter("gate_weight") @ token, dim=0)
         probabilities.append(p)
         total = torch.zeros_like(token)
-        for expert in sorted(range(EXPERTS), key=lambda e, p=p: (-p[e].item(), e))[:top_k]:
-            hidden = torch.nn.functional.gelu(token @ experts.w1[expert] + experts.b1[expert], approximate="tanh")
-            total = total + p[expert] * (hidden @ experts.w2[expert] + experts.b2[expert])
+        for expert in sorted(range(EXPERTS), key=p.tolist().__getitem__, reverse=True)[:top_k]:
+            total = total + p[expert] * gelu_expert(layer.experts, expert, token)
             picks[expert] += 1
         outputs.append(total)
-    loss = EXPERTS * sum(picks[e] / picks.sum() * torch.stack(probabilities)[:, e].mean() for e in range(EXPERTS))
-    return torch.stack(outputs).view_as(x), loss
+    losses = [picks[e] / picks.sum() * torch.stack(probabilities)[:, e].mean() for e in range(EXPERTS)]
+    return torch.stack(outputs).view_as(x), EXPERTS * torch.stack(losses).sum()
 
 
 def fast(layer: MoELayer, x: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +55,7 @@ def test_outputs_balance_loss_and_gradients_equal_a_loop_over_tokens_and_experts
         x = x.detach().requires_grad_()
         y, loss = forward(layer, x, top_k)
         (y.square().sum() + loss).backward()
-        results.append([y, loss, x.grad, *(parameter.grad.clone() for parameter in layer.parameters())])
+        results.append([y, loss, x.grad, *gradients(layer)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # fp32 sums in another order
 
@@ -64,7 +63,7 @@ def test_outputs_balance_loss_and_gradients_equal_a_loop_over_tokens_and_experts
 def test_every_token_has_exactly_k_experts_and_equal_scores_go_to_the_lower_expert() -> None:
     layer = make_layer(top_k=2)
     with torch.no_grad():
-        layer.router.gate_weight.zero_()  # all scores equal
+        layer.router.get_parameter("gate_weight").zero_()  # all scores equal
     _, routing = conditional(layer, torch.ones(IMAGES, TOKENS, WIDTH))
     assert routing.stats.tokens_per_expert.tolist() == [IMAGES * TOKENS, IMAGES * TOKENS, 0, 0]
     assert float(routing.stats.capacity) == 2.0
