@@ -78,7 +78,7 @@ def _wait(processes: list[Any], deadline: float) -> list[int]:
     running = {process.sentinel: process for process in processes}
     while running and time.monotonic() < deadline:
         for sentinel in multiprocessing.connection.wait(list(running), timeout=max(deadline - time.monotonic(), 0)):
-            process = running.pop(sentinel)  # type: ignore[call-overload]
+            process = running.pop(sentinel)
             process.join()
             if process.exitcode != 0:
                 deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)

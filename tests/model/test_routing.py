@@ -2,39 +2,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from diffmoe_dist.config import expert_slots
-from diffmoe_dist.config.pool_choice import PREDICTOR_DEFAULTS
+from diffmoe_dist.config.pool_choice import PREDICTOR_DEFAULTS, PoolChoiceSettings
 from diffmoe_dist.config.routers import expert_choice, global_pool
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.routing import LocalPool
-from tests.model.layers import conditional, pool_choice
+from tests.model.layers import PoolChoiceLayer, conditional, gradients, pool_choice
 from tests.reference import ReferenceResult, double_weights, moe_layer_over_pools
 
 IMAGES, TOKENS, WIDTH, HIDDEN, EXPERTS = 4, 6, 8, 16, 4
 THRESHOLDS = [0.45, 0.5, 0.55, 0.6]
-CONFIG = global_pool.Settings(
-    router="global_pool",
-    num_experts=EXPERTS,
-    capacity=1.0,
-    pool="global",
-    inference="threshold",
-    capacity_loss_weight=1.0,
-    threshold_decay=0.95,
-)
+CONFIG = global_pool.Settings("global_pool", EXPERTS, threshold_decay=0.95)
 
 # fp32 against an fp64 reference, relative to the largest entry: a few roundings of 6e-8 along the sums of WIDTH and
 # HIDDEN terms forward; gradients add up over the tokens as well.
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
 
-def make_layer(config: global_pool.Settings = CONFIG) -> MoELayer:
+def make_layer(**settings: Any) -> PoolChoiceLayer:
+    return layer_of(replace(CONFIG, **settings))
+
+
+def layer_of(config: PoolChoiceSettings) -> PoolChoiceLayer:
     generator = torch.Generator().manual_seed(1)
-    layer = MoELayer(pool_choice(WIDTH, config, TOKENS), Experts(config.num_experts, WIDTH, HIDDEN))
+    layer = PoolChoiceLayer(pool_choice(WIDTH, config, TOKENS), Experts(config.num_experts, WIDTH, HIDDEN))
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             scale = 1.0 if "router" in name else 0.5
@@ -56,14 +53,16 @@ def make_tokens(kind: str = "different") -> Tensor:
     return x
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
+    assert actual is not None and expected is not None
     scale = expected.abs().max().clamp_min(1e-30)
     assert float((actual.double() - expected).abs().max() / scale) <= tolerance
 
 
-def run_both(config: global_pool.Settings, kind: str, rule: str) -> tuple[MoELayer, dict[str, Tensor], ReferenceResult]:
+def run_both(kind: str, rule: str, **settings: Any) -> tuple[PoolChoiceLayer, dict[str, Tensor], ReferenceResult]:
     """The layer and the reference, forward and backward; returns the reference's leaves, and `x.grad` of the layer."""
-    layer = make_layer(config).train(rule == "training")
+    config = replace(CONFIG, **settings)
+    layer = layer_of(config).train(rule == "training")
     x = make_tokens(kind).requires_grad_()
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     output, routing = conditional(layer, x.view(IMAGES, TOKENS, WIDTH))
@@ -110,7 +109,7 @@ def run_both(config: global_pool.Settings, kind: str, rule: str) -> tuple[MoELay
 @pytest.mark.parametrize("kind", ["different", "five rows repeated", "all equal"])
 @pytest.mark.parametrize("pool", ["global", "sample"])
 def test_training_equals_the_slow_reference_forward_and_backward(pool: str, kind: str, capacity: float) -> None:
-    layer, leaves, _ = run_both(replace(CONFIG, pool=pool, capacity=capacity), kind, "training")
+    layer, leaves, _ = run_both(kind, "training", pool=pool, capacity=capacity)
 
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and leaves[name].grad is not None, name
@@ -121,15 +120,15 @@ def test_training_equals_the_slow_reference_forward_and_backward(pool: str, kind
 @pytest.mark.parametrize("kind", ["different", "five rows repeated"])
 @pytest.mark.parametrize("pool", ["global", "sample"])
 def test_the_constant_rule_is_the_count_rule_with_one_threshold_for_all_experts(pool: str, kind: str) -> None:
-    constant = replace(CONFIG, pool=pool, inference="constant", constant_threshold=0.5)
-    by_constant = make_layer(constant).eval()
-    by_count = make_layer(replace(CONFIG, pool=pool, inference="count")).eval()
+    constant: dict[str, Any] = {"pool": pool, "inference": "constant"}
+    by_constant = make_layer(**constant, constant_threshold=0.5).eval()
+    by_count = make_layer(pool=pool, inference="count").eval()
     by_count.router.threshold.fill_(0.5)
     x = make_tokens(kind).view(IMAGES, TOKENS, WIDTH)
     output, routing = conditional(by_constant, x)
     assert torch.equal(output, conditional(by_count, x)[0])
     assert 0 < float(routing.stats.capacity) < EXPERTS
-    everything = make_layer(replace(constant, constant_threshold=0.0)).eval()
+    everything = make_layer(**constant, constant_threshold=0.0).eval()
     assert float(conditional(everything, x)[1].stats.capacity) == EXPERTS, "the papers' interval begins at C = N"
 
 
@@ -137,7 +136,7 @@ def test_the_constant_rule_is_the_count_rule_with_one_threshold_for_all_experts(
 @pytest.mark.parametrize("kind", ["different", "five rows repeated"])
 @pytest.mark.parametrize("pool", ["global", "sample"])
 def test_the_inference_rules_equal_the_slow_reference(pool: str, kind: str, rule: str) -> None:
-    layer, leaves, expected = run_both(replace(CONFIG, pool=pool, inference=rule), kind, rule)
+    layer, leaves, expected = run_both(kind, rule, pool=pool, inference=rule)
 
     for name, parameter in layer.named_parameters():
         if "capacity_predictor" not in name:
@@ -191,7 +190,7 @@ def test_an_image_pool_chooses_in_each_image_by_its_own_count() -> None:
 def test_an_expert_that_wants_no_token_or_every_token_gets_just_that(
     pool: str, rule: str, above: str, expected: int
 ) -> None:
-    layer = make_layer(replace(CONFIG, pool=pool, inference=rule)).eval()
+    layer = make_layer(pool=pool, inference=rule).eval()
     layer.router.threshold[1] = 2.0 if above == "none" else -1.0
     x = make_tokens().view(IMAGES, TOKENS, WIDTH).requires_grad_()
 
@@ -206,7 +205,7 @@ def test_an_expert_that_wants_no_token_or_every_token_gets_just_that(
 
 @pytest.mark.parametrize("rule", ["count", "threshold"])
 def test_where_no_expert_wants_a_token_the_layer_returns_zeros(rule: str) -> None:
-    layer = make_layer(replace(CONFIG, inference=rule)).eval()
+    layer = make_layer(inference=rule).eval()
     layer.router.threshold.fill_(2.0)
     x = make_tokens().view(IMAGES, TOKENS, WIDTH).requires_grad_()
 
@@ -228,9 +227,9 @@ def test_an_expert_has_the_whole_part_of_tokens_over_experts_times_capacity_slot
 
 
 def test_a_training_forward_fills_the_slots_of_its_pool() -> None:
-    config = replace(CONFIG, num_experts=5, capacity=1.5)
-    of_the_batch = conditional(make_layer(config), make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
-    of_an_image = conditional(make_layer(replace(config, pool="sample")), make_tokens().view(IMAGES, TOKENS, WIDTH))[1]
+    x, settings = make_tokens().view(IMAGES, TOKENS, WIDTH), {"num_experts": 5, "capacity": 1.5}
+    of_the_batch = conditional(make_layer(**settings), x)[1]
+    of_an_image = conditional(make_layer(**settings, pool="sample"), x)[1]
 
     assert of_the_batch.stats.tokens_per_expert.tolist() == [7] * 5  # int(24 / 5 * 1.5)
     assert of_an_image.stats.tokens_per_expert.tolist() == [4] * 5  # 4 images, int(6 / 5 * 1.5) each
@@ -239,8 +238,7 @@ def test_a_training_forward_fills_the_slots_of_its_pool() -> None:
 @pytest.mark.parametrize("where", ["some tokens", "every token"])
 @pytest.mark.parametrize("rule", ["training", "count", "static"])
 def test_not_a_number_still_chooses_exactly_as_many_tokens(rule: str, where: str) -> None:
-    config = replace(CONFIG, inference="static" if rule == "training" else rule)
-    layer = make_layer(config).train(rule == "training")
+    layer = make_layer(inference="static" if rule == "training" else rule).train(rule == "training")
     layer.router.threshold.fill_(-1.0)  # count: every token whose prediction is a number
     x = make_tokens()
     rows = [0, 7, 8] if where == "some tokens" else list(range(len(x)))
@@ -260,7 +258,7 @@ def test_not_a_number_still_chooses_exactly_as_many_tokens(rule: str, where: str
 
 
 def test_not_a_number_reaches_the_output_of_a_full_pool() -> None:
-    layer = make_layer(replace(CONFIG, capacity=float(EXPERTS)))
+    layer = make_layer(capacity=float(EXPERTS))
     x = make_tokens()
     x[3] = torch.nan
 
@@ -270,7 +268,7 @@ def test_not_a_number_reaches_the_output_of_a_full_pool() -> None:
 
 
 def test_the_moving_average_of_the_threshold_is_corrected_for_its_start() -> None:
-    router = make_layer(replace(CONFIG, threshold_decay=0.5)).router
+    router = make_layer(threshold_decay=0.5).router
     router.threshold.zero_()
     seen = []
     for proposal in (0.8, 0.2, 0.6):
@@ -317,11 +315,10 @@ def test_a_forward_pass_proposes_a_threshold_and_leaves_the_state_alone() -> Non
 
 
 def test_the_proposal_is_the_kth_largest_predicted_probability() -> None:
-    router = make_layer(replace(CONFIG, num_experts=2)).router
-    last = router.capacity_predictor[2]
+    router = make_layer(num_experts=2).router
+    last = torch.nn.Linear(WIDTH, 2)
+    router.capacity_predictor = torch.nn.Sequential(last)
     with torch.no_grad():  # logits 0, 1, ... 23 and 0, -1, ... -23 from the first entry of the token
-        router.capacity_predictor[0] = torch.nn.Identity()
-        router.capacity_predictor[1] = torch.nn.Identity()
         last.weight.zero_()
         last.weight[:, 0] = torch.tensor([1.0, -1.0])
         last.bias.zero_()
@@ -335,7 +332,7 @@ def test_the_proposal_is_the_kth_largest_predicted_probability() -> None:
 
 
 def test_image_pools_propose_the_mean_of_their_probabilities_however_the_images_are_spread_over_ranks() -> None:
-    layer = make_layer(replace(CONFIG, pool="sample"))
+    layer = make_layer(pool="sample")
     x = make_tokens()
 
     together = conditional(layer.router, x).stats.proposed_threshold
@@ -350,7 +347,7 @@ def test_a_threshold_sample_does_not_depend_on_its_batch_mates_but_a_counted_one
     x = make_tokens().view(IMAGES, TOKENS, WIDTH)
     difference = {}
     for rule in ("threshold", "count"):
-        layer = make_layer(replace(CONFIG, inference=rule)).eval()
+        layer = make_layer(inference=rule).eval()
         with torch.no_grad():
             together, _ = conditional(layer, x)
             alone = torch.cat([conditional(layer, image[None])[0] for image in x])
@@ -367,12 +364,13 @@ def test_the_predictor_loss_sends_no_gradient_into_the_tokens_or_the_gate() -> N
     conditional(layer.router, x).losses["capacity"].backward()
 
     assert x.grad is None and layer.router.gate_weight.grad is None
-    assert all(p.grad is not None and p.grad.any() for p in layer.router.capacity_predictor.parameters())
+    assert layer.router.capacity_predictor is not None
+    assert all(grad.any() for grad in gradients(layer.router.capacity_predictor))
 
 
 def test_assignments_are_by_expert_and_then_by_token() -> None:
     for mode, rule in ((True, "static"), (False, "threshold"), (False, "count"), (False, "static")):
-        routing = conditional(make_layer(replace(CONFIG, inference=rule)).train(mode).router, make_tokens())
+        routing = conditional(make_layer(inference=rule).train(mode).router, make_tokens())
         pairs = list(zip(routing.expert_index.tolist(), routing.token_index.tolist(), strict=True))
         assert pairs == sorted(set(pairs))
         assert len(pairs) == int(routing.stats.tokens_per_expert.sum())
@@ -382,6 +380,7 @@ def test_the_router_decides_in_fp32_for_a_bf16_token() -> None:
     layer = make_layer()
     x = make_tokens().bfloat16()
 
+    assert layer.router.capacity_predictor is not None
     layer.router.capacity_predictor.bfloat16()
     routing = conditional(layer.router, x)
 
@@ -411,7 +410,7 @@ def test_the_capacity_schedule_starts_with_all_experts_and_falls_linearly_to_the
 
 
 def test_training_follows_the_schedule_and_inference_does_not() -> None:
-    layer = make_layer(replace(CONFIG, capacity_schedule=(2, 4), inference="static"))
+    layer = make_layer(capacity_schedule=(2, 4), inference="static")
     x = make_tokens().view(IMAGES, TOKENS, WIDTH)
     capacities = []
     for step in (0, 3, 4):
@@ -423,10 +422,9 @@ def test_training_follows_the_schedule_and_inference_does_not() -> None:
 
 def test_expert_choice_with_a_predictor_is_the_pool_of_one_image_under_every_rule() -> None:
     for rule in ("threshold", "count", "static"):
-        own = expert_choice.Settings(
-            "expert_choice", EXPERTS, 4.0, capacity_predictor=True, inference=rule, **PREDICTOR_DEFAULTS
-        )
-        layers = [make_layer(own), make_layer(replace(CONFIG, pool="sample", inference=rule))]  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"capacity_predictor": True, "inference": rule, **PREDICTOR_DEFAULTS}
+        own = expert_choice.Settings("expert_choice", EXPERTS, 4.0, **settings)
+        layers = [layer_of(own), make_layer(pool="sample", inference=rule)]
         x = make_tokens().view(IMAGES, TOKENS, WIDTH)
         for mode in (True, False):
             (y, ours), (expected, theirs) = (conditional(layer.train(mode), x) for layer in layers)

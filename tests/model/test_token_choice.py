@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffmoe_dist.config.routers.token_choice import Settings
 from diffmoe_dist.model.moe import Experts, MoELayer
-from diffmoe_dist.model.routers import token_choice
+from diffmoe_dist.model.routers.token_choice import TokenChoice
 from diffmoe_dist.model.routing_losses import balance_loss
 from tests.model.layers import conditional, gelu_expert, gradients
 
@@ -15,8 +16,8 @@ IMAGES, TOKENS, WIDTH, EXPERTS = 2, 6, 8, 4
 
 
 def make_layer(top_k: int) -> MoELayer:
-    config = token_choice.Settings("token_choice", EXPERTS, top_k=top_k, balance_loss_weight=0.01)
-    layer = MoELayer(token_choice.TokenChoice(WIDTH, config), Experts(EXPERTS, WIDTH, 16)).train()
+    config = Settings("token_choice", EXPERTS, top_k=top_k, balance_loss_weight=0.01)
+    layer = MoELayer(TokenChoice(WIDTH, config), Experts(EXPERTS, WIDTH, 16)).train()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
