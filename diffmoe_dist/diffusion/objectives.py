@@ -19,8 +19,11 @@ from diffmoe_dist.config import ObjectiveConfig
 DDPM_STEPS = 1000
 # The linear schedule (DDPM, Ho et al. 2020, section 4), in the words of diffusers' schedulers
 DDPM_SCHEDULE: dict[str, Any] = {
-    "num_train_timesteps": DDPM_STEPS, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
-}  # fmt: skip
+    "num_train_timesteps": DDPM_STEPS,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+}
 HALF_BIN = 1 / 255  # of 256 grey values over [-1, 1]
 
 

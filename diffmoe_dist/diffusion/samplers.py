@@ -24,8 +24,13 @@ Y = TypeVar("Y")  # what a model is conditioned on; samplers do not look at it
 
 # The objective each sampler is for; the first of an objective is its default.
 SAMPLERS = {
-    "euler": "flow", "heun": "flow", "dopri5": "flow", "ddpm": "ddpm", "ddim": "ddpm", "dpm-solver++": "ddpm",
-}  # fmt: skip
+    "euler": "flow",
+    "heun": "flow",
+    "dopri5": "flow",
+    "ddpm": "ddpm",
+    "ddim": "ddpm",
+    "dpm-solver++": "ddpm",
+}
 ADAPTIVE = "dopri5"  # takes as many steps as its tolerances need
 RTOL, ATOL = 1e-3, 1e-6  # of the adaptive sampler, those of SiT
 

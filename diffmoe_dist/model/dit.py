@@ -111,7 +111,6 @@ def _condition_embedder(model: ModelConfig) -> LabelEmbedder | TextEmbedder:
 
 def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
     width, settings = config.model.hidden_size, config.experts
-    assert width is not None
     if settings is None or block not in config.moe_blocks:
         return Mlp(width, int(width * config.model.mlp_ratio))
     hidden = int(width * settings.expert_mlp_ratio)

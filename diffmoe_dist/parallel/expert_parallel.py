@@ -50,10 +50,11 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
 
     The experts' parameters keep their names and become this rank's shard, of undefined values.
     """
+    if config.experts is None:
+        return
+    kind = config.experts.pool_kind()
     for layer in model.moe_layers:
-        assert config.experts is not None
         layer.router.batch = DistributedBatch(topology.world_group)
-        kind = config.experts.pool_kind()
         if kind in ("global", "expert_parallel"):
             group = topology.world_group if kind == "global" else topology.expert_group
             if dist.get_world_size(group) > 1:
