@@ -83,7 +83,7 @@ def train(config: Config, stop: StopSignals) -> int:
     # torch and deepspeed take seconds to import; a mistake in the settings ends the run before.
     device = open_device(config, launch)
 
-    from diffmoe_dist.data.open import open_data
+    from diffmoe_dist.data.open import open_data, with_text_encoder
     from diffmoe_dist.engine.build import build_trainer
     from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.engine.run_folder import claim_run_dir, prepare_run_dir
@@ -93,6 +93,7 @@ def train(config: Config, stop: StopSignals) -> int:
     from diffmoe_dist.parallel.topology import from_first_rank, start_process_group, stop_process_group
 
     data = open_data(config, device)
+    config = with_text_encoder(config, data)
     periodic = open_periodic_jobs(config, data, device)
     prepare_run_dir(config)
     run_dir = Path(config.run_dir)

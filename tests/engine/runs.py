@@ -50,7 +50,7 @@ def train_one(rank: int, world_size: int, config: Config) -> None:
 
 
 def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
-    from diffmoe_dist.data.open import open_data
+    from diffmoe_dist.data.open import open_data, with_text_encoder
     from diffmoe_dist.engine.build import build_trainer
     from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
@@ -60,6 +60,7 @@ def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     cpu = torch.device("cpu")
     topology = create_topology(Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert)
     data = open_data(config)
+    config = with_text_encoder(config, data)
     start = find_start(config, data, world_size)
     return build_trainer(config, topology, data, start, open_periodic_jobs(config, data, cpu))
 
