@@ -23,7 +23,7 @@ needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs 
 _PROGRAM = """
 import os, sys
 from data_tools.parallel import make_workers
-from diffmoe_dist.errors import run_command
+from diffmoe_dist.command import run_command
 
 def job(number):
     if number == 3 and sys.argv[1] == "raises":

@@ -22,7 +22,7 @@ import shutil, sys
 {patch}
 sys.argv = ['train', '--config', 'configs/debug/global_pool.yaml', 'data.shards={shards}', 'run_dir={folder}/run',
             'train.steps={steps}', 'checkpoint.every=2', 'log.every=1', 'device=cpu']
-from diffmoe_dist.errors import run_command
+from diffmoe_dist.command import run_command
 from diffmoe_dist.train import main
 run_command(main)
 "

@@ -212,7 +212,8 @@ def test_a_second_signal_leaves_at_once_and_a_launchers_echo_does_not(importing:
 
     assert wait_for(ended, "the end") == 128 + signal.SIGTERM
     assert importing.stderr is not None
-    assert re.fullmatch(r"SIGTERM after SIGUSR[12]: leaving at once, without a checkpoint\n", importing.stderr.read())
+    # Which of the signals of the first second it saw first is up to the system.
+    assert re.fullmatch(r"SIGTERM after SIG\w+: leaving at once, without a checkpoint\n", importing.stderr.read())
 
 
 def test_more_steps_take_the_mark_of_a_finished_run_away_until_they_are_done(
@@ -318,7 +319,8 @@ def test_a_rank_that_hangs_ends_every_rank_with_the_stacks_of_its_threads(tmp_pa
     for rank, place in enumerate(["in all_to_all_single", "in sleep_for_ever"]):
         log = (run_dir / f"logs/rank-{rank}.log").read_text()
         assert "step 3 has not ended after 10 seconds (train.hang_timeout)" in log
-        assert log.count("Thread 0x") > 2 and place in log
+        assert log.count("Thread 0x") > 2
+        assert place in log
         assert "in train_step" in log
 
 

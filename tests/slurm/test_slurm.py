@@ -128,7 +128,8 @@ def test_experts_stay_inside_a_node_and_shards_are_read_from_its_own_disk(
     )  # fmt: skip
     assert run.end() == ("COMPLETED", 0), run.log()
     config = load_config(run.folder / "config.yaml")
-    assert config.parallel.expert == 2 and "4 x cpu" in run.log()
+    assert config.parallel.expert == 2
+    assert "4 x cpu" in run.log()
     assert "precision fp32, 2 GPUs of a node share one set of experts" in run.log()
     assert str(config.data.shards).startswith(scratch)
     losses, expected = [[loss for _, loss in one.curve()[:3]] for one in (run, undisturbed)]
@@ -187,7 +188,8 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(cluster: Cluster, tmp_pat
     cluster.run("scancel", run.job)
     cluster.wait_until(lambda: not cluster.run("squeue", "--noheader").strip(), "the queue is empty")
     assert run.end() == ("CANCELLED", 0), run.log()
-    assert run.checkpoints()[-1] == run.steps()[-1] and "requeued" not in run.log()
+    assert run.checkpoints()[-1] == run.steps()[-1]
+    assert "requeued" not in run.log()
 
 
 def test_a_program_that_crashes_twice_at_the_same_checkpoint_is_not_requeued(
@@ -219,7 +221,7 @@ def test_the_deepspeed_launcher_trains_on_a_hostfile_through_its_slurm_runner(
         "train.steps=3 log.every=1"
     )
     script = f"scontrol show hostnames $SLURM_JOB_NODELIST | sed 's/$/ slots=1/' >hostfile; exec {train}"
-    environment = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "PYTHONPATH": ROOT}
+    environment: dict[str, str | Path] = {"PATH": f"{Path(sys.executable).parent}:{PATH}", "PYTHONPATH": ROOT}
     output = tmp_path / "out"
     job = cluster.submit(*CPU_NODES, f"--chdir={tmp_path}", f"--output={output}", f"--wrap={script}", **environment)
     assert cluster.wait(job) == "COMPLETED", output.read_text()
