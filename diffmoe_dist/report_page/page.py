@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from diffmoe_dist.config import Config, load_config
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model, read_progress
@@ -24,6 +25,7 @@ from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.loss_curve import read_run_metrics
+from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
 from diffmoe_dist.sampling.conditions import Conditions, job_classes, job_prompts, run_conditions
 from diffmoe_dist.sampling.generate import (
     SamplerSettings,
@@ -138,9 +140,8 @@ def _draw(
     if samples is not None and record["weights"] != weights_fingerprint(model, is_sharded=False):
         raise UserError(f"--samples {samples}: they are of other weights than {checkpoint}; give samples of those")
     if record.get("recalibrate"):
-        from diffmoe_dist.sampling.calibration import recalibrate_on_training_data  # imports the training engine
-
-        recalibrate_on_training_data(model, config, record["recalibrate"], record["batch_size"])
+        data = open_data(config, device)
+        recalibrate_on_training_data(model, config, data, record["recalibrate"], record["batch_size"])
     sampler, steps = choose_sampler(record.get("sampler"), record.get("steps"), config.objective.name)
     channels = record.get("cfg_channels", "all")
     guidance = Guidance(
@@ -190,8 +191,6 @@ def _conditions(
         return job_prompts(samples, record, config, encoder[0], encoder[1], device)
     if config.model.condition == "class":
         return run_conditions(config, None)
-    from diffmoe_dist.data.open import open_data  # imports the training engine
-
     return run_conditions(config, open_data(config, device))
 
 

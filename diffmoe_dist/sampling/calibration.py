@@ -15,26 +15,27 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
-from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.order import BatchSplit
+from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 
 
-def recalibrate_on_training_data(model: DiT, config: Config, num_batches: int, batch_size: int) -> None:
+def recalibrate_on_training_data(
+    model: DiT, config: Config, data: TrainingData | StreamedData, num_batches: int, batch_size: int
+) -> None:
     """Set the thresholds from the first `num_batches` of `batch_size` images of the run's own training order.
 
     Raises:
-        UserError: the model has no thresholds, or its shards are not there.
+        UserError: the model has no thresholds, or the data no order.
     """
     if not any(hasattr(layer.router, "threshold") for layer in model.moe_layers):
         raise UserError(
             f"--recalibrate {num_batches}: a model with moe.router={config.moe.router} has no capacity thresholds; "
             "leave it out"
         )
-    data = open_data(config, model.pos_embed.device)
     if not isinstance(data, TrainingData):
         raise UserError(f"--recalibrate {num_batches}: data.stream=true has no order to read again; leave it out")
     loader = TrainingLoader(data, BatchSplit(batch_size, batch_size), seed=config.seed, flip=config.data.flip)

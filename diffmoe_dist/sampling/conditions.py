@@ -156,8 +156,13 @@ def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> 
     return DataCaptions(data.datasets[0], encoder, config.model.text_max_length)
 
 
-def open_conditions(settings: SamplingSettings, config: Config, device: torch.device) -> Conditions:
+def open_conditions(
+    settings: SamplingSettings, config: Config, device: torch.device, encoder: TextEncoder | None = None
+) -> Conditions:
     """What the images of a job are conditioned on.
+
+    Args:
+        encoder: that of `data.text_encoder`, where something else has opened it: it is not opened again.
 
     Raises:
         UserError: classes for a model that is conditioned on captions, or the other way round; or a text encoder that
@@ -173,7 +178,7 @@ def open_conditions(settings: SamplingSettings, config: Config, device: torch.de
         raise UserError(
             "--prompts is missing: this model is conditioned on captions; give a FILE of them, or --prompt TEXT"
         )
-    return PromptConditions(open_prompts(settings, config, device), config.model.text_max_length)
+    return PromptConditions(open_prompts(settings, config, device, encoder), config.model.text_max_length)
 
 
 def job_classes(job: dict[str, Any], config: Config) -> ClassLabels:

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
 from diffmoe_dist.engine.weights import find_model, read_settings
@@ -79,12 +81,15 @@ def open_source(settings: SamplingSettings, device: torch.device, launch: Launch
     """Open model, text encoder and autoencoder; collective. Raises UserError as `sample_to_folder`."""
     checkpoint = from_first_rank(find_model(settings.checkpoint))
     config = read_settings(checkpoint, settings.overrides)
-    conditions = open_conditions(settings, config, device)
+    data = open_data(config, device) if settings.recalibrate else None
+    encoders = data.encoders if isinstance(data, TrainingData) else None
+    conditions = open_conditions(settings, config, device, encoders.text if encoders else None)
     if settings.geneval:
         assert isinstance(conditions, PromptConditions)
         check_prompts(conditions.every_metadata, settings.num or 0)
-    decode = open_decoder(config, settings.decoder or config.sample.decoder, "--decoder", device)
-    model, weights = open_model(settings, checkpoint, device, launch)
+    decoder = settings.decoder or config.sample.decoder
+    decode = open_decoder(config, decoder, "--decoder", device, encoders.autoencoder if encoders else None)
+    model, weights = open_model(settings, checkpoint, device, launch, data)
     return Source(checkpoint, config, model, weights, conditions, decode)
 
 

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.weights import read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
@@ -21,8 +23,17 @@ from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 
-def open_model(settings: SamplingSettings, checkpoint: Path, device: torch.device, launch: Launch) -> tuple[DiT, str]:
+def open_model(
+    settings: SamplingSettings,
+    checkpoint: Path,
+    device: torch.device,
+    launch: Launch,
+    data: TrainingData | StreamedData | None,
+) -> tuple[DiT, str]:
     """The model, and the fingerprint of its weights with the thresholds as they are in the checkpoint.
+
+    Args:
+        data: of the run, for --recalibrate.
 
     Raises:
         UserError: the checkpoint is damaged, or --expert or --recalibrate is not for its model.
@@ -32,8 +43,8 @@ def open_model(settings: SamplingSettings, checkpoint: Path, device: torch.devic
         shard = partial(shard_experts, expert=settings.expert, device=device, launch=launch)
     model, config = read_model(checkpoint, device, settings.overrides, shard)
     weights = weights_fingerprint(model, settings.expert > 1)
-    if settings.recalibrate:
-        recalibrate_on_training_data(model, config, settings.recalibrate, settings.batch_size)
+    if data is not None:
+        recalibrate_on_training_data(model, config, data, settings.recalibrate, settings.batch_size)
     return model, weights
 
 

@@ -18,13 +18,18 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 
-def open_prompts(settings: SamplingSettings, config: Config, device: torch.device) -> EncodedPrompts:
+def open_prompts(
+    settings: SamplingSettings, config: Config, device: torch.device, opened: TextEncoder | None = None
+) -> EncodedPrompts:
     """What --prompts or --prompt names.
+
+    Args:
+        opened: that of `data.text_encoder`, where something else has opened it: it is not opened again.
 
     Raises:
         UserError: the prompts cannot be read, or their encoder is missing or not the model's.
     """
-    file, negative = settings.prompts, settings.negative_prompt
+    file = settings.prompts
     if file is not None and file.endswith(ENCODED_SUFFIX):
         for name in ("encoder", "tokenizer", "negative_prompt"):
             if getattr(settings, name) is not None:
@@ -38,7 +43,9 @@ def open_prompts(settings: SamplingSettings, config: Config, device: torch.devic
     if settings.encoder is None:
         raise UserError("--encoder is missing: the folder of the text encoder that the model was trained with")
     prompts = [Prompt(str(settings.prompt))] if file is None else read_prompts(file)
-    return encode_for_model(prompts, negative, config, settings.encoder, settings.tokenizer, device)
+    if opened is None or (settings.encoder, settings.tokenizer) != (config.data.text_encoder, config.data.tokenizer):
+        opened = _open_encoder(settings.encoder, settings.tokenizer, config, device)
+    return _encode(prompts, settings.negative_prompt, opened, config, f"--encoder {settings.encoder}")
 
 
 def encode_for_model(
@@ -54,9 +61,19 @@ def encode_for_model(
     Raises:
         UserError: it is not the encoder that the model was trained with.
     """
-    opened = TextEncoder.open(encoder, tokenizer, config.model.text_max_length, device, "--encoder")
-    encoded = encode_prompts(prompts, negative_prompt, opened)
-    _check_encoder(encoded, config, f"--encoder {encoder}")
+    opened = _open_encoder(encoder, tokenizer, config, device)
+    return _encode(prompts, negative_prompt, opened, config, f"--encoder {encoder}")
+
+
+def _open_encoder(folder: str, tokenizer: str | None, config: Config, device: torch.device) -> TextEncoder:
+    return TextEncoder.open(folder, tokenizer, config.model.text_max_length, device, "--encoder")
+
+
+def _encode(
+    prompts: list[Prompt], negative_prompt: str | None, encoder: TextEncoder, config: Config, named: str
+) -> EncodedPrompts:
+    encoded = encode_prompts(prompts, negative_prompt, encoder)
+    _check_encoder(encoded, config, named)
     return encoded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.text import captions_of
+from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.launch import Launch
 from diffmoe_dist.sampling.conditions import run_conditions
 from diffmoe_dist.sampling.generate import open_decoder
+from diffmoe_dist.sampling.job import sample_to_folder
+from diffmoe_dist.sampling.settings import SamplingSettings
 from diffmoe_dist.train import open_periodic_jobs
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
@@ -114,6 +119,29 @@ def test_pictures_that_a_run_draws_take_its_own_captions_and_autoencoder(folder:
     assert torch.allclose(ours.tokens.float(), theirs.tokens.float(), rtol=2e-3, atol=2e-3)  # type: ignore[union-attr]
     decode = open_decoder(config_of(folder, online(folder)), None, "sample.decoder", torch.device("cpu"))
     assert decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 8, 8)
+
+
+def count_openings(rank: int, ranks: int, folder: Path) -> dict[str, int]:
+    """How often a sampling job opens each encoder that its captions, images and calibration need."""
+    opened: Counter[str] = Counter()
+    settings = SamplingSettings(
+        str(folder / "online-1"), num=2, steps=1, batch_size=2, recalibrate=1, prompt="a square",
+        encoder=str(folder / "encoder"),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (TextEncoder, Autoencoder):
+
+            def counted(*arguments: Any, name: str = kind.__name__, open_one: Any = kind.open) -> Any:
+                opened[name] += 1
+                return open_one(*arguments)
+
+            patch.setattr(kind, "open", counted)
+        sample_to_folder(settings, folder / "samples", torch.device("cpu"), Launch(rank, ranks, rank, "environment"))
+    return dict(opened)
+
+
+def test_a_sampling_job_that_recalibrates_opens_each_encoder_once(folder: Path) -> None:
+    assert run_ranks(1, count_openings, folder) == [{"TextEncoder": 1, "Autoencoder": 1}]
 
 
 def test_a_run_does_not_go_on_with_another_encoder(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.noising import noisy_inputs
@@ -71,14 +72,14 @@ def test_thresholds_are_the_mean_over_the_batches(digits: Path) -> None:
         found.append(torch.stack([layer.router.threshold for layer in model.moe_layers]))
     torch.testing.assert_close(found[2], (found[0] + found[1]) / 2)
     assert not torch.equal(found[0], found[1])
-    recalibrate_on_training_data(model, config, num_batches=2, batch_size=32)
+    recalibrate_on_training_data(model, config, open_data(config), num_batches=2, batch_size=32)
     assert torch.equal(torch.stack([layer.router.threshold for layer in model.moe_layers]), found[2])
 
 
 def test_a_model_without_thresholds_refuses_to_be_recalibrated(digits: Path) -> None:
     model, config = make("token_choice", digits)
     with pytest.raises(UserError, match=r"--recalibrate 4: a model with moe\.router=token_choice has no capacity"):
-        recalibrate_on_training_data(model, config, num_batches=4, batch_size=8)
+        recalibrate_on_training_data(model, config, open_data(config), num_batches=4, batch_size=8)
 
 
 def test_sampling_changes_no_other_setting_of_a_run() -> None:
