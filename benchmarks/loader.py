@@ -10,12 +10,12 @@ Each is read in four ways that run in turn (A B C D A B C D ...):
 - webdataset: `tarfile_to_samples` over the shards in their order, and nothing but what turns a sample into an array:
   for JPEG the same decoding as the trainer's, into the same fp32 buffers, and the label; for latents `np.load`.
 - reading: the same arrays by the index, in training order: decoding and label, or the moments.
-- webdataset + draws: the first way, into new batches, and for each sample what training draws for it: time, drop, flip,
-  noise, and for latents the numbers that they are drawn with.
-- loader: `TrainingLoader` as training uses it: reading, draws, the latent from its moments, its label, batches.
+- webdataset + random: the first way, into new batches, and for each sample the random numbers of training: time, drop,
+  flip, noise, and for latents the numbers that they are sampled with.
+- loader: `TrainingLoader` as training uses it: reading, random numbers, latents from their moments, labels, batches.
 
 Rates are medians; a ratio is the median of the ratios of one round, so that a machine whose speed drifts cancels out.
-`reading` is compared with `webdataset`, and `loader` with `webdataset + draws`.
+`reading` is compared with `webdataset`, and `loader` with `webdataset + random`.
 
 Memory: a worker process of the loader reads 500 batches around the turn of an epoch, from an index of each number of
 entries (all of which point to one sample); shown is what is private to the process.
@@ -29,74 +29,127 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
+import json
 import multiprocessing
 import platform
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
+from data_tools.folder import ShardFolder
+from data_tools.pack import PackSettings, pack
+from data_tools.parallel import SERIAL
+from data_tools.side import ShardNotes, side_names, write_side
 from diffmoe_dist.data.batch import BatchBuffer
 from diffmoe_dist.data.dataset import DataSet, TrainingData
-from diffmoe_dist.data.format import LATENT_FIELD, MEAN_LOGVAR
+from diffmoe_dist.data.format import INDEX_NAME, KEYS_NAME, LATENT_FIELD, MEAN_LOGVAR, OFFSETS_NAME
 from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.data.latents import LatentReader, npy_bytes
+from diffmoe_dist.data.latents import npy_bytes
 from diffmoe_dist.data.loader import TrainingLoader, parse_label, read_pixels
 from diffmoe_dist.data.order import BatchSplit, StreamOrder
 from diffmoe_dist.data.randomness import Stream, sample_generator
-from tests.data.folders import repeated_sample, write_folder
+from diffmoe_dist.files import file_sha256
 
 SIZE = 256
 BATCH = 32
 SHARD_SAMPLES = 500
 MOMENTS_SHAPE = (2, 8, 32, 32)
 
-Way = Callable[[int], None]  # reads this many samples
+Way = Callable[[int], int]  # reads about this many samples; returns how many it was
 
 
-def jpeg_samples(count: int) -> list[dict[str, bytes]]:
-    from sklearn.datasets import load_sample_images
+@lru_cache
+def photographs() -> list[np.ndarray]:
+    return load_sample_images().images
 
-    generator, samples = np.random.default_rng(0), []
-    photographs = load_sample_images().images
-    for number in range(count):
-        photograph = photographs[number % 2]
+
+class Photographs:
+    """A source of cuts of scikit-learn's two photographs as JPEG, with the number of the photograph as the label."""
+
+    name, channels = "photographs", 3
+    image_size: int | None = SIZE
+    class_names: Sequence[str] = ("0", "1")
+    labels: np.ndarray | None = None
+
+    def __init__(self, items: np.ndarray) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def item_name(self, item: int) -> str:
+        return str(self._items[item])
+
+    def part(self, items: np.ndarray) -> Photographs:
+        return Photographs(self._items[items])
+
+    def read(self, item: int) -> dict[str, bytes]:
+        number = int(self._items[item])
+        photograph = photographs()[number % 2]
+        generator = np.random.default_rng(number)
         top, left = (generator.integers(0, side - SIZE) for side in photograph.shape[:2])
         file = io.BytesIO()
         Image.fromarray(photograph[top : top + SIZE, left : left + SIZE]).save(file, format="JPEG", quality=95)
-        samples.append({"jpg": file.getvalue(), "cls": str(number % 2).encode()})
-    return samples
+        return {"jpg": file.getvalue(), "cls": str(number % 2).encode()}
+
+
+def random_latents(base: ShardIndex, shard: int, settings: None, notes: ShardNotes) -> Iterator[tuple[str, Any]]:
+    """Moments as `encode-latents` writes them, of no autoencoder."""
+    generator = np.random.default_rng(shard)
+    for sample_id in base.samples_of(shard):
+        moments = generator.standard_normal(MOMENTS_SHAPE, dtype=np.float32).astype(np.float16)
+        yield base.key(sample_id), {LATENT_FIELD: npy_bytes(moments)}
 
 
 def write_data(folder: Path, count: int) -> TrainingData:
     """JPEG shards, and latents beside them."""
-    sizes = [SHARD_SAMPLES] * (count // SHARD_SAMPLES)
-    base = write_folder(folder / "jpeg", jpeg_samples(count), sizes, image_size=SIZE)
-    moments = np.random.default_rng(0).standard_normal((64, *MOMENTS_SHAPE)).astype(np.float16)
+    pack(Photographs(np.arange(count)), folder / "jpeg", PackSettings(samples_per_shard=SHARD_SAMPLES))
+    base = ShardIndex.open(folder / "jpeg")
     spec = {
         "parametrisation": MEAN_LOGVAR, "channels": 4, "height": 32, "width": 32, "views": ["plain", "flip"],
         "scale": [0.18215] * 4, "shift": [0.0] * 4, "input_range": [-1.0, 1.0], "image_size": SIZE, "crop": "adm",
         "vae_sha256": "0" * 64,
     }  # fmt: skip
-    side = {"base": {"fingerprint": base.fingerprint, "keys_sha256": base.meta.keys.sha256}, "latents": spec}
-    latents = [{LATENT_FIELD: npy_bytes(moments[number % 64])} for number in range(count)]
-    write_folder(folder / "latents", latents, sizes, class_names=[], channels=None, **side)
+    side = ShardFolder(folder / "latents", side_names("latents", base), spec)
+    side.claim()
+    write_side(
+        side, base, None, random_latents, {"latents": spec}, max_bad=0, workers=SERIAL, on_shard=lambda count: None
+    )
     return TrainingData((DataSet.open(folder / "jpeg", folder / "latents"),), 32)
 
 
+def repeat_first_sample(index: ShardIndex, out: Path, count: int) -> ShardIndex:
+    """A folder that says it has `count` samples, all of which lie in the one place where the first one is."""
+    shutil.copytree(index.folder, out)
+    meta = json.loads((out / INDEX_NAME).read_text())
+    np.save(out / OFFSETS_NAME, np.tile(np.load(out / OFFSETS_NAME)[:1], (count, 1, 1)))
+    np.save(out / KEYS_NAME, np.char.mod(b"%09d", np.arange(count)))
+    for name in ("offsets", "keys"):
+        meta[name]["sha256"] = file_sha256(out / meta[name]["name"])
+    meta["shards"] = [{**meta["shards"][0], "num_samples": count}]
+    meta["num_samples"] = count
+    (out / INDEX_NAME).write_text(json.dumps(meta))
+    return ShardIndex.open(out)
+
+
 def loader_way(data: TrainingData) -> Way:
-    def way(count: int) -> None:
+    def way(count: int) -> int:
         loader = TrainingLoader(data, BatchSplit(BATCH, BATCH), seed=0, flip=True)
         for _ in range(count // BATCH):
             next(loader)
         loader.close()
+        return count // BATCH * BATCH
 
     return way
 
@@ -106,16 +159,16 @@ def webdataset_samples(index: ShardIndex) -> webdataset.DataPipeline:
     return webdataset.DataPipeline(webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples())
 
 
-class Drawn:
+class Filled:
     """Batches that a plain loop over samples fills."""
 
-    def __init__(self, channels: int, size: int, drawing: bool, latent: bool) -> None:
-        self.shape, self.drawing, self.latent = (BATCH, channels, size), drawing, latent
+    def __init__(self, channels: int, size: int, random: bool, latent: bool) -> None:
+        self.shape, self.random, self.latent = (BATCH, channels, size), random, latent
         self.buffer = BatchBuffer(*self.shape)
 
     def row(self, number: int) -> np.ndarray:
-        """The array of the next image; draws the numbers of its sample."""
-        if self.drawing:
+        """The array of the next image; the random numbers of its sample are made, too."""
+        if self.random:
             if number % BATCH == 0:
                 self.buffer.batch()
                 self.buffer = BatchBuffer(*self.shape)
@@ -127,48 +180,51 @@ class Drawn:
 
 
 def jpeg_ways(index: ShardIndex) -> dict[str, Way]:
-
-    def plain(count: int, draws: bool = False) -> None:
-        batches = Drawn(3, SIZE, draws, latent=False)
+    def plain(count: int, random: bool = False) -> int:
+        batches = Filled(3, SIZE, random, latent=False)
         for number, sample in enumerate(webdataset_samples(index)):
             read_pixels(sample["jpg"], 3, False, batches.row(number))
             parse_label(sample["cls"], 2)
+        return index.num_samples
 
-    def reading(count: int) -> None:
+    def reading(count: int) -> int:
         order, out = StreamOrder(index.num_samples, 0), BatchBuffer(BATCH, 3, SIZE).images
         for position in range(count):
             sample = index.read(order[position][1], {"jpg", "cls"})
             read_pixels(sample["jpg"], 3, False, out[position % BATCH])
             parse_label(sample["cls"], 2)
+        return count
 
     return {
         "webdataset": plain,
         "reading": reading,
-        "webdataset + draws": partial(plain, draws=True),
+        "webdataset + random": partial(plain, random=True),
         "loader": loader_way(TrainingData((DataSet(index),), SIZE)),
     }
 
 
 def latent_ways(data: TrainingData) -> dict[str, Way]:
-    index = data.datasets[0].latents
-    assert index is not None
-    reader = LatentReader(index)
+    reader = data.datasets[0].latents
+    assert reader is not None
+    index = reader.index
 
-    def plain(count: int, draws: bool = False) -> None:
-        batches = Drawn(4, 32, draws, latent=True)
+    def plain(count: int, random: bool = False) -> int:
+        batches = Filled(4, 32, random, latent=True)
         for number, sample in enumerate(webdataset_samples(index)):
             np.load(io.BytesIO(sample[LATENT_FIELD]))
             batches.row(number)
+        return index.num_samples
 
-    def reading(count: int) -> None:
+    def reading(count: int) -> int:
         order = StreamOrder(index.num_samples, 0)
         for position in range(count):
             reader.moments(order[position][1])
+        return count
 
     return {
         "webdataset": plain,
         "reading": reading,
-        "webdataset + draws": partial(plain, draws=True),
+        "webdataset + random": partial(plain, random=True),
         "loader": loader_way(data),
     }
 
@@ -181,9 +237,9 @@ def compare(ways: dict[str, Way], count: int, rounds: int) -> dict[str, tuple[fl
     for _ in range(rounds):
         for name, way in ways.items():
             begun = time.perf_counter()
-            way(count)
-            rates[name].append(count / (time.perf_counter() - begun))
-    compared = {"loader": "webdataset + draws"}
+            read = way(count)
+            rates[name].append(read / (time.perf_counter() - begun))
+    compared = {"loader": "webdataset + random"}
     return {
         name: (
             statistics.median(found),
@@ -193,12 +249,12 @@ def compare(ways: dict[str, Way], count: int, rounds: int) -> dict[str, tuple[fl
     }
 
 
-def worker_memory(folder: Path, entries: int, sample: dict[str, bytes]) -> int:
-    """Bytes private to a worker that has read from an index of so many entries."""
-    data = TrainingData((DataSet(repeated_sample(folder, sample, entries)),), SIZE)
-    first = entries - 250 * BATCH
+def worker_memory(index: ShardIndex) -> int:
+    """Bytes private to a worker that has read 500 batches, half of them in the next epoch."""
+    first = index.num_samples - 250 * BATCH
+    data = TrainingData((DataSet(index),), SIZE)
     loader = TrainingLoader(data, BatchSplit(BATCH, BATCH), seed=0, images_seen=first, flip=True, num_workers=1)
-    for _ in range(500):  # half of them in the next epoch
+    for _ in range(500):
         next(loader)
     (worker,) = multiprocessing.active_children()
     lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
@@ -208,10 +264,14 @@ def worker_memory(folder: Path, entries: int, sample: dict[str, bytes]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2000, help=f"a multiple of {SHARD_SAMPLES}")
+    parser.add_argument("--samples", type=int, default=2000, help=f"at least {BATCH} (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--entries", type=int, nargs="+", default=[1_000_000], help="of the indexes, for memory")
     arguments = parser.parse_args()
+    if arguments.samples < BATCH:
+        parser.error(f"--samples {arguments.samples}: give at least a batch, {BATCH}")
+    if min(arguments.entries) < 250 * BATCH:
+        parser.error(f"--entries {min(arguments.entries)}: give at least {250 * BATCH}, which are read")
     torch.set_num_threads(1)
     print(f"{datetime.date.today()}, {platform.machine()}, {arguments.samples} samples, {arguments.rounds} rounds")
     with tempfile.TemporaryDirectory() as name:
@@ -221,9 +281,8 @@ def main() -> None:
         for kind, ways in kinds.items():
             for way, (rate, ratio) in compare(ways, arguments.samples, arguments.rounds).items():
                 print(f"{kind:8} {way:18} {rate:8.0f} samples/s   {ratio:5.2f}", flush=True)
-        (sample,) = jpeg_samples(1)
         for entries in arguments.entries:
-            memory = worker_memory(folder / str(entries), entries, sample)
+            memory = worker_memory(repeat_first_sample(data.datasets[0].base, folder / str(entries), entries))
             print(f"memory   {entries:>11} entries: {memory / 2**20:.1f} MiB private to a worker", flush=True)
 
 

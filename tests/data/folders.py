@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from PIL import Image
 from data_tools.folder import ShardFolder
 from data_tools.shards import write_shard
 from diffmoe_dist.data.index import ShardIndex
-from diffmoe_dist.files import file_sha256
 
 
 def write_folder(
@@ -42,17 +40,3 @@ def random_images(count: int, size: int, channels: int = 3) -> np.ndarray:
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (count, 4, 4, channels), dtype=np.uint8)
     return coarse.repeat(size // 4, axis=1).repeat(size // 4, axis=2)
-
-
-def repeated_sample(out: Path, sample: Mapping[str, bytes], count: int) -> ShardIndex:
-    """A folder that says it has `count` samples, all of which lie in the one place where there is one."""
-    index = write_folder(out, [sample], [1])
-    meta = json.loads((out / "index.json").read_text())
-    np.save(out / "offsets.npy", np.tile(np.load(out / "offsets.npy"), (count, 1, 1)))
-    np.save(out / "keys.npy", np.char.mod(b"%09d", np.arange(count)))
-    for name in ("offsets", "keys"):
-        meta[name]["sha256"] = file_sha256(out / f"{name}.npy")
-    meta["num_samples"] = meta["shards"][0]["num_samples"] = count
-    (out / "index.json").write_text(json.dumps(meta))
-    index.close()
-    return ShardIndex.open(out)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.loader import repeat_first_sample
 from data_tools.digits import DigitsSource
 from data_tools.pack import PackSettings, pack
 from diffmoe_dist.data.batch import Batch
@@ -26,7 +27,7 @@ from diffmoe_dist.data.index import CorruptShardError
 from diffmoe_dist.data.loader import TrainingDataset, TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.errors import UserError
-from tests.data.folders import png, random_images, repeated_sample, write_folder
+from tests.data.folders import png, random_images, write_folder
 
 NUM_SAMPLES = 100
 GLOBAL_BATCH = 8
@@ -350,8 +351,9 @@ def test_the_fingerprint_of_a_mixture_tells_its_data_sets_and_weights(mixture: T
 
 def test_the_memory_of_a_worker_does_not_grow_with_the_data_set(tmp_path: Path) -> None:
     peaks = []
+    index = write_folder(tmp_path / "one", _colour_samples(1), [1])
     for count in (10_000, 1_000_000):
-        data = TrainingData((DataSet(repeated_sample(tmp_path / str(count), _colour_samples(1)[0], count)),), 8)
+        data = TrainingData((DataSet(repeat_first_sample(index, tmp_path / str(count), count)),), 8)
         tracemalloc.start()
         dataset = pickle.loads(pickle.dumps(TrainingDataset(data, 0, False)))  # as a worker gets it
         for start in (0, count // 2, count - 8):
