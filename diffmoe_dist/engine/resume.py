@@ -47,6 +47,7 @@ def progress_from(
             `train.initial_weights` are of another model.
     """
     micro_batch_size = config.train.micro_batch_size
+    assert config.model.condition == "class" or config.model.text_encoder_sha256, "see data.open.with_text_encoder"
     fresh = Progress(
         step=0,
         images_seen=0,

@@ -125,7 +125,7 @@ def test_an_exported_run_is_the_run_bit_for_bit(runs: Path, tmp_path: Path) -> N
         torch.tensor([0, 3, 9, 10]),
     )
     assert torch.equal(got(*inputs).prediction, expected(*inputs).prediction)
-    assert (config.run_dir, config.data.shards, config.train.initial_weights) == (None, None, None)
+    assert (config.run_dir, config.data.shards, config.train.initial_weights) == ("", "", None)
     assert (config.ema.decay, config.parallel.expert) == (0.9, 2)
     source = json.loads((tmp_path / "exported/config.json").read_text())["source"]
     assert (source["checkpoint"], source["step"], source["images_seen"]) == ("step-00000006", 6, 96)
