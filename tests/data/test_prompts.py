@@ -49,7 +49,10 @@ def test_prompts_of_a_text_file_are_its_lines(tmp_path: Path) -> None:
 
 
 def test_prompts_of_a_jsonl_file_keep_the_whole_object(tmp_path: Path) -> None:
-    objects = [{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}, {"prompt": " "}]
+    objects: list[dict[str, Any]] = [
+        {"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"},
+        {"prompt": " "},
+    ]
     (tmp_path / "p.jsonl").write_text("\n\n".join(map(json.dumps, objects)) + "\n")
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("two dogs", objects[0]), Prompt(" ", objects[1])]
 
@@ -91,7 +94,12 @@ def test_a_prompt_is_encoded_when_it_is_asked_for_and_once(
     prompts = encode_prompts(PROMPTS, None, encoder)
     asked: list[str] = []
     encode_alone = encoder.encode_alone
-    monkeypatch.setattr(encoder, "encode_alone", lambda caption: asked.append(caption) or encode_alone(caption))
+
+    def recorded(caption: str) -> Any:
+        asked.append(caption)
+        return encode_alone(caption)
+
+    monkeypatch.setattr(encoder, "encode_alone", recorded)
     assert prompts.caption(2) is prompts.caption(2)
     assert asked == ["blue circle"]
 
@@ -190,7 +198,7 @@ class _Trap:
 
 def _changed(written: Path, path: Path, **changes: np.ndarray) -> None:
     with np.load(written) as file:
-        np.savez(path, **{**file, **changes})  # type: ignore[arg-type]
+        np.savez(path, **{**file, **changes})
 
 
 def test_another_file_is_refused_in_one_line(written: Path, tmp_path: Path) -> None:

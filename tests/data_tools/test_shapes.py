@@ -53,7 +53,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 def test_a_pack_has_every_picture_and_captions_that_say_what_it_shows(packed: ShardIndex) -> None:
     assert (packed.num_samples, packed.image_size, packed.channels, packed.num_classes) == (COUNT, SIZE, 3, 0)
-    shown = Counter()
+    shown: Counter[Drawing] = Counter()
     for sample in range(COUNT):
         payloads = packed.read(sample)
         listed = json.loads(payloads["json"])["captions"]

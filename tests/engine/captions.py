@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.text import TextSettings, encode_text
+from tests.data.encoders import save_encoder
 from tests.data.folders import png, random_images, write_folder
-from tests.data.test_text import save_encoder
 
 CAPTIONS = [["a red square", "a square"], ["blue circle on a red square"], [], ["a circle"]]  # one after another
 MODEL = {

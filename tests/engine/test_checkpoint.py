@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from diffmoe_dist import load_model
 from diffmoe_dist.config import CheckpointConfig, load_config
-from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.open import open_data
 from diffmoe_dist.engine.checkpoint import (
     checkpoints_to_delete,
     complete_checkpoints,
@@ -60,7 +61,7 @@ def newest(run_dir: Path) -> Path:
 
 def start(run_dir: Path, digits: Path, *layers: dict[str, Any], world_size: int = 1) -> Any:
     config = tiny_config(run_dir, digits, {"train": {"micro_batch_size": 16 // world_size}}, *layers)
-    return find_start(config, ShardIndex.open(digits), world_size)
+    return find_start(config, open_data(config), world_size)
 
 
 def test_the_newest_checkpoints_are_kept(trained: Path) -> None:
@@ -110,11 +111,12 @@ def test_a_pool_change_is_allowed_when_told(trained: Path, digits: Path) -> None
 
 
 def test_other_data_is_refused(trained: Path, digits: Path, tmp_path: Path) -> None:
-    index = ShardIndex.open(digits)
     config = tiny_config(trained, digits, {"train": {"micro_batch_size": 16}})
-    index.fingerprint = "0" * 64
+    data = open_data(config)
+    assert isinstance(data, TrainingData)
+    data.datasets[0].base.fingerprint = "0" * 64
     with pytest.raises(UserError, match=r"data\.shards holds other data"):
-        find_start(config, index, 1)
+        find_start(config, data, 1)
 
 
 def test_a_model_is_loaded_from_a_run_folder_or_a_step_folder(trained: Path) -> None:
@@ -158,7 +160,8 @@ def test_opening_a_model_draws_no_random_numbers_and_leaves_no_tensor_unread(
 def test_the_older_checkpoint_is_another_model_than_the_newer(trained: Path) -> None:
     older, newer = load_model(trained / "checkpoints" / "step-00000004"), load_model(trained)
     assert not torch.equal(older.final_layer.linear.weight, newer.final_layer.linear.weight)
-    assert int(newer.moe_layers[0].router.threshold_updates) == 6
+    router: Any = newer.moe_layers[0].router
+    assert int(router.threshold_updates) == 6
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:

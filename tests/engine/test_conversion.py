@@ -187,7 +187,7 @@ def test_thresholds_move_on_as_the_published_moving_average_would(convert: Any, 
             state[name] = torch.full((1,), decay)
     model, config = read_model(convert("diffmoe", state, *GLOBAL_POOL), "cpu")
     assert config.moe.threshold_decay == decay  # type: ignore[attr-defined]
-    router = model.moe_layers[0].router
+    router: Any = model.moe_layers[0].router
     before, proposal = router.threshold.clone(), torch.tensor([0.1, 0.9, 0.5, 0.0])
     assert torch.equal(before, state["blocks.1.mlp.expert_threshold"])
     router.update_threshold(proposal)
@@ -402,7 +402,8 @@ def test_upcycling_copies_the_dense_layer_to_every_expert_and_starts_the_router_
     initialize(fresh, 0)
     for block in (1, 3):
         dense = {name: state[f"blocks.{block}.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight")}
-        layer, expected = model.blocks[block].mlp, fresh.blocks[block].mlp
+        layer: Any = model.blocks[block].mlp
+        expected: Any = fresh.blocks[block].mlp
         for expert in range(4):
             assert torch.equal(layer.experts.w1[expert], dense["fc1.weight"].T)
             assert torch.equal(layer.experts.b1[expert], dense["fc1.bias"])

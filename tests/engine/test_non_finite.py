@@ -28,7 +28,7 @@ class InfiniteGradient(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         return torch.full_like(grad, torch.inf)
 
 
@@ -47,7 +47,7 @@ def poison(trainer: Trainer, kind: str) -> None:
     if kind == "noise":
         trainer.batches = with_bad_noise(trainer.batches)  # type: ignore[assignment]
     elif kind == "gradient":
-        attention = trainer.model.blocks[0].attn
+        attention: Any = trainer.model.blocks[0].attn
         attention.register_forward_hook(lambda m, args, out: InfiniteGradient.apply(out) if bad() else out)
     elif kind == "loss":
         original = trainer._losses
@@ -59,7 +59,7 @@ def poison(trainer: Trainer, kind: str) -> None:
         trainer._losses = losses  # type: ignore[method-assign]
 
 
-def train_poisoned(rank: int, world_size: int, shards: Path, jobs: list[tuple[Path, str, dict]]) -> list[str]:
+def train_poisoned(rank: int, world_size: int, shards: Path, jobs: list[tuple[Path, str, dict[str, Any]]]) -> list[str]:
     """Returns for each job what it raised, or an empty string."""
     raised = []
     for run_dir, kind, settings in jobs:

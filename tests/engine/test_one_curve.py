@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,14 +37,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """All runs of this file, each in a folder of its name."""
     root = tmp_path_factory.mktemp("runs")
 
-    def both(*layers: dict) -> dict:
-        merged: dict = {}
+    def both(*layers: dict[str, Any]) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
         for layer in layers:
             for key, value in layer.items():
                 merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
         return merged
 
-    def go(world_size: int, **jobs: dict) -> None:
+    def go(world_size: int, **jobs: dict[str, Any]) -> None:
         run_ranks(world_size, train_all, digits, [(root / name, job) for name, job in jobs.items()], time_limit=300.0)
 
     go(
@@ -89,7 +90,8 @@ def test_the_averaged_model_and_its_thresholds_are_the_same_on_any_ranks(runs: P
     inputs = torch.randn(8, 1, 8, 8, generator=generator), torch.linspace(0, 1000, 8), torch.arange(8)
     # Predictions, not weights: a gradient that is zero but for rounding (the keys' bias) makes AdamW walk at random.
     torch.testing.assert_close(got(*inputs).prediction, expected(*inputs).prediction, atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(got.moe_layers, expected.moe_layers, strict=True):
+    layers: Any = zip(got.moe_layers, expected.moe_layers, strict=True)
+    for ours, theirs in layers:
         torch.testing.assert_close(ours.router.threshold, theirs.router.threshold, atol=1e-6, rtol=0)
         assert int(ours.router.threshold_updates) == 100
 

@@ -31,9 +31,9 @@ from diffmoe_dist.sampling.generate import open_decoder
 from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
 from diffmoe_dist.train import open_periodic_jobs
+from tests.data.encoders import save_encoder
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
-from tests.data.test_text import save_encoder
 from tests.distributed import run_ranks
 from tests.engine.captions import save_captioned, text_settings
 from tests.engine.runs import TINY, curve, train_one

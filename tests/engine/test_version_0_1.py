@@ -40,7 +40,8 @@ def test_a_model_of_version_0_1_loads_and_predicts_what_it_did(run_dir: Path) ->
     prediction = model(torch.ones(2, 1, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([3, 10])).prediction
     predicted_by_0_1 = [-0.00112457108, -0.00194820005, 0.000450729975, -0.00113124959, -0.00164843211]
     assert prediction.flatten()[::31].tolist() == pytest.approx(predicted_by_0_1, abs=1e-7)
-    assert int(model.moe_layers[0].router.threshold_updates) == 3
+    router: Any = model.moe_layers[0].router
+    assert int(router.threshold_updates) == 3
 
 
 def resume(rank: int, world_size: int, run_dir: Path, digits: Path) -> None:

@@ -91,7 +91,7 @@ def test_weights_and_average_begin_exactly_at_the_initial_weights(
 def test_thresholds_begin_at_the_initial_ones(runs: Path, folder: Path) -> None:
     expected = load_file(folder / "model.safetensors")
     model = load_model(runs / "still")
-    router = model.moe_layers[0].router
+    router: Any = model.moe_layers[0].router
     published = expected["blocks.1.mlp.router.threshold"]
     assert int(router.threshold_updates) == int(expected["blocks.1.mlp.router.threshold_updates"]) + 1
     # One step of a moving average with decay 0.95 from there towards a score in [0, 1].

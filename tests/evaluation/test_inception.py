@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,19 +34,19 @@ from tests.machine import ROOT
 SEVEN = ((1, 7), (7, 1))
 
 
-def block_a(inputs: int, pool: int) -> list[tuple]:
+def block_a(inputs: int, pool: int) -> list[tuple[Any, ...]]:
     return [
         (inputs, 64, 1), (inputs, 48, 1), (48, 64, 5), (inputs, 64, 1), (64, 96, 3), (96, 96, 3), (inputs, pool, 1),
     ]  # fmt: skip
 
 
-def block_c(inner: int) -> list[tuple]:
+def block_c(inner: int) -> list[tuple[Any, ...]]:
     factors = [(inner, inner, SEVEN[0]), (inner, 192, SEVEN[1])]
     double = [(inner, inner, SEVEN[1]), (inner, inner, SEVEN[0]), (inner, inner, SEVEN[1]), (inner, 192, SEVEN[0])]
     return [(768, 192, 1), (768, inner, 1), *factors, (768, inner, 1), *double, (768, 192, 1)]
 
 
-def block_e(inputs: int) -> list[tuple]:
+def block_e(inputs: int) -> list[tuple[Any, ...]]:
     ends = [(384, 384, (1, 3)), (384, 384, (3, 1))]
     head = [(inputs, 320, 1), (inputs, 384, 1), (inputs, 448, 1), (448, 384, 3), (inputs, 192, 1)]
     return [*head, *ends, *ends]
@@ -92,8 +93,8 @@ def seen(model: Inception) -> dict[str, Tensor]:
     """Inputs (`name<`) and outputs of every module on two images, and the network's three answers."""
     values: dict[str, Tensor] = {}
 
-    def record(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             values[f"{name}<"], values[name] = inputs[0].clone(), output.clone()
 
         return hook
@@ -128,7 +129,7 @@ def test_the_network_has_as_many_parameters_as_the_published_one(model: Inceptio
 
 
 def test_blocks_join_their_branches_in_the_published_order(seen: dict[str, Tensor]) -> None:
-    orders = {
+    orders: dict[str, list[str | None]] = {
         "Mixed_5b": ["branch1x1", "branch5x5_2", "branch3x3dbl_3", "branch_pool"],
         "Mixed_6a": ["branch3x3", "branch3x3dbl_3", None],
         "Mixed_6b": ["branch1x1", "branch7x7_3", "branch7x7dbl_5", "branch_pool"],
@@ -145,7 +146,7 @@ def test_blocks_join_their_branches_in_the_published_order(seen: dict[str, Tenso
 
 def test_rows_and_columns_take_turns_as_published(model: Inception) -> None:
     row, column = (1, 7), (7, 1)
-    orders = {
+    orders: dict[str, dict[Any, tuple[int, int]]] = {
         "Mixed_6e.branch7x7": {2: row, 3: column},
         "Mixed_6e.branch7x7dbl": {2: column, 3: row, 4: column, 5: row},
         "Mixed_7a.branch7x7x3": {2: row, 3: column},
@@ -243,7 +244,7 @@ class Bomb:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.path,)
 
 

@@ -210,9 +210,8 @@ def make_on_rank(rank: int, ranks: int, digits: Path, path: Path) -> float:
 
 
 def test_a_reference_of_another_extractor_is_refused(tmp_path: Path) -> None:
-    numbers = {"mu": np.zeros(12), "sigma": np.eye(12)}
-    np.savez(tmp_path / "adm.npz", **numbers)
-    np.savez(tmp_path / "ours.npz", **numbers, extractor=np.array(COLOURS))
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(12), sigma=np.eye(12))
+    np.savez(tmp_path / "ours.npz", mu=np.zeros(12), sigma=np.eye(12), extractor=np.array(COLOURS))
     of_colours = open_extractor(None, COLOURS, CPU)
     assert read_reference(tmp_path / "adm.npz", stand_in()).pooled is not None
     assert read_reference(tmp_path / "ours.npz", of_colours).pooled is not None

@@ -19,6 +19,7 @@ from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_mode
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.moe import MoELayer
+from diffmoe_dist.model.pool_choice import PoolChoice
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.page import write_report
 from diffmoe_dist.sampling.conditions import ClassLabels
@@ -52,7 +53,7 @@ def random_model(**moe: Any) -> tuple[DiT, Any]:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     for layer in model.moe_layers:
-        if hasattr(layer.router, "threshold"):
+        if isinstance(layer.router, PoolChoice):
             layer.router.threshold.fill_(0.5)
     return model.eval(), config
 
@@ -106,7 +107,7 @@ def test_a_mixed_pass_is_recorded_apart_as_two_passes_are() -> None:
 
 def test_the_overlap_of_the_rules_is_their_common_pairs_over_all_their_pairs() -> None:
     model, _ = random_model()
-    router = model.moe_layers[0].router
+    router: Any = model.moe_layers[0].router
     x_TD = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
     null_T = torch.zeros(48, dtype=torch.bool)
     pairs: dict[str, set[tuple[int, int]]] = {}

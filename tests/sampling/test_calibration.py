@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.data.batch import Batch
@@ -29,6 +31,12 @@ def make(router: str, digits: Path, *overrides: str) -> tuple[DiT, Config]:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval(), config
+
+
+def thresholds(model: DiT) -> Tensor:
+    """(L, N) those of each mixture-of-experts layer."""
+    layers: Any = model.moe_layers
+    return torch.stack([layer.router.threshold for layer in layers])
 
 
 def batches(digits: Path, config: Config, number: int, size: int) -> list[Batch]:
@@ -69,11 +77,11 @@ def test_thresholds_are_the_mean_over_the_batches(digits: Path) -> None:
     two = batches(digits, config, number=2, size=32)
     for chosen in ([two[0]], [two[1]], two):
         recalibrate(model, config, chosen)
-        found.append(torch.stack([layer.router.threshold for layer in model.moe_layers]))
+        found.append(thresholds(model))
     torch.testing.assert_close(found[2], (found[0] + found[1]) / 2)
     assert not torch.equal(found[0], found[1])
     recalibrate_on_training_data(model, config, open_data(config), num_batches=2, batch_size=32)
-    assert torch.equal(torch.stack([layer.router.threshold for layer in model.moe_layers]), found[2])
+    assert torch.equal(thresholds(model), found[2])
 
 
 def test_a_model_without_thresholds_refuses_to_be_recalibrated(digits: Path) -> None:
@@ -83,7 +91,7 @@ def test_a_model_without_thresholds_refuses_to_be_recalibrated(digits: Path) -> 
 
 
 def test_sampling_changes_no_other_setting_of_a_run() -> None:
-    common = {"checkpoint": "c", "num": 1, "steps": 1, "cfg_scale": 1.0, "seed": 0, "sampler": None, "batch_size": 1}
+    common: dict[str, Any] = {"checkpoint": "c", "num": 1, "steps": 1, "batch_size": 1}
     SamplingSettings(**common, overrides=("moe.inference=static",)).check()
     with pytest.raises(UserError, match=r"moe\.capacity=2: sampling can change moe\.inference, .*, nothing else"):
         SamplingSettings(**common, overrides=("moe.capacity=2",)).check()

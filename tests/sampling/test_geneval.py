@@ -78,7 +78,8 @@ def test_an_interrupted_writing_is_finished_by_the_same_call_and_scored_by_nobod
     """Three prompts of two images and a grid: nine files of pictures, of which `stop` are written."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     write_geneval(whole, images(6), METADATA, copies=2)
-    save, written = geneval._save, []
+    save = geneval._save
+    written: list[Path] = []
 
     def save_some(path: Path, image: np.ndarray) -> None:
         if len(written) >= stop:

@@ -200,10 +200,11 @@ def test_the_fingerprint_of_weights_is_that_of_all_of_them_wherever_the_experts_
     whole = weights_fingerprint(model, is_sharded=False)
 
     assert run_ranks(2, shared_fingerprint, trained) == [whole, whole]
-    model.moe_layers[0].experts.w1[3, 0, 0] += 1e-6
+    layer: Any = model.moe_layers[0]
+    layer.experts.w1[3, 0, 0] += 1e-6
     assert weights_fingerprint(model, is_sharded=False) != whole
-    model.moe_layers[0].experts.w1[3, 0, 0] -= 1e-6
-    model.moe_layers[0].router.threshold[0] += 1e-3
+    layer.experts.w1[3, 0, 0] -= 1e-6
+    layer.router.threshold[0] += 1e-3
     assert weights_fingerprint(model, is_sharded=False) != whole
 
 

@@ -30,7 +30,7 @@ from diffmoe_dist.sampling.generate import SamplerSettings, generate
 from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import start
-from tests.data.test_text import save_encoder
+from tests.data.encoders import save_encoder
 from tests.distributed import run_ranks
 from tests.engine.captions import save_captioned, text_settings
 from tests.engine.runs import TINY, train_one
@@ -111,8 +111,8 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_caption_in_guidance(fold
     plain, away = (draw(folder, ["a red square"], negative=negative) for negative in (None, "a circle"))
     assert not torch.allclose(plain["a red square"], away["a red square"], atol=1e-3)
     # Away from the prompt itself there is nothing to go along.
-    itself = [draw(folder, ["a circle"], scale, negative="a circle")["a circle"] for scale in (1.5, 7.0)]
-    assert torch.allclose(*itself, atol=1e-5)
+    first, second = (draw(folder, ["a circle"], scale, negative="a circle")["a circle"] for scale in (1.5, 7.0))
+    assert torch.allclose(first, second, atol=1e-5)
 
 
 def settings_for(folder: Path, **changes: Any) -> SamplingSettings:

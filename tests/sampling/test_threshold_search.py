@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +27,12 @@ def search_and_sample(rank: int, ranks: int, run: Path, out: Path) -> int:
     settings = SamplingSettings(str(run), num=6, steps=3, batch_size=3)
     launch = Launch(rank, ranks, rank, "environment")
     opened = 0
-    open_model = job.open_model
+    open_model: Any = vars(job)["open_model"]
 
-    def counted(*arguments: object) -> object:
+    def counted(*arguments: Any) -> Any:
         nonlocal opened
         opened += 1
-        return open_model(*arguments)  # type: ignore[arg-type]
+        return open_model(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "open_model", counted)

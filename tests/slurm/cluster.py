@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tests.machine import ROOT, TIME_LIMIT, free_port
 
@@ -120,7 +120,7 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop()
 
-    def run(self, *command: str | Path, on: str = HEAD, **environment: str | Path) -> str:
+    def run(self, *command: str | Path, on: str = HEAD, **environment: Any) -> str:
         """The standard output of a command that succeeds; on a node, or beside the controller."""
         env = self.env | {name: str(value) for name, value in environment.items()}
         full = [*self._enter(on), *map(str, command)]
@@ -131,7 +131,7 @@ class Cluster:
             raise RuntimeError(f"{' '.join(full)}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}")
         return ended.stdout
 
-    def submit(self, *arguments: str | Path, **environment: str | Path) -> str:
+    def submit(self, *arguments: str | Path, **environment: Any) -> str:
         """sbatch; the number of the job."""
         return self.run("sbatch", "--parsable", *arguments, **environment).strip()
 
@@ -215,7 +215,7 @@ class Cluster:
 
     def _states(self) -> dict[str, str]:
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", "--partition=main").splitlines()
-        return dict(line.split() for line in lines)  # type: ignore[misc]
+        return dict(line.split() for line in lines)
 
     def _all_resumed(self) -> bool:
         for name, state in self._states().items():
@@ -264,10 +264,12 @@ class Cluster:
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("node.py"))]
         if self.namespaces:  # a node's namespaces lie in the controller's, and end with them
             command = [*(() if name == HEAD else self._enter(HEAD)), *MAKE_NAMESPACES, *command]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        parent = subprocess.Popen(command, env=self.env, text=True, start_new_session=True, **pipes)  # type: ignore
+        parent = subprocess.Popen(
+            command, env=self.env, text=True, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         self.parents[name] = parent
-        if parent.stdout.readline() != "up\n":  # type: ignore[union-attr]
+        assert parent.stdout is not None
+        if parent.stdout.readline() != "up\n":
             raise RuntimeError(f"node {name} did not start")
         pid = parent.pid  # of nsenter or unshare; the last of their line is node.py, which has no children yet
         while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
