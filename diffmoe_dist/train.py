@@ -146,13 +146,13 @@ def open_periodic_jobs(config: Config, data: TrainingData | StreamedData, device
         losses = Validation(config, held_out, device).losses
         jobs.append(Periodic("validation", config.validation.every, losses, in_training_mode=True))
     conditions = run_conditions(config, data)
-    if config.sample.every or config.score.every:
+    if config.sample.every or config.fid.every:
         encoders = data.encoders if isinstance(data, TrainingData) else None
         opened = encoders.autoencoder if encoders else None
         decode = open_decoder(config, config.sample.decoder, "sample.decoder", device, opened)
-    if config.score.every:
+    if config.fid.every:
         scores = open_training_scores(config, conditions, decode, device)
-        jobs.append(Periodic("scoring samples", config.score.every, scores))
+        jobs.append(Periodic("scoring samples", config.fid.every, scores))
     if config.sample.every:
         grid = partial(training_grid, config=config, conditions=conditions, decode=decode)
         jobs.append(Periodic("sampling", config.sample.every, grid, lambda log, grid, step: log.image(grid, step)))

@@ -48,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train", "--config", "configs/t2i/debug.yaml", *places(out), *SIZES,
         "device=cpu", "parallel.expert=2", "train.steps=4", "log.every=1", "sample.every=2", "sample.num=16",
         "sample.steps=2", "log.figures_every=4", f"validation.shards={out / 'held-out/shards'}",
-        f"validation.text={out / 'held-out/text'}", "validation.every=2", "validation.images=12", "score.every=4",
-        "score.num=6", "score.features=tests.evaluation.colours:colours", f"score.reference={out / 'colours.npz'}",
+        f"validation.text={out / 'held-out/text'}", "validation.every=2", "validation.images=12", "fid.every=4",
+        "fid.num=6", "fid.features=tests.evaluation.colours:colours", f"fid.reference={out / 'colours.npz'}",
         ranks=2,
     )  # fmt: skip
     return out

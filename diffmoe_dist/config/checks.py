@@ -55,8 +55,8 @@ RULES: dict[str, Rule] = {
     "sample.steps": AT_LEAST_ONE,
     "validation.every": NOT_NEGATIVE,
     "validation.images": AT_LEAST_ONE,
-    "score.every": NOT_NEGATIVE,
-    "score.num": (lambda value: value >= 2, "at least 2"),
+    "fid.every": NOT_NEGATIVE,
+    "fid.num": (lambda value: value >= 2, "at least 2"),
     "profile.steps": (lambda value: 1 <= value[0] <= value[1], "first and last step, from 1"),
 }
 
@@ -218,7 +218,7 @@ def _check_online(config: Config) -> None:
 
 def _check_periods(config: Config) -> None:
     """What happens every so many steps has what it needs, and nothing is given for what never happens."""
-    for section, name in (("validation", "shards"), ("score", "features"), ("score", "reference")):
+    for section, name in (("validation", "shards"), ("fid", "features"), ("fid", "reference")):
         every, value = getattr(config, section).every, getattr(getattr(config, section), name)
         if every and not value:
             raise UserError(f"{section}.every={every} needs {section}.{name}; give it, or set {section}.every=0")

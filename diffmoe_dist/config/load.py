@@ -21,11 +21,13 @@ from diffmoe_dist.config.checks import check, check_places
 from diffmoe_dist.config.router import MoEConfig, RouterSettings
 from diffmoe_dist.config.schema import MODEL_SIZES, Config
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.logs import logger
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "flow": {"time_distribution": "uniform", "direction": "data_at_one", "time_scale": 1.0},
     "ddpm": {"time_distribution": "uniform", "direction": "noise_at_one", "time_scale": 1.0},  # its only values
 }
+RENAMED = {"score": "fid"}  # sections that had another name in version 0.1
 _OF_A_SIZE = ("depth", "hidden_size", "num_heads")
 
 
@@ -59,7 +61,7 @@ def build_config(*layers: DictConfig | dict[str, Any], training: bool = True) ->
 
     A null is a setting that is not given: it unsets what an earlier layer gave.
     """
-    given = OmegaConf.to_container(OmegaConf.merge(*layers))
+    given = _with_new_names(OmegaConf.to_container(OmegaConf.merge(*layers)))
     schema = Config(moe=_moe_schema(given))
     _refuse_unknown_keys(given, schema, prefix="")
     try:
@@ -99,6 +101,17 @@ def _moe_schema(given: Any) -> MoEConfig:
         return MoEConfig()
     settings: RouterSettings = importlib.import_module(f"diffmoe_dist.config.routers.{router}").Settings(router=router)
     return settings
+
+
+def _with_new_names(given: Any) -> Any:
+    """Sections under the names they have now; one under its old name is told where it does something."""
+    for old, new in RENAMED.items():
+        if isinstance(given, dict) and old in given:
+            section = given.pop(old)
+            if isinstance(section, dict) and section.get("every"):
+                logger.warning("the settings %s.* are called %s.* now; the old name goes with version 0.3", old, new)
+            given[new] = {**section, **given.get(new, {})} if isinstance(section, dict) else section
+    return given
 
 
 def _without_nulls(given: Any) -> Any:

@@ -145,10 +145,10 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
-    """A score of few samples, drawn by `sample.steps` and `sample.cfg_scale`."""
+class FidConfig:
+    """The Fréchet distance of few samples, made with `sample.steps` and `sample.cfg_scale`."""
 
-    every: int = 0  # steps between scores; 0: none
+    every: int = 0  # steps between distances; 0: none
     num: int = 1000
     features: str | None = None  # weights.pth of FID's Inception network, another program.pt2, or module:callable
     reference: str | None = None  # an npz of `python -m diffmoe_dist.evaluate --make-reference`, or ADM's
@@ -174,7 +174,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property

@@ -133,7 +133,7 @@ def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, so
         os.fsync(file.fileno())
     settings: Any = OmegaConf.to_container(OmegaConf.structured(config))
     settings["run_dir"] = settings["train"]["initial_weights"] = settings["sample"]["decoder"] = None
-    for section in ("data", "validation", "score"):
+    for section in ("data", "validation", "fid"):
         del settings[section]
     record = {
         "format": FORMAT,

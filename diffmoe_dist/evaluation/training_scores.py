@@ -23,7 +23,7 @@ from diffmoe_dist.sampling.generate import Decode, generate, run_sampler, to_uin
 
 @dataclass(frozen=True)
 class TrainingScores:
-    """Samples images 0 to `score.num` - 1 of the run's seed, on all ranks, and compares them with a reference."""
+    """Samples images 0 to `fid.num` - 1 of the run's seed, on all ranks, and compares them with a reference."""
 
     config: Config
     extractor: Extractor
@@ -34,7 +34,7 @@ class TrainingScores:
     def __call__(self, model: DiT) -> dict[str, float]:
         """The score by the name it has in metrics.jsonl; collective. Every rank makes the same forward passes."""
         config, rank, ranks = self.config, dist.get_rank(), dist.get_world_size()
-        num, batch = config.score.num, config.train.micro_batch_size
+        num, batch = config.fid.num, config.train.micro_batch_size
         share = -(-num // ranks)
         objective = build_objective(config.objective)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
@@ -61,11 +61,11 @@ def open_training_scores(
     Raises:
         UserError: the extractor or the reference cannot be used, or they do not fit each other.
     """
-    settings = config.score
-    features, named = str(settings.features), f"score.features={settings.features}"
+    settings = config.fid
+    features, named = str(settings.features), f"fid.features={settings.features}"
     open_extractor = open_inception if features.endswith(".pth") else open_features
     extractor = open_extractor(features, device, named)
-    of_reference = f"score.reference={settings.reference}"
+    of_reference = f"fid.reference={settings.reference}"
     reference = read_reference(Path(str(settings.reference)), extractor, of_reference).pooled
     size, channels = config.model.input_size, config.model.in_channels
     pixels = decode(torch.zeros(2, channels, size, size, device=device))

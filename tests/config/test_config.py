@@ -207,3 +207,18 @@ def test_expert_slots_are_the_papers_rule() -> None:
     assert expert_slots(256, 12, 1.0) == 21
     assert expert_slots(10, 16, 1.0) == 0
     assert expert_slots(10, 2, 2.0) == 10, "every token"
+
+
+def test_a_section_under_its_old_name_still_counts_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    told = config({"score": {"every": 5, "num": 50, "features": "f.pth", "reference": "r.npz"}, "fid": {"num": 60}}).fid
+    assert (told.every, told.num, told.features, told.reference) == (5, 60, "f.pth", "r.npz")
+    assert [record.getMessage() for record in caplog.records] == [
+        "the settings score.* are called fid.* now; the old name goes with version 0.3"
+    ]
+    with pytest.raises(UserError, match=r"unknown setting fid\.refrence=x; did you mean fid\.reference\?"):
+        config({"score": {"refrence": "x"}})
+
+
+def test_a_section_of_an_old_run_that_did_nothing_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert config({"score": {"every": 0, "num": 50, "features": None}}).fid.num == 50
+    assert not caplog.records

@@ -223,7 +223,7 @@ def test_a_run_that_encodes_samples_and_scores_opens_its_autoencoder_once(
     colours, reference = "tests.evaluation.colours:colours", tmp_path / "colours.npz"
     np.savez(reference, mu=np.zeros(12), sigma=np.eye(12), extractor=np.array(colours))
     score = {"every": 1, "features": colours, "reference": str(reference)}
-    config = config_of(folder, {**online(folder), "sample": {"every": 1}, "score": score})
+    config = config_of(folder, {**online(folder), "sample": {"every": 1}, "fid": score})
 
     jobs = open_periodic_jobs(config, open_data(config), torch.device("cpu"))
 

@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path, reference: Path
         "train": {"steps": 4},
         "moe": {"inference": "threshold"},
         "log": {"every": 3},
-        "score": {"every": 2, "num": 21, "features": COLOURS, "reference": str(reference)},
+        "fid": {"every": 2, "num": 21, "features": COLOURS, "reference": str(reference)},
         "sample": {"steps": 3, "cfg_scale": 1.5},
     }
     run_ranks(1, train_all, digits, [(folder / "alone", settings), (folder / "without", {"train": {"steps": 4}})])
@@ -74,21 +74,21 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
 
 
 def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference: Path, tmp_path: Path) -> None:
-    def open_scores(**score: Any) -> None:
-        open_training_scores(tiny_config(Path("r"), digits, {"score": score}), DIGITS, lambda images: images, CPU)
+    def open_scores(**settings: Any) -> None:
+        open_training_scores(tiny_config(Path("r"), digits, {"fid": settings}), DIGITS, lambda images: images, CPU)
 
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3), extractor=np.array(COLOURS))
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((9, 8, 8, 1), dtype=np.uint8))
     given = {"every": 5, "features": COLOURS, "reference": str(reference)}
     for wrong, message in (
-        ({**given, "reference": None}, r"score\.every=5 needs score\.reference"),
-        ({**given, "every": 0}, r"score\.features=\S+ has no effect with score\.every=0"),
-        ({**given, "num": 1}, r"score\.num=1"),
-        ({**given, "features": "nowhere.pt2"}, r"score\.features=nowhere\.pt2: not a torch\.export program"),
-        ({**given, "features": "nowhere.pth"}, r"score\.features=nowhere\.pth: cannot be read"),
-        ({**given, "features": "nowhere:colours"}, r"score\.features=nowhere:colours: there is no module nowhere"),
-        ({**given, "features": f"{__name__}:nothing"}, r"score\.features=\S+:nothing: \S+ has no callable 'nothing'"),
-        ({**given, "reference": "nowhere.npz"}, r"score\.reference=nowhere\.npz: cannot be read"),
+        ({**given, "reference": None}, r"fid\.every=5 needs fid\.reference"),
+        ({**given, "every": 0}, r"fid\.features=\S+ has no effect with fid\.every=0"),
+        ({**given, "num": 1}, r"fid\.num=1"),
+        ({**given, "features": "nowhere.pt2"}, r"fid\.features=nowhere\.pt2: not a torch\.export program"),
+        ({**given, "features": "nowhere.pth"}, r"fid\.features=nowhere\.pth: cannot be read"),
+        ({**given, "features": "nowhere:colours"}, r"fid\.features=nowhere:colours: there is no module nowhere"),
+        ({**given, "features": f"{__name__}:nothing"}, r"fid\.features=\S+:nothing: \S+ has no callable 'nothing'"),
+        ({**given, "reference": "nowhere.npz"}, r"fid\.reference=nowhere\.npz: cannot be read"),
         ({**given, "reference": str(tmp_path / "narrow.npz")}, r"are of 3 features, but \S+ gives 12"),
         ({**given, "reference": str(tmp_path / "images.npz")}, r"it has no statistics"),
     ):
