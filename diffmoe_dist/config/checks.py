@@ -77,6 +77,7 @@ def check(config: Config) -> None:
     _check_ddpm(config)
     _check_experts(config)
     _check_parallel(config)
+    _check_held_out(config)
     _check_data(config)
     _check_online(config)
     _check_periods(config)
@@ -171,16 +172,20 @@ def _check_parallel(config: Config) -> None:
         )
 
 
-def _check_data(config: Config) -> None:
-    data, held_out, condition = config.data, config.validation, config.model.condition
+def _check_held_out(config: Config) -> None:
+    held_out, condition = config.validation, config.model.condition
     for name in ("latents", "text"):
         folder = getattr(held_out, name)
         if folder and not held_out.shards:
             raise UserError(f"validation.{name}={folder} has no effect without validation.shards; remove it")
     if held_out.text and condition == "class":
         raise UserError(f"validation.text={held_out.text} has no effect with model.condition=class; remove it")
-    if held_out.shards and condition == "text" and not (held_out.text or data.text_encoder):
+    if held_out.shards and condition == "text" and not (held_out.text or config.data.text_encoder):
         raise UserError("validation.text is not set, but model.condition=text; encode the captions held out")
+
+
+def _check_data(config: Config) -> None:
+    data, condition = config.data, config.model.condition
     if data.mixture and (data.shards or data.latents or data.text):
         raise UserError("data.mixture names its own shards, latents and text; remove data.shards, .latents and .text")
     for number, entry in enumerate(data_sets(data)):

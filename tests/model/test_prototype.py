@@ -63,7 +63,7 @@ def row_loss(prototypes: Tensor, means: dict[int, Tensor], temperature: float) -
     return total / len(means)
 
 
-def slow(layer: PrototypeLayer, x: Tensor, variant: str, scores: str, top_k: int) -> tuple[Tensor, Tensor]:
+def slow(layer: PrototypeLayer, x: Tensor, variant: str, scores: str, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: C901  # as slow as the equations
     prototypes, outputs, assigned = layer.router.prototypes, [], []  # assigned: for each image {expert: tokens}
     slots = math.floor(TOKENS / EXPERTS * top_k)
     for image, is_null in zip(x, NULL, strict=True):

@@ -19,7 +19,6 @@ from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_mode
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.moe import MoELayer
-from diffmoe_dist.model.pool_choice import PoolChoice
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.page import write_report
 from diffmoe_dist.sampling.conditions import ClassLabels
@@ -53,8 +52,9 @@ def random_model(**moe: Any) -> tuple[DiT, Any]:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     for layer in model.moe_layers:
-        if isinstance(layer.router, PoolChoice):
-            layer.router.threshold.fill_(0.5)
+        router: Any = layer.router
+        if hasattr(router, "threshold"):
+            router.threshold.fill_(0.5)
     return model.eval(), config
 
 
