@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ def poison(trainer: Trainer, kind: str) -> None:
     if kind == "noise":
         trainer.batches = with_bad_noise(trainer.batches)  # type: ignore[assignment]
     elif kind == "gradient":
-        attention: Any = trainer.model.blocks[0].attn
+        attention = trainer.model.get_submodule("blocks.0.attn")
         attention.register_forward_hook(lambda m, args, out: InfiniteGradient.apply(out) if bad() else out)
     elif kind == "loss":
         original = trainer._losses
@@ -107,8 +108,6 @@ def raised(root: Path, digits: Path) -> dict[str, list[str]]:
 def test_the_run_stops_on_every_rank_and_names_step_layer_and_rank(
     raised: dict[str, list[str]], root: Path, name: str, message: str
 ) -> None:
-    import re
-
     assert raised[name][0] == raised[name][1]
     assert re.match(message, raised[name][0]), raised[name][0]
     kept = json.loads((root / name / "non_finite/step-00000003.json").read_text())

@@ -131,9 +131,9 @@ class Cluster:
             raise RuntimeError(f"{' '.join(full)}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}")
         return ended.stdout
 
-    def submit(self, *arguments: str | Path, **environment: Any) -> str:
+    def submit(self, *arguments: str | Path, **environment: str | Path) -> str:
         """sbatch; the number of the job."""
-        return self.run("sbatch", "--parsable", *arguments, **environment).strip()
+        return self.run("sbatch", "--parsable", *arguments, on=HEAD, **environment).strip()
 
     def job(self, number: str) -> dict[str, str]:
         line = self.run("scontrol", "show", "job", "--oneliner", number)
@@ -184,8 +184,7 @@ class Cluster:
         if self.namespaces:
             self.run("ip", "link", "delete", f"v-{name}")
         parent = self.parents.pop(name)
-        parent.stdin.close()  # type: ignore[union-attr]
-        parent.wait(timeout=TIME_LIMIT)
+        _end(parent)
         if notice:
             self.declare_down(name)
 
@@ -265,7 +264,7 @@ class Cluster:
         if self.namespaces:  # a node's namespaces lie in the controller's, and end with them
             command = [*(() if name == HEAD else self._enter(HEAD)), *MAKE_NAMESPACES, *command]
         parent = subprocess.Popen(
-            command, env=self.env, text=True, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         self.parents[name] = parent
         assert parent.stdout is not None
@@ -310,7 +309,12 @@ class Cluster:
         stdin.flush()
 
     def _stop(self) -> None:
-        for parent in self.parents.values():
-            parent.stdin.close()  # type: ignore[union-attr]
-        for parent in self.parents.values():
-            parent.wait(timeout=TIME_LIMIT)
+        _end(*self.parents.values())
+
+
+def _end(*parents: subprocess.Popen[str]) -> None:
+    for parent in parents:
+        assert parent.stdin is not None
+        parent.stdin.close()
+    for parent in parents:
+        parent.wait(timeout=TIME_LIMIT)
