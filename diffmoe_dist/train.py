@@ -32,8 +32,7 @@ number of processes, resumes from run_dir.
   mpirun -n 8 python -m diffmoe_dist.train --config FILE parallel.expert=8
 
 SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 on any process, or a file RUN_DIR/STOP, make the run save and leave; a second
-signal makes the process leave at once. Exit codes: 0 done, 75 stopped on request with everything saved (run the command
-again), 2 a mistake in the settings, 1 a fault, 124 a hang (train.hang_timeout).
+signal makes the process leave at once. docs/runs.md lists the exit codes.
 """
 
 
