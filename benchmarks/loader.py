@@ -173,7 +173,7 @@ class Filled:
                 self.buffer.batch()
                 self.buffer = BatchBuffer(*self.shape)
             generator = sample_generator(0, Stream.TRAINING, 0, number)
-            self.buffer.draw(number % BATCH, generator)
+            self.buffer.fill_random(number % BATCH, generator)
             if self.latent:
                 generator.standard_normal(self.buffer.images.shape[1:], dtype=np.float32)
         return self.buffer.images[number % BATCH]

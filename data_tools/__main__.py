@@ -19,7 +19,7 @@ from data_tools.pack_plan import plan_pack
 from data_tools.parallel import Workers, make_workers
 from data_tools.source import Source
 from data_tools.sources import FORMATS, SourceOptions, open_source
-from data_tools.stats import count, describe, picture
+from data_tools.stats import count, describe, image_grid
 from data_tools.stored_images import ImageRules
 from data_tools.table import Columns
 from data_tools.verify import verify
@@ -35,7 +35,7 @@ _THUMBNAIL = 96  # pixels
 _SOURCES_HELP = """\
 SOURCE is the data to read; --source-format names its kind where the name does not tell:
   digits        scikit-learn's 1,797 handwritten digits, 8x8, gray; nothing is downloaded
-  shapes        2,880 drawn squares, triangles and crosses, 16x16, with captions; nothing is downloaded
+  shapes        2,880 images of squares, triangles and crosses, 16x16, with captions; nothing is downloaded
   image-folder  a folder with a subfolder of images for each class, or of images alone
   ilsvrc-train  ILSVRC2012_img_train.tar, read in place
   ilsvrc-val    ILSVRC2012_img_val.tar, with --devkit
@@ -76,7 +76,7 @@ _LATENTS_HELP = (
 Encode every image, and its mirror image, with a diffusers AutoencoderKL in fp32.
 
 OUT becomes a side folder of BASE that the trainer takes as data.latents: in fp16, unscaled, the mean and the log
-variance of each latent; training draws from them anew in every epoch. It has the samples of BASE in the same order.
+variance of each latent; training samples from them anew in every epoch. It has the samples of BASE in the same order.
 The index records the autoencoder's fingerprint, scale and shift, the crop and the size. An interrupted command is
 simply run again. On GPUs: one MPI rank for each, and one more that hands out the work.""",
     """\
@@ -147,7 +147,7 @@ def _parser() -> CommandParser:
     add("--full", dest="full", action="store_true", default=True, help="every byte and every image (the default)")
     add = _command(commands, "stats", _stats, "counts, classes, sizes and captions of a folder of shards")
     add("folder", metavar="FOLDER", type=Path, help="a folder with an index")
-    add("--picture", metavar="FILE", type=Path, help="also draw 64 random samples into this PNG")
+    add("--picture", metavar="FILE", type=Path, help="also write a grid of 64 random samples to this PNG")
     add = _command(commands, "encode-latents", _encode_latents, *_LATENTS_HELP)
     add("base", metavar="BASE", type=Path, help="the folder with the images")
     add("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same latents")
@@ -306,7 +306,7 @@ def _stats(arguments: argparse.Namespace, workers: Workers) -> None:
         stats = count(index, workers, advance)
     sys.stdout.write(describe(index, stats, arguments.folder))
     if arguments.picture is not None:
-        picture(index, _THUMBNAIL).save(arguments.picture, format="PNG")
+        image_grid(index, _THUMBNAIL).save(arguments.picture, format="PNG")
 
 
 def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:

@@ -20,8 +20,8 @@ class ArraySource:
     def __init__(self, name: str, item: str, images_NHW: np.ndarray, labels: np.ndarray, classes: int) -> None:
         self.name, self._item = name, item  # the format's; what one of the images is called
         self._images = images_NHW
-        self.labels: np.ndarray | None = labels.astype(np.int64)
-        self.image_size: int | None = images_NHW.shape[1]
+        self.labels = labels.astype(np.int64)
+        self.image_size = images_NHW.shape[1]
         self.class_names: Sequence[str] = [str(label) for label in range(classes)]
         self._items = np.arange(len(images_NHW))
 
@@ -33,13 +33,11 @@ class ArraySource:
 
     def part(self, items: np.ndarray) -> ArraySource:
         part = copy.copy(self)
-        assert self.labels is not None
         part._items, part._images, part.labels = self._items[items], self._images[items], self.labels[items]
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
         """A PNG file and the label."""
-        assert self.labels is not None
         return {
             "png": encode_image(Image.fromarray(self._images[item]), "png"),
             "cls": label_payload(self.labels[item]),

@@ -20,8 +20,8 @@ class CocoSource:
     name = "coco"
     class_names: Sequence[str] = ()
     channels = 3
-    image_size: int | None = None
-    labels: np.ndarray | None = None
+    image_size = None
+    labels = None
 
     def __init__(self, annotations: Path, images: Path | None) -> None:
         split = annotations.stem.rpartition("_")[2]

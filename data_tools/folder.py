@@ -25,7 +25,7 @@ from diffmoe_dist.data.format import (
     parse_meta,
 )
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import PARTIAL, atomic_file, file_sha256
+from diffmoe_dist.files import PARTIAL, atomic_file, file_sha256, write_atomically, write_json
 
 PROGRESS_NAME = ".progress"  # a folder: the records of finished shards, until the index is there
 INDEX_FILES = (INDEX_NAME, OFFSETS_NAME, KEYS_NAME, QUARANTINE_NAME)
@@ -125,8 +125,7 @@ class ShardFolder:
             if name.endswith(PARTIAL):  # left by a command that was killed
                 (self.out / name).unlink()
         self._progress.mkdir(exist_ok=True)
-        with atomic_file(self._progress / _IDENTITY_NAME) as file:
-            file.write(json.dumps(self.identity).encode())
+        write_atomically(self._progress / _IDENTITY_NAME, json.dumps(self.identity))
         if INDEX_NAME in found:
             self._records_from_index()
 
@@ -201,8 +200,7 @@ def write_index(
         "keys": _file_entry(out / KEYS_NAME),
         "quarantine": _file_entry(out / QUARANTINE_NAME) if summary.num_bad else None,
     }
-    with atomic_file(out / INDEX_NAME) as file:
-        file.write((json.dumps(index, indent=2) + "\n").encode())
+    write_json(out / INDEX_NAME, index)
     num_bytes = sum(shard.num_bytes for shard in summary.shards)
     return PackedFolder(summary.num_samples, len(summary.shards), num_bytes, summary.num_bad, summary.num_cut)
 

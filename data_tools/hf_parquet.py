@@ -24,7 +24,7 @@ class HfParquetSource:
 
     name = "hf-parquet"
     channels = 3
-    image_size: int | None = None
+    image_size = None
 
     def __init__(self, root: Path, columns: Columns, split: str | None) -> None:
         self._files = _files_of(root, split) if root.is_dir() else [root]

@@ -23,7 +23,7 @@ class IlsvrcSource:
     """Images in one tar, each with its class. A label is the rank of the WordNet id by name, as everywhere else."""
 
     channels = 3
-    image_size: int | None = None
+    image_size = None
 
     def __init__(
         self, name: str, tar: TarFile, members: list[Member], labels: np.ndarray, wnids: Sequence[str]
@@ -31,7 +31,7 @@ class IlsvrcSource:
         self.name, self._tar, self.class_names = name, tar, wnids
         self._names = Strings(member.name for member in members)
         self._places = np.array([(member.offset, member.size) for member in members], dtype=np.int64)
-        self.labels: np.ndarray | None = labels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self._names)
@@ -41,13 +41,11 @@ class IlsvrcSource:
 
     def part(self, items: np.ndarray) -> IlsvrcSource:
         part = copy.copy(self)
-        assert self.labels is not None
         part._names, part._places, part.labels = self._names.take(items), self._places[items], self.labels[items]
         part.class_names = ()
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
-        assert self.labels is not None
         offset, size = self._places[item].tolist()
         return {IMAGE: self._tar.read(offset, size), "cls": label_payload(self.labels[item])}
 

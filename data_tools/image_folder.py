@@ -20,7 +20,7 @@ class ImageFolderSource:
 
     name = "image-folder"
     channels = 3
-    image_size: int | None = None
+    image_size = None
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -11,7 +11,7 @@ from data_tools.folder import PROGRESS_NAME, PackedFolder, ShardSlot, write_inde
 from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, ShardRecord, sort_fields
 from data_tools.source import BadItemError
-from data_tools.stored_images import ImageRules, store_image
+from data_tools.stored_images import ImageRules, common_side, store_image
 from data_tools.tars import TarFile
 from data_tools.webdataset_tars import Group, check_payloads, group_members, list_tars, required_fields
 from diffmoe_dist.data.format import ABSENT, IMAGE_FIELDS, INDEX_NAME, LABEL_FIELD, TAR_BLOCK, Shard
@@ -98,8 +98,7 @@ def _scan(path: Path, required: tuple[str, ...]) -> ShardRecord:
     fields = sort_fields({name for row in rows for name in row})
     entries = [[row.get(name, [ABSENT, ABSENT, 0]) for name in fields] for row in rows]
     shard = Shard(path.name, len(keys), path.stat().st_size, file_sha256(path))
-    width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
-    return ShardRecord(shard, fields, keys, entries, bad, width if width == height else None, num_classes)
+    return ShardRecord(shard, fields, keys, entries, bad, common_side(sizes), num_classes)
 
 
 def _check_group(

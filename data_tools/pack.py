@@ -13,7 +13,7 @@ from data_tools.folder import PackedFolder, ShardFolder, ShardSlot
 from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, write_shard
 from data_tools.source import IMAGE, BadItemError, Source
-from data_tools.stored_images import ImageRules, store_image
+from data_tools.stored_images import ImageRules, common_side, store_image
 from diffmoe_dist.data.format import LABEL_FIELD, QUARANTINE_NAME
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import text_sha256
@@ -147,7 +147,7 @@ def _pack_shard(job: _ShardJob) -> ShardDone:
     if record is None or any(_is_good(job, int(bad.key) - job.first_position) for bad in record.bad):
         result = _ShardResult()
         record = write_shard(job.slot.begin(), _samples(job, result))
-        record = replace(record, bad=result.bad, image_size=result.image_size(), num_classes=result.num_classes)
+        record = replace(record, bad=result.bad, image_size=common_side(result.sizes), num_classes=result.num_classes)
         job.slot.save(record)
     return ShardDone(job.num_items, len(record.bad), record.bad[-1] if record.bad else None)
 
@@ -167,11 +167,6 @@ class _ShardResult:
         self.bad: list[BadItem] = []
         self.sizes: set[tuple[int, int]] = set()
         self.num_classes = 0
-
-    def image_size(self) -> int | None:
-        """The side, where all images are squares of one size."""
-        width, height = next(iter(self.sizes)) if len(self.sizes) == 1 else (0, 1)
-        return width if width == height else None
 
 
 def _samples(job: _ShardJob, result: _ShardResult) -> Iterator[tuple[str, Mapping[str, bytes]]]:

@@ -18,8 +18,8 @@ class PairsSource:
     name = "pairs"
     class_names: Sequence[str] = ()
     channels = 3
-    image_size: int | None = None
-    labels: np.ndarray | None = None
+    image_size = None
+    labels = None
 
     def __init__(self, root: Path) -> None:
         self._root = root

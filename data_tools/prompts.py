@@ -11,8 +11,8 @@ from data_tools.text import TextSettings, describe_encoder, open_encoder
 from diffmoe_dist.data.prompts import (
     ENCODED_SUFFIX,
     Prompt,
-    beforehand,
     encode_prompt,
+    precomputed_prompts,
     save_encoded_prompts,
 )
 from diffmoe_dist.data.text import EncodedText
@@ -53,7 +53,7 @@ def write_prompts(
     for start, encoded in workers.run(_encode, jobs):
         captions |= dict(enumerate(encoded, start))
         on_prompts(len(encoded))
-    found = beforehand(prompts, negative_prompt, encoder, [captions[number] for number in range(len(texts))])
+    found = precomputed_prompts(prompts, negative_prompt, encoder, [captions[number] for number in range(len(texts))])
     try:
         with atomic_file(out) as file:
             save_encoded_prompts(file, found)

@@ -1,6 +1,6 @@
-"""Source: drawn squares, triangles and crosses with captions that say what is drawn; and what a picture shows.
+"""Source: images of squares, triangles and crosses with captions that say so; and what any such image shows.
 
-For trying out text-to-image training: small enough to be learned in minutes, and whether a picture follows its caption
+For trying out text-to-image training: small enough to be learned in minutes, and whether an image follows its caption
 is measured from its pixels.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 from data_tools.source import caption_payloads
 from data_tools.stored_images import encode_image
 
-SIZE = 16  # pixels, height and width of a picture
+SIZE = 16  # pixels, height and width of an image
 COLOURS = {
     "red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 70, 230),
     "yellow": (235, 220, 40), "magenta": (225, 50, 215), "cyan": (40, 205, 220),
@@ -42,16 +42,16 @@ _WORDINGS = (
     "{position}: a {colour} {shape}",
     "{shape}, {colour}, {position}",
 )
-_ITEMS_OF_EACH = 32  # pictures of the same colour, shape and position
+_ITEMS_OF_EACH = 32  # images of the same colour, shape and position
 _DIFFERENCE = 50.0  # from the ground; half the smallest one of a colour is 53
-# Guided pictures have brighter colours than those that were learned from; an orange is 95 from the nearest one
+# Guided images have brighter colours than those that were learned from; an orange is 95 from the nearest one
 _COLOUR_TOLERANCE = 80.0
 _OVERLAP = 0.6  # intersection over union; two different shapes have up to 0.68, and in other fields 0.39
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a caption asks for, or what a picture shows; None: not to be told."""
+    """What a caption asks for, or what an image shows; None: not to be told."""
 
     colour: str | None
     shape: str | None
@@ -59,13 +59,13 @@ class Drawing:
 
 
 class ShapesSource:
-    """Pictures of one shape on a plain ground, dark or light, and three captions of each. Needs no download."""
+    """Images of one shape on a plain ground, dark or light, and three captions of each. Needs no download."""
 
     name = "shapes"
     class_names: Sequence[str] = ()
     channels = 3
-    image_size: int | None = SIZE
-    labels: np.ndarray | None = None
+    image_size = SIZE
+    labels = None
 
     def __init__(self) -> None:
         self._items = np.arange(_ITEMS_OF_EACH * len(drawings()))
@@ -83,7 +83,7 @@ class ShapesSource:
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
-        """The PNG file and the captions of one picture."""
+        """The PNG file and the captions of one image."""
         number = int(self._items[item])
         return {
             "png": encode_image(Image.fromarray(draw(number)), "png"),
@@ -102,7 +102,7 @@ def prompts() -> list[str]:
 
 
 def drawing_of(number: int) -> Drawing:
-    """What the picture with this number shows."""
+    """What the image with this number shows."""
     every = drawings()
     return every[number % len(every)]
 
@@ -124,7 +124,7 @@ def read_caption(caption: str) -> Drawing:
 
 
 def draw(number: int) -> np.ndarray:
-    """The picture with this number, (SIZE, SIZE, 3) uint8: a function of the number alone."""
+    """The image with this number, (SIZE, SIZE, 3) uint8: a function of the number alone."""
     drawing = drawing_of(number)
     assert drawing.colour is not None and drawing.shape is not None and drawing.position is not None
     chance = hashlib.sha256(f"shapes/{number}".encode()).digest()
@@ -133,20 +133,20 @@ def draw(number: int) -> np.ndarray:
         centre - _FIELD // 2 + byte % (_FIELD - _SIDE + 1)
         for centre, byte in zip(POSITIONS[drawing.position], chance[2:4], strict=True)
     )
-    picture = np.full((SIZE, SIZE, 3), _GROUNDS[chance[4] % 2] + ground, dtype=np.uint8)
-    place = picture[row : row + _SIDE, column : column + _SIDE]
+    image = np.full((SIZE, SIZE, 3), _GROUNDS[chance[4] % 2] + ground, dtype=np.uint8)
+    place = image[row : row + _SIDE, column : column + _SIDE]
     place[_mask(drawing.shape)] = np.array(COLOURS[drawing.colour]) + brighter
-    return picture
+    return image
 
 
-def measure(picture: np.ndarray) -> Drawing:
-    """What a picture shows, (SIZE, SIZE, 3) uint8; nothing is learned.
+def measure(image: np.ndarray) -> Drawing:
+    """What an image shows, (SIZE, SIZE, 3) uint8; nothing is learned.
 
     The ground is the median of the pixels, and the shape is what lies beyond half the way from it to the median of what
-    differs from it. Its colour is the nearest one to its mean; its form and place are those of the drawn shape,
-    anywhere in the picture, that overlaps it best. What is too far from every colour, shape or position is none.
+    differs from it. Its colour is the nearest one to its mean; its form and place are those of the template,
+    anywhere in the image, that overlaps it best. What is too far from every colour, shape or position is none.
     """
-    pixels = picture.reshape(-1, 3).astype(np.float64)
+    pixels = image.reshape(-1, 3).astype(np.float64)
     ground = np.median(pixels, axis=0)
     distance = np.linalg.norm(pixels - ground, axis=1)  # (SIZE * SIZE,)
     if not (distance > _DIFFERENCE).any():
@@ -176,9 +176,9 @@ def _templates() -> tuple[np.ndarray, list[tuple[str, tuple[float, float]]]]:
     masks, named = [], []
     places = range(SIZE - _SIDE + 1)
     for shape, row, column in itertools.product(SHAPES, places, places):
-        picture = np.zeros((SIZE, SIZE))
-        picture[row : row + _SIDE, column : column + _SIDE] = _mask(shape)
-        masks.append(picture.reshape(-1))
+        image = np.zeros((SIZE, SIZE))
+        image[row : row + _SIDE, column : column + _SIDE] = _mask(shape)
+        masks.append(image.reshape(-1))
         named.append((shape, (row + _SIDE / 2, column + _SIDE / 2)))
     return np.stack(masks), named
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from diffmoe_dist.data.format import ABSENT, TAR_BLOCK, Shard
 from diffmoe_dist.data.index import member_crc32
-from diffmoe_dist.files import atomic_file, file_sha256
+from diffmoe_dist.files import atomic_file, file_sha256, write_atomically
 
 _TAR_RECORD = 20 * TAR_BLOCK  # a tar's length is a multiple of it
 _MAX_NAME = 100  # bytes of a member's name in the plain header that every program reads
@@ -100,8 +100,7 @@ class _TarFile:
 
 
 def save_record(path: Path, record: ShardRecord) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(asdict(record)).encode())
+    write_atomically(path, json.dumps(asdict(record)))
 
 
 def load_record(path: Path) -> ShardRecord:

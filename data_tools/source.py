@@ -23,8 +23,16 @@ class Source(Protocol):
     name: str  # the format's; also the first part of the shards' names
     class_names: Sequence[str]  # empty where there are no labels, or where only the items tell them
     channels: int  # 1 for gray data, else 3
-    image_size: int | None  # height and width of payloads that are stored as read; None: the images tell
-    labels: np.ndarray | None  # (items,) int64 where they are known from the listing
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width of payloads that are stored as read; None: the images tell."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(items,) int64 where they are known from the listing."""
+        ...
 
     def __len__(self) -> int: ...
 

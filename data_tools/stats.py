@@ -1,4 +1,4 @@
-"""What is in a folder of shards: counts, classes, sizes, captions, and a picture of random samples."""
+"""What is in a folder of shards: counts, classes, sizes, captions, and a grid of random samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, LABEL_FIELD
 from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex
 
-_PICTURE_SIDE = 8  # samples
+_GRID_SIDE = 8  # samples
 _MEASURED_IMAGES = 1000
 
 
@@ -90,14 +90,14 @@ def _count_shard(job: tuple[ShardIndex, int]) -> tuple[int, Stats]:
     return len(index.samples_of(shard)), stats
 
 
-def picture(index: ShardIndex, side: int) -> Image.Image:
+def image_grid(index: ShardIndex, side: int) -> Image.Image:
     """A grid of random samples, each fitted into `side` x `side` pixels; the same ones every time."""
-    grid = Image.new("RGB", (_PICTURE_SIDE * side, _PICTURE_SIDE * side), "white")
-    for place, sample_id in enumerate(random_samples(index, _PICTURE_SIDE**2).tolist()):
+    grid = Image.new("RGB", (_GRID_SIDE * side, _GRID_SIDE * side), "white")
+    for place, sample_id in enumerate(random_samples(index, _GRID_SIDE**2).tolist()):
         image = _image(index, sample_id).convert("RGB")
         scale = side / max(image.size)
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-        row, column = divmod(place, _PICTURE_SIDE)
+        row, column = divmod(place, _GRID_SIDE)
         grid.paste(image, (column * side, row * side))
     return grid
 

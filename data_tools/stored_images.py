@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,12 @@ def store_image(payload: bytes, channels: int, rules: ImageRules) -> StoredImage
         return StoredImage(_FIELD_OF_FORMAT[str(original.format)], payload, image.size)
     field = "png" if channels == 1 else rules.encoding
     return StoredImage(field, encode_image(image, field), image.size)
+
+
+def common_side(sizes: Collection[tuple[int, int]]) -> int | None:
+    """The side of the images, where all are squares of one size; `sizes` are the different (width, height)."""
+    width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 1)
+    return width if width == height else None
 
 
 def encode_image(image: Image.Image, field: str) -> bytes:

@@ -36,7 +36,7 @@ class TableSource:
 
     name = "table"
     channels = 3
-    image_size: int | None = None
+    image_size = None
 
     def __init__(self, path: Path, images: Path | None, columns: Columns) -> None:
         self._root = images or path.parent

@@ -22,7 +22,7 @@ from diffmoe_dist.data.latents import npy_bytes
 from diffmoe_dist.data.text import EncodedText, captions_of, pooled_field, text_field
 from diffmoe_dist.data.text_encoder import USUAL_LENGTH, TextEncoder, encoder_kind, encoder_sha256
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import atomic_file, file_sha256
+from diffmoe_dist.files import file_sha256, write_atomically
 
 NULL_NAME = "null.npy"
 NULL_POOLED_NAME = "null-pooled.npy"
@@ -102,8 +102,7 @@ def _captions(base: ShardIndex, sample_id: int) -> list[str]:
 
 
 def _write_array(path: Path, array: np.ndarray) -> dict[str, str]:
-    with atomic_file(path) as file:
-        file.write(npy_bytes(array))
+    write_atomically(path, npy_bytes(array))
     return {"name": path.name, "sha256": file_sha256(path)}
 
 

@@ -33,8 +33,8 @@ class WebDatasetSource:
     name = "webdataset"
     class_names: Sequence[str] = ()  # the samples tell
     channels = 3
-    image_size: int | None = None
-    labels: np.ndarray | None = None
+    image_size = None
+    labels = None
 
     def __init__(self, root: Path) -> None:
         self._tars = [TarFile(path) for path in list_tars(root)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmoe_dist.model.condition import TextCondition
 
-_SMALLEST_UNIFORM = 2.0**-54  # stands in for the 0.0 that one draw in 2**53 gives
+_SMALLEST_UNIFORM = 2.0**-54  # stands in for 0.0, which one number in 2**53 is
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class BatchBuffer:
         self.uniforms = np.empty((3, count))  # time, drop, flip
         self.labels, self.sample_ids, self.epochs, self.bad = np.empty((4, count), dtype=np.int64)
 
-    def draw(self, row: int, generator: np.random.Generator) -> None:
-        """The draws that come first, in this order. A new one goes after them."""
+    def fill_random(self, row: int, generator: np.random.Generator) -> None:
+        """The random numbers that come first, in this order. A new one goes after them."""
         self.uniforms[:, row] = generator.random(3)
         generator.standard_normal(dtype=np.float32, out=self.noise[row])
 

@@ -56,7 +56,7 @@ class Base:
 class LatentSpec:
     """What the field `latent.npy` holds: fp16 (V, 2C, h, w), the V views of an image, C means over C log variances.
 
-    Unscaled: a training latent is (z - shift) * scale per channel, with z drawn in fp32 from N(mean, exp(logvar)).
+    Unscaled: a training latent is (z - shift) * scale per channel, with z sampled in fp32 from N(mean, exp(logvar)).
     """
 
     parametrisation: str  # only mean_logvar is read

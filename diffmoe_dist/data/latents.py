@@ -1,4 +1,4 @@
-"""Latents: reading stored moments, drawing a training latent from them, and the autoencoder they come from.
+"""Latents: reading stored moments, sampling a training latent from them, and the autoencoder they come from.
 
 Shape legend: V views of an image (plain, mirrored), C latent channels, h x w latent pixels, N images, H x W pixels.
 """
@@ -43,7 +43,7 @@ class LatentReader:
         self._scale, self._shift = _per_channel(spec.scale), _per_channel(spec.shift)
 
     def read(self, sample_id: int, flip: bool, noise_Chw: np.ndarray, out_Chw: np.ndarray) -> None:
-        """Draw the latent of a sample, or of its mirror image, with the given standard normal numbers; all fp32.
+        """Sample the latent of an image, or of its mirror image, with the given standard normal noise; all fp32.
 
         Raises ImageError where the sample has none because its image was bad, CorruptShardError for damage.
         """
@@ -143,8 +143,8 @@ class Autoencoder:
         return self.module.encode(images_NCHW).latent_dist.parameters
 
     @torch.no_grad()
-    def draw(self, images_NCHW: Tensor, noise_NChw: Tensor) -> Tensor:
-        """Latents (N, C, h, w) to train on, drawn with standard normal numbers as `LatentReader` draws stored ones."""
+    def sample(self, images_NCHW: Tensor, noise_NChw: Tensor) -> Tensor:
+        """Latents (N, C, h, w) to train on, sampled with standard normal noise as `LatentReader` does stored ones."""
         device = self.module.device
         moments = self.moments(images_NCHW.to(device)).half().float()  # as they are stored
         mean, logvar = moments.chunk(2, dim=1)

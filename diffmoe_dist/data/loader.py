@@ -57,8 +57,8 @@ Caption = EncodedText | str | None  # encoded before, to be encoded, or none
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """What is drawn for a place after what `BatchBuffer.draw` does; a sample that stands in is given the same."""
+class _RandomInputs:
+    """The random numbers of a place that come after `BatchBuffer.fill_random`; a sample that stands in has the same."""
 
     flip: bool
     latent_noise_CHW: np.ndarray | None
@@ -68,9 +68,9 @@ class _Draws:
 class _SampleReader:
     """Reads the samples of one data set."""
 
-    def __init__(self, dataset: DataSet, flip: bool, draws_latents: bool, reads_captions: bool) -> None:
+    def __init__(self, dataset: DataSet, flip: bool, samples_latents: bool, reads_captions: bool) -> None:
         self.base, self.flip = dataset.base, flip
-        self.draws_latents = draws_latents or dataset.latents is not None
+        self.samples_latents = samples_latents or dataset.latents is not None
         self.latents, self.text = dataset.latents, dataset.text
         self.has_captions = self.text is not None or reads_captions
         self._fields = {LABEL_FIELD, *(self.base.image_fields if self.latents is None else ())}
@@ -83,23 +83,23 @@ class _SampleReader:
                 f"data.flip=true, but {dataset.where} holds no mirrored latents; use false or encode without --no-flip"
             )
 
-    def draw(self, generator: np.random.Generator, flip: bool, shape_CHW: tuple[int, ...]) -> _Draws:
-        noise = generator.standard_normal(shape_CHW, dtype=np.float32) if self.draws_latents else None
+    def random_inputs(self, generator: np.random.Generator, flip: bool, shape_CHW: tuple[int, ...]) -> _RandomInputs:
+        noise = generator.standard_normal(shape_CHW, dtype=np.float32) if self.samples_latents else None
         uniform = generator.random() if self.has_captions else None
-        return _Draws(self.flip and flip, noise, uniform)
+        return _RandomInputs(self.flip and flip, noise, uniform)
 
-    def read(self, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, Caption]:
+    def read(self, sample_id: int, random: _RandomInputs, out_CHW: np.ndarray) -> tuple[int, Caption]:
         """Write the image or the latent. Returns the label and the caption.
 
         Raises ImageError for a bad sample, CorruptShardError for damage.
         """
         payloads = self.base.read(sample_id, self._fields)
         if self.latents is not None:
-            assert draws.latent_noise_CHW is not None
-            self.latents.read(sample_id, draws.flip, draws.latent_noise_CHW, out_CHW)
+            assert random.latent_noise_CHW is not None
+            self.latents.read(sample_id, random.flip, random.latent_noise_CHW, out_CHW)
         else:
-            self._read_pixels(sample_id, payloads, draws.flip, out_CHW)
-        return self._label(payloads, sample_id), self._caption(sample_id, draws.caption_uniform)
+            self._read_pixels(sample_id, payloads, random.flip, out_CHW)
+        return self._label(payloads, sample_id), self._caption(sample_id, random.caption_uniform)
 
     def _caption(self, sample_id: int, uniform: float | None) -> Caption:
         if uniform is None:
@@ -153,24 +153,26 @@ class TrainingDataset(Dataset[Batch]):
             number, epoch, sample_id = self._order[position]
             name = self._first_ids[number] + sample_id
             generator = sample_generator(self.seed, Stream.TRAINING, epoch, name)
-            buffer.draw(row, generator)
+            buffer.fill_random(row, generator)
             image = buffer.images[row]
-            draws = self._readers[number].draw(generator, buffer.flips(row), buffer.noise[row].shape)
+            random = self._readers[number].random_inputs(generator, buffer.flips(row), buffer.noise[row].shape)
             if buffer.latent_noise is not None:
-                buffer.latent_noise[row] = draws.latent_noise_CHW
+                buffer.latent_noise[row] = random.latent_noise_CHW
             buffer.epochs[row], buffer.sample_ids[row] = epoch, name
-            buffer.bad[row], buffer.labels[row], caption = self._read(number, sample_id, draws, image)
+            buffer.bad[row], buffer.labels[row], caption = self._read(number, sample_id, random, image)
             captions.append(caption)
         encoded = [caption for caption in captions if isinstance(caption, EncodedText)]
         texts = tuple(caption for caption in captions if isinstance(caption, str))
         return buffer.batch(pad_text(encoded, self._text_length) if encoded else None, self._null_text, texts or None)
 
-    def _read(self, number: int, sample_id: int, draws: _Draws, out_CHW: np.ndarray) -> tuple[int, int, Caption]:
+    def _read(
+        self, number: int, sample_id: int, random: _RandomInputs, out_CHW: np.ndarray
+    ) -> tuple[int, int, Caption]:
         """Read a sample, or another one in the place of a bad one. Returns how many were bad, label and caption."""
         reader, reason = self._readers[number], ""
         for bad, candidate in enumerate(self._candidates(number, sample_id)):
             try:
-                return bad, *reader.read(candidate, draws, out_CHW)
+                return bad, *reader.read(candidate, random, out_CHW)
             except ImageError as error:
                 reason = reason or str(error)
         raise reader.base.corrupt(sample_id, f"{reason}; so it is with {_REPLACEMENTS} samples tried in its place")

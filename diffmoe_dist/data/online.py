@@ -68,7 +68,7 @@ class OnlineEncoders:
             assert batch.latent_noise is not None
             with reproducible_arithmetic():
                 latents = [
-                    self.autoencoder.draw(image[None], noise[None])
+                    self.autoencoder.sample(image[None], noise[None])
                     for image, noise in zip(batch.images, batch.latent_noise, strict=True)
                 ]
             batch = replace(batch, images=torch.cat(latents), latent_noise=None)

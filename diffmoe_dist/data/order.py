@@ -34,9 +34,9 @@ class EpochOrder:
     def __init__(self, num_samples: int, seed: int, epoch: int, dataset: int = 0) -> None:
         assert num_samples > 0 and epoch >= 0, (num_samples, epoch)
         self.num_samples, self.seed, self.epoch = num_samples, seed, epoch
-        self._first_draw = dataset * _MAX_WINDOWS
+        self._first_index = dataset * _MAX_WINDOWS
         num_blocks = -(-num_samples // BLOCK_SAMPLES)
-        self._blocks = permutation(num_blocks, seed, Stream.ORDER, epoch, self._first_draw).astype(np.int32)
+        self._blocks = permutation(num_blocks, seed, Stream.ORDER, epoch, self._first_index).astype(np.int32)
         # The last block may be short and may land anywhere: the windows after it begin that much earlier.
         self._missing = num_blocks * BLOCK_SAMPLES - num_samples
         short_window = int(np.flatnonzero(self._blocks == num_blocks - 1)[0]) // WINDOW_BLOCKS
@@ -61,8 +61,8 @@ class EpochOrder:
         blocks = self._blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
         samples = (blocks[:, None].astype(np.int64) * BLOCK_SAMPLES + np.arange(BLOCK_SAMPLES)).reshape(-1)
         samples = samples[samples < self.num_samples]
-        draw = self._first_draw + 1 + window  # the first one is the blocks'
-        shuffle = permutation(len(samples), self.seed, Stream.ORDER, self.epoch, draw)
+        index = self._first_index + 1 + window  # the first one is the blocks'
+        shuffle = permutation(len(samples), self.seed, Stream.ORDER, self.epoch, index)
         self._window_start, self._window = window * WINDOW_SAMPLES - missing, samples[shuffle]
 
 

@@ -64,7 +64,7 @@ class EncodedPrompts:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the prompts, the negative one and the encoder; encoded beforehand or not."""
+        """The SHA-256 of the prompts, the negative one and the encoder; precomputed or not."""
         return hashlib.sha256(self.describe()).hexdigest()
 
     def describe(self) -> bytes:
@@ -210,10 +210,10 @@ def _parse_encoded(description: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         EncodedText(tokens_TD, pooled_P if len(pooled_P) else None, is_null)
         for tokens_TD, pooled_P, is_null in zip(np.split(tokens, lengths.cumsum()[:-1]), pooled, blank, strict=True)
     ]
-    return beforehand(prompts, negative_prompt, description, captions)
+    return precomputed_prompts(prompts, negative_prompt, description, captions)
 
 
-def beforehand(
+def precomputed_prompts(
     prompts: Sequence[Prompt],
     negative_prompt: str | None,
     encoder: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""Randomness as a function: what is drawn for a sample depends on seed, epoch and sample, and on nothing else."""
+"""Randomness as a function: the numbers of a sample depend on seed, epoch and sample alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Stream(IntEnum):
 def philox(seed: int, stream: Stream, epoch: int, index: int) -> np.random.Philox:
     """The counter-based bit generator of one (seed, stream, epoch, index).
 
-    The lowest counter word counts the blocks drawn (four 64-bit numbers each) and the other three name the
-    generator, so two of them never overlap, however much is drawn from either.
+    The lowest counter word counts the blocks that were taken (four 64-bit numbers each) and the other three name the
+    generator, so two of them never overlap, however many numbers are taken from either.
     Raises UserError for a seed outside 0..2**63-1.
     """
     if not 0 <= seed < SEED_LIMIT:

@@ -105,7 +105,7 @@ class StreamedDataset(IterableDataset[Batch]):
             name = hashlib.blake2b(sample[_KEY].encode(), digest_size=7).digest()
             buffer.sample_ids[row] = int.from_bytes(name, "big")
             epoch = self.images_seen + number  # else a resumed run would give the noise of the passes before again
-            buffer.draw(row, sample_generator(self.seed, Stream.TRAINING, epoch, int(buffer.sample_ids[row])))
+            buffer.fill_random(row, sample_generator(self.seed, Stream.TRAINING, epoch, int(buffer.sample_ids[row])))
             buffer.epochs[row], buffer.bad[row] = number, bad
             try:
                 self._read(sample, buffer, row)

@@ -103,7 +103,7 @@ def test_latents_are_those_of_encoding_while_training_to_the_rounding_of_fp16(
     assert 5 <= mirrored <= 17
 
 
-def test_a_latent_is_drawn_anew_in_every_epoch_and_labels_come_from_the_base(base: ShardIndex, latents: Path) -> None:
+def test_a_latent_is_sampled_anew_in_every_epoch_and_labels_come_from_the_base(base: ShardIndex, latents: Path) -> None:
     batch = _batch(base, latents, range(2 * NUM_SAMPLES), flip=False)
     images = {(int(e), int(i)): image for e, i, image in zip(batch.epochs, batch.sample_ids, batch.images, strict=True)}
     assert len(images) == 2 * NUM_SAMPLES

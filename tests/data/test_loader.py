@@ -106,7 +106,7 @@ def test_the_stream_of_samples_is_the_same_for_every_split(
     assert [name[:2] for name in found] == [name[:2] for name in expected]
 
 
-def test_what_is_drawn_for_a_sample_depends_on_nothing_but_sample_and_epoch(data: TrainingData) -> None:
+def test_the_random_numbers_of_a_sample_depend_on_nothing_but_sample_and_epoch(data: TrainingData) -> None:
     expected = _samples(_steps(data, 0, 25, ranks=1, micro=8))
     found = _samples(_steps(data, 0, 9, ranks=4, micro=1, workers=2))
     found += _samples(_steps(data, 9, 25, ranks=2, micro=2))
@@ -131,7 +131,7 @@ def test_a_batch_holds_the_packed_images_and_labels(data: TrainingData) -> None:
         assert int(one.labels) == int(payloads["cls"])
 
 
-def test_a_flip_mirrors_about_half_of_the_images_and_moves_no_other_draw(data: TrainingData) -> None:
+def test_a_flip_mirrors_about_half_of_the_images_and_changes_no_other_number(data: TrainingData) -> None:
     plain, flipped = (_samples(_steps(data, 0, 25, ranks=1, micro=8, flip=flip)) for flip in (False, True))
     mirrored = 0
     for (_, _, left), (_, _, right) in zip(plain, flipped, strict=True):

@@ -131,7 +131,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_of_one_line(
     assert len(prompts.caption(1).tokens_TD) == MAX_LENGTH
 
 
-def test_prompts_encoded_beforehand_are_bit_for_bit_those_encoded_at_once(written: Path, encoder: TextEncoder) -> None:
+def test_precomputed_prompts_are_bit_for_bit_those_encoded_at_once(written: Path, encoder: TextEncoder) -> None:
     at_once, before = encode_prompts(PROMPTS, "a green circle", encoder), open_encoded_prompts(written)
     assert before.prompts == PROMPTS and before.negative_prompt == "a green circle"
     for number in range(4):

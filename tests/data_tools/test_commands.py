@@ -13,7 +13,7 @@ from PIL import Image
 from data_tools.image_folder import ImageFolderSource
 from data_tools.pack import PackSettings, pack
 from data_tools.pack_plan import plan_pack
-from data_tools.stats import count, describe, picture
+from data_tools.stats import count, describe, image_grid
 from data_tools.stored_images import ImageRules
 from data_tools.webdataset_tars import WebDatasetSource
 from diffmoe_dist.data.index import ShardIndex
@@ -93,8 +93,8 @@ def test_stats_measure_captions(tmp_path: Path) -> None:
 
 def test_the_picture_shows_random_samples_and_the_same_every_time(packed: Path) -> None:
     index = ShardIndex.open(packed)
-    grid = picture(index, 16)
-    assert grid.size == (128, 128) and grid == picture(index, 16)
+    grid = image_grid(index, 16)
+    assert grid.size == (128, 128) and grid == image_grid(index, 16)
     pixels = np.asarray(grid).reshape(8, 16, 8, 16, 3).transpose(0, 2, 1, 3, 4).reshape(64, -1)
     assert len(np.unique(pixels, axis=0)) > 40  # of 60 samples, the rest of the grid is white
     assert (pixels[60:] == 255).all()

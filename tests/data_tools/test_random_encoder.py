@@ -50,7 +50,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_same_captions_give_the_same_bytes_whatever_was_drawn_before(
+def test_the_same_captions_give_the_same_bytes_whatever_numbers_were_taken_before(
     base: ShardIndex, encoder: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(5)

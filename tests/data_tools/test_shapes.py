@@ -1,4 +1,4 @@
-"""The drawn shapes: pictures, their captions, and the measurement of what a picture shows."""
+"""The drawn shapes: images, their captions, and the measurement of what an image shows."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return ShardIndex.open(out)
 
 
-def test_a_pack_has_every_picture_and_captions_that_say_what_it_shows(packed: ShardIndex) -> None:
+def test_a_pack_has_every_image_and_captions_that_say_what_it_shows(packed: ShardIndex) -> None:
     assert (packed.num_samples, packed.image_size, packed.channels, packed.num_classes) == (COUNT, SIZE, 3, 0)
     shown: Counter[Drawing] = Counter()
     for sample in range(COUNT):
@@ -64,11 +64,11 @@ def test_a_pack_has_every_picture_and_captions_that_say_what_it_shows(packed: Sh
     assert set(shown) == set(drawings()) and len(set(shown.values())) == 1
 
 
-def test_the_pictures_are_the_same_on_every_machine_and_vary() -> None:
-    pictures = [draw(number).tobytes() for number in range(COUNT)]
-    sha256 = hashlib.sha256(b"".join(pictures)).hexdigest()
+def test_the_images_are_the_same_on_every_machine_and_vary() -> None:
+    images = [draw(number).tobytes() for number in range(COUNT)]
+    sha256 = hashlib.sha256(b"".join(images)).hexdigest()
     assert sha256 == "4ced4d743ebd4ffa3a27469a9c130109adae018dfca116c4db8e737fc608b4ad"
-    assert len(set(pictures)) > COUNT / 2
+    assert len(set(images)) > COUNT / 2
 
 
 def test_a_part_of_the_source_gives_its_own_items() -> None:
@@ -79,15 +79,15 @@ def test_a_part_of_the_source_gives_its_own_items() -> None:
         assert part.item_name(number) == whole.item_name(item) and part.read(number) == whole.read(item)
 
 
-def test_every_picture_is_measured_right_also_where_it_is_pale_and_noisy() -> None:
+def test_every_image_is_measured_right_also_where_it_is_pale_and_noisy() -> None:
     generator = np.random.default_rng(0)
     for number in range(COUNT):
-        picture = draw(number).astype(np.float64)
-        rough = 0.85 * picture + 0.15 * 128 + generator.normal(0, 12, picture.shape)
+        image = draw(number).astype(np.float64)
+        rough = 0.85 * image + 0.15 * 128 + generator.normal(0, 12, image.shape)
         assert measure(rough.clip(0, 255).astype(np.uint8)) == drawing_of(number)
 
 
-def test_a_picture_without_a_shape_shows_nothing() -> None:
+def test_an_image_without_a_shape_shows_nothing() -> None:
     generator = np.random.default_rng(0)
     for gray in (0, 32, 128, 224, 255):
         assert measure(np.full((SIZE, SIZE, 3), gray, np.uint8)) == NOTHING
@@ -97,13 +97,13 @@ def test_a_picture_without_a_shape_shows_nothing() -> None:
 
 
 def _square(row: int, column: int, colour: tuple[int, ...]) -> np.ndarray:
-    picture = np.full((SIZE, SIZE, 3), 32, np.uint8)
-    picture[row : row + 7, column : column + 7] = colour
-    return picture
+    image = np.full((SIZE, SIZE, 3), 32, np.uint8)
+    image[row : row + 7, column : column + 7] = colour
+    return image
 
 
 @pytest.mark.parametrize(
-    ("picture", "seen"),
+    ("image", "seen"),
     [
         (_square(1, 1, COLOURS["red"]), Drawing("red", "square", "top left")),
         (_square(1, 9, COLOURS["red"]), Drawing("red", "square", "top right")),
@@ -114,8 +114,8 @@ def _square(row: int, column: int, colour: tuple[int, ...]) -> np.ndarray:
         (np.maximum(_square(1, 1, COLOURS["red"]), _square(9, 9, COLOURS["red"])), Drawing("red", None, None)),  # two
     ],
 )
-def test_another_colour_place_or_number_of_shapes_is_seen(picture: np.ndarray, seen: Drawing) -> None:
-    assert measure(picture) == seen
+def test_another_colour_place_or_number_of_shapes_is_seen(image: np.ndarray, seen: Drawing) -> None:
+    assert measure(image) == seen
 
 
 def test_a_triangle_upside_down_is_none() -> None:
