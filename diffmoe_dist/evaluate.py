@@ -29,7 +29,7 @@ FID, sFID, Inception score, precision and recall of samples, as ADM's evaluator 
 
   python -m diffmoe_dist.evaluate --samples samples/demo/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
       --inception pt_inception-2015-12-05-6726825d.pth
-  torchrun --nproc-per-node 8 -m -- diffmoe_dist.evaluate --samples runs/b --num 50000 --steps 250 \\
+  torchrun --nproc-per-node 8 -m diffmoe_dist.evaluate --samples runs/b --num-images 50000 --steps 250 \\
       --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth --out evaluation/b/scores.json
   python -m diffmoe_dist.evaluate --make-reference digits.npz --shards shards/digits --inception FILE.pth
   python -m diffmoe_dist.evaluate --samples samples/t2i/samples.npz --clip clip-vit-large-patch14

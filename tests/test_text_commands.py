@@ -1,4 +1,4 @@
-"""Text to image through the commands, with everything that a run draws for itself."""
+"""Text to image through the commands, with everything that a run samples for itself."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SIZES = [
 
 
 def diffmoe(command: str, *arguments: str, ranks: int = 1, code: int = 0) -> str:
-    """Run a command to its end, on so many ranks; what it says."""
+    """Run a command to its end, on so many ranks; what it prints."""
     with tempfile.TemporaryDirectory() as folder:
         started = start(f"diffmoe_dist.{command}", *arguments, folder=Path(folder), ranks=ranks)
         codes = [one.wait(300) for one in started]
-        told = "".join(one.stdout + one.stderr for one in started)
-    assert codes == [code] * ranks, told
-    return told
+        output = "".join(one.stdout + one.stderr for one in started)
+    assert codes == [code] * ranks, output
+    return output
 
 
 def places(folder: Path) -> list[str]:
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_validates_scores_and_draws_from_captions(folder: Path) -> None:
+def test_a_run_validates_scores_and_samples_from_captions(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     assert [("loss_val" in line, "frechet_distance_6" in line) for line in lines] == [
         (False, False), (True, False), (False, False), (True, True),
@@ -66,36 +66,36 @@ def test_a_run_validates_scores_and_draws_from_captions(folder: Path) -> None:
 
 
 def test_a_dry_run_builds_a_text_model(folder: Path) -> None:
-    told = diffmoe("train", "--config", "configs/t2i/debug.yaml", *places(folder), *SIZES, "--dry-run")
-    assert "from " in told and "step 4" in told
+    output = diffmoe("train", "--config", "configs/t2i/debug.yaml", *places(folder), *SIZES, "--dry-run")
+    assert "from " in output and "step 4" in output
 
 
-def test_prompts_are_drawn_scored_and_written_for_geneval(folder: Path) -> None:
+def test_images_of_prompts_are_sampled_scored_and_written_for_geneval(folder: Path) -> None:
     common = ["--checkpoint", str(folder / "run"), "--encoder", str(folder / "encoder"), "--device", "cpu"]
-    drawing = ["--prompts", str(folder / "prompts.jsonl"), "--num", "4", "--cfg-scale", "2", "--steps", "2"]
-    diffmoe("sample", *common, *drawing, "--out", str(folder / "drawn"), "--geneval", "--recalibrate", "1")
-    assert len(list((folder / "drawn/geneval/00001/samples").glob("*.png"))) == 2
-    told = diffmoe(
+    options = ["--prompts", str(folder / "prompts.jsonl"), "--num", "4", "--cfg-scale", "2", "--steps", "2"]
+    diffmoe("sample", *common, *options, "--out", str(folder / "sampled"), "--geneval", "--recalibrate", "1")
+    assert len(list((folder / "sampled/geneval/00001/samples").glob("*.png"))) == 2
+    output = diffmoe(
         "evaluate", "--samples", str(folder / "run"), "--prompts", str(folder / "prompts.txt"), "--num", "12",
         "--encoder", str(folder / "encoder"), "--steps", "2", "--reference", str(folder / "colours.npz"),
         "--features", "tests.evaluation.colours:colours", "--out", str(folder / "scored/scores.json"),
         "--device", "cpu",
     )  # fmt: skip
-    assert "num_prompts" in told and "labels" not in told
-    told = diffmoe(
+    assert "num_prompts" in output and "labels" not in output
+    output = diffmoe(
         "interval_search", *common, "--prompts", str(folder / "prompts.txt"), "--num", "4", "--steps", "2",
         "--thresholds", "0.5", "--out", str(folder / "search"),
     )  # fmt: skip
-    assert "0.5" in told
+    assert "0.5" in output
 
 
 def test_an_encoder_that_is_not_the_models_ends_in_one_line(folder: Path) -> None:
     other = save_captioned(folder / "other", images=6, kind="t5") / "encoder"
-    told = diffmoe(
+    output = diffmoe(
         "sample", "--checkpoint", str(folder / "run"), "--encoder", str(other), "--prompt", "a", "--out",
         str(folder / "refused"), "--device", "cpu", code=2,
     )  # fmt: skip
-    assert "is not the encoder that the model was trained with" in told.splitlines()[-1] and "Traceback" not in told
+    assert "is not the encoder that the model was trained with" in output.splitlines()[-1] and "Traceback" not in output
 
 
 def test_the_report_of_a_text_run_names_captions(folder: Path) -> None:
@@ -122,14 +122,16 @@ def test_a_dense_text_model_becomes_a_mixture_of_experts_that_trains_on(folder: 
         "train", *config, *places(folder)[1:], *SIZES, f"run_dir={folder / 'on'}", "train.steps=1", "device=cpu",
         "sample.every=0", f"train.initial_weights={folder / 'upcycled'}",
     )  # fmt: skip
-    told = diffmoe("convert", "--from", "dit", str(folder / "colours.npz"), *config, "--out", str(folder / "x"), code=2)
-    assert "model.text_encoder_sha256 is not set" in told
+    output = diffmoe(
+        "convert", "--from", "dit", str(folder / "colours.npz"), *config, "--out", str(folder / "x"), code=2
+    )
+    assert "model.text_encoder_sha256 is not set" in output
 
 
-def test_a_report_draws_from_the_prompts_of_samples(folder: Path) -> None:
+def test_a_report_samples_from_the_prompts_of_samples(folder: Path) -> None:
     common = ["--checkpoint", str(folder / "run"), "--encoder", str(folder / "encoder"), "--device", "cpu"]
-    drawing = ["--prompts", str(folder / "prompts.txt"), "--num", "4", "--cfg-scale", "2", "--steps", "2"]
-    diffmoe("sample", *common, *drawing, "--negative-prompt", "a square", "--out", str(folder / "of-prompts"))
+    options = ["--prompts", str(folder / "prompts.txt"), "--num", "4", "--cfg-scale", "2", "--steps", "2"]
+    diffmoe("sample", *common, *options, "--negative-prompt", "a square", "--out", str(folder / "of-prompts"))
     report = ["--run", str(folder / "run"), "--samples", str(folder / "of-prompts"), "--device", "cpu"]
     diffmoe("report", *report, "--encoder", str(folder / "encoder"))
     page = (folder / "run/report.html").read_text()

@@ -181,7 +181,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_used_is_told_in_one_line(name: str) -> None:
+def test_what_cannot_be_used_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=BAD[name]):
         open_extractor(None, name, CPU)(images(2))
 

@@ -148,7 +148,7 @@ def result_of(folder: Path, record: dict[str, Any] | None) -> dict[str, Any]:
     return build_result({"fid_61": 1.25}, samples, read_reference(folder / "reference.npz", extractor), extractor)
 
 
-def test_a_result_tells_how_the_samples_were_drawn_and_what_nobody_recorded(folder: Path) -> None:
+def test_a_result_says_how_the_samples_were_made_and_what_nobody_recorded(folder: Path) -> None:
     record = {"num": 61, "sampler": "euler", "steps": 50, "cfg_scale": 1.5, "labels": "balanced", "batch_size": 100}
     result = result_of(folder, {**record, "capacity": 0.98, "inference": "threshold"})
     sampling = result["sampling"]
@@ -274,7 +274,7 @@ def test_the_command_scores_a_file_under_a_launcher_against_a_reference_it_made(
     assert result["extractor"] == COLOURS and "Frechet distance of 1,000" in scored.stdout and str(out) in scored.stdout
 
 
-def test_the_command_draws_the_samples_of_a_run_first(tmp_path: Path, digits: Path) -> None:
+def test_the_command_samples_from_a_run_first(tmp_path: Path, digits: Path) -> None:
     trained = start(
         "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
         f"run_dir={tmp_path / 'run'}", "train.steps=2", "device=cpu", folder=tmp_path,
@@ -288,10 +288,10 @@ def test_the_command_draws_the_samples_of_a_run_first(tmp_path: Path, digits: Pa
     )[0]  # fmt: skip
     assert scored.wait() == 0, scored.stderr
     result = json.loads((tmp_path / "out/scores.json").read_text())
-    drawn = json.loads((tmp_path / "out/sampling.json").read_text())
+    sampled = json.loads((tmp_path / "out/sampling.json").read_text())
     assert set(result["scores"]) == {"frechet_distance_6", "precision_6", "recall_6"}
     assert result["reference"]["statistics"] == "of its images"
-    assert (result["sampling"]["steps"], result["sampling"]["capacity"]) == (2, drawn["capacity"])
+    assert (result["sampling"]["steps"], result["sampling"]["capacity"]) == (2, sampled["capacity"])
 
 
 BAD = {

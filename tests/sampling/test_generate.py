@@ -10,7 +10,7 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.diffusion.samplers import Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
-from diffmoe_dist.sampling.conditions import ClassLabels, choose_labels
+from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.generate import (
     UINT8_RULE,
     Generated,
@@ -46,16 +46,16 @@ def model() -> DiT:
 DIGITS = ClassLabels(list(range(10)), null_label=10)
 
 
-def draw(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
+def sample(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
     objective = build_objective(build_config(CONFIG).objective)
     return generate(model, objective, numbers, DIGITS, SamplerSettings(sampler, 10, Guidance(2.0), seed))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
 def test_an_image_is_a_function_of_the_seed_and_its_number(model: DiT, sampler: str) -> None:
-    together = draw(model, [0, 1, 2, 3], sampler=sampler).images
-    others = draw(model, [3, 11, 1], sampler=sampler).images
-    other_seed = draw(model, [0, 1, 2, 3], seed=1, sampler=sampler).images
+    together = sample(model, [0, 1, 2, 3], sampler=sampler).images
+    others = sample(model, [3, 11, 1], sampler=sampler).images
+    other_seed = sample(model, [0, 1, 2, 3], seed=1, sampler=sampler).images
 
     assert together.shape == (4, 1, 8, 8) and together.isfinite().all()
     # Batches of another size round the matrix products differently.
@@ -65,8 +65,8 @@ def test_an_image_is_a_function_of_the_seed_and_its_number(model: DiT, sampler: 
 
 
 def test_two_images_of_a_seed_take_different_noise_on_the_way(model: DiT) -> None:
-    """The noise that ddpm adds, told apart from the start: what remains after ddim, which begins at the same place."""
-    added = draw(model, [0, 10]).images - draw(model, [0, 10], sampler="ddim").images
+    """The noise that ddpm adds, apart from the start: what remains after ddim, which begins at the same place."""
+    added = sample(model, [0, 10]).images - sample(model, [0, 10], sampler="ddim").images
 
     assert (added[0] - added[1]).abs().mean() > 0.1
 
@@ -93,19 +93,6 @@ def test_without_a_name_the_sampler_is_that_of_the_objective(objective: str, sam
 def test_a_sampler_that_does_not_fit_is_refused(name: str | None, steps: int, objective: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_sampler(name, steps, objective)
-
-
-def test_balanced_labels_go_through_the_classes_in_turn() -> None:
-    assert choose_labels("balanced", 7, [3, 1, 4], seed=0) == [3, 1, 4, 3, 1, 4, 3]
-
-
-def test_a_random_label_is_a_function_of_the_seed_and_the_number_of_the_image() -> None:
-    many = choose_labels("random", 3000, [3, 1, 4], seed=5)
-
-    assert choose_labels("random", 10, [3, 1, 4], seed=5) == many[:10]
-    assert choose_labels("random", 3000, [3, 1, 4], seed=6) != many
-    # A thousand of each, with a deviation of sqrt(3000 * 2 / 9) = 26.
-    assert all(abs(many.count(label) - 1000) < 4 * 26 for label in (3, 1, 4))
 
 
 def test_eight_bit_pixels_follow_the_recorded_rule() -> None:

@@ -75,7 +75,7 @@ def test_four_copies_stand_in_a_square(tmp_path: Path) -> None:
 def test_an_interrupted_writing_is_finished_by_the_same_call_and_scored_by_nobody_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    """Three prompts of two images and a grid: nine files of pictures, of which `stop` are written."""
+    """Three prompts of two images and a grid: nine image files, of which `stop` are written."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     write_geneval(whole, images(6), METADATA, copies=2)
     save = geneval._save
@@ -83,7 +83,7 @@ def test_an_interrupted_writing_is_finished_by_the_same_call_and_scored_by_nobod
 
     def save_some(path: Path, image: np.ndarray) -> None:
         if len(written) >= stop:
-            path.with_name(path.name + PARTIAL).write_bytes(b"half a picture")
+            path.with_name(path.name + PARTIAL).write_bytes(b"half an image")
             raise KeyboardInterrupt
         written.append(path)
         save(path, image)

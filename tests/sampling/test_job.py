@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from diffmoe_dist.config import load_config
-from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.diffusion.samplers import Guidance
-from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.moe import MoELayer
-from diffmoe_dist.sampling.conditions import ClassLabels, open_conditions
-from diffmoe_dist.sampling.generate import SamplerSettings, generate
+from diffmoe_dist.sampling.conditions import open_conditions
 from diffmoe_dist.sampling.job import (
     describe_job,
     sample_to_folder,
 )
-from diffmoe_dist.sampling.model import shard_experts, weights_fingerprint
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.distributed import run_ranks
-from tests.engine.runs import train_all
 from tests.machine import ROOT
 
 CPU = torch.device("cpu")
-LABELS = [number % 10 for number in range(8)]
 
 
 def settings_for(run: Path, **changes: Any) -> SamplingSettings:
@@ -46,76 +37,27 @@ def settings_for(run: Path, **changes: Any) -> SamplingSettings:
     return replace(plain, **changes)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    """A tiny model, trained just enough that its predictions are no longer zeros and its thresholds no longer start."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
-    run_ranks(1, train_all, digits, [(run, {"train": {"steps": 40}})])
-    return run
-
-
-def draw_share(rank: int, ranks: int, run: Path, cases: list[tuple[int, int]]) -> list[dict[int, Tensor]]:
-    """For each (batch size, ranks that share experts) the images of this rank's blocks, by number."""
-    drawn = []
-    for batch_size, expert in cases:
-        launch = Launch(rank, ranks, rank, "environment")
-        spread = partial(shard_experts, expert=expert, device=CPU, launch=launch) if expert > 1 else None
-        model, config = read_checkpoint_model(find_checkpoint(run), CPU, spread=spread)
-        blocks = [list(range(start, min(start + batch_size, 8))) for start in range(0, 8, batch_size)]
-        images: dict[int, Tensor] = {}
-        for turn in range(-(-len(blocks) // ranks)):
-            place = turn * ranks + rank
-            numbers = blocks[place] if place < len(blocks) else blocks[0]
-            if place < len(blocks) or expert > 1:
-                result = generate(
-                    model, build_objective(config.objective), numbers, ClassLabels(LABELS, 10),
-                    SamplerSettings("euler", steps=10, guidance=Guidance(2.0), seed=3),
-                )  # fmt: skip
-                if place < len(blocks):
-                    images |= dict(zip(numbers, result.images, strict=True))
-        drawn.append(images)
-    return drawn
-
-
-def test_with_the_threshold_rule_an_image_is_the_same_on_any_ranks_in_any_batch_and_with_experts_shared_or_not(
-    trained: Path,
-) -> None:
-    (reference,) = draw_share(0, 1, trained, [(8, 1)])
-    cases = {1: [(1, 1), (3, 1), (8, 1)], 2: [(1, 1), (3, 1), (8, 1), (1, 2), (4, 2)]}
-    cases[4] = [(1, 1), (3, 1), (8, 1), (1, 4), (2, 2), (8, 4)]
-
-    for ranks, of_ranks in cases.items():
-        everyone = run_ranks(ranks, draw_share, trained, of_ranks)
-        for case, shares in zip(of_ranks, zip(*everyone, strict=True), strict=True):
-            images = {number: image for share in shares for number, image in share.items()}
-            assert sorted(images) == list(range(8)), (ranks, case)
-            for number, image in images.items():
-                # Batches of another size round the matrix products differently.
-                assert torch.allclose(image, reference[number], rtol=0, atol=1e-5), (ranks, case, number)
-    assert not torch.allclose(reference[0], reference[1], atol=0.1)
-
-
-def draw_jobs(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path]]) -> None:
+def run_jobs(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path]]) -> None:
     for settings, out in jobs:
         sample_to_folder(settings, out, CPU, Launch(rank, ranks, rank, "environment"))
 
 
-def test_a_block_of_the_count_rule_is_the_same_on_any_ranks_with_experts_shared_or_not(
+def test_a_block_of_the_count_rule_is_the_same_on_any_ranks_with_experts_sharded_or_not(
     trained: Path, tmp_path: Path
 ) -> None:
     settings = settings_for(trained, num=12, overrides=("moe.inference=count",), cfg_scale=2.0)
     static = replace(settings, overrides=("moe.inference=static",))
     alone = [(settings, tmp_path / "one"), (static, tmp_path / "static-one")]
-    run_ranks(1, draw_jobs, [*alone, (replace(settings, batch_size=4), tmp_path / "other-blocks")])
-    both = [(settings, tmp_path / "two"), (replace(settings, expert=2), tmp_path / "shared")]
-    run_ranks(2, draw_jobs, [*both, (replace(static, expert=2), tmp_path / "static-shared")])
+    run_ranks(1, run_jobs, [*alone, (replace(settings, batch_size=4), tmp_path / "other-blocks")])
+    both = [(settings, tmp_path / "two"), (replace(settings, expert=2), tmp_path / "sharded")]
+    run_ranks(2, run_jobs, [*both, (replace(static, expert=2), tmp_path / "static-sharded")])
 
     def images(name: str) -> np.ndarray:
         return np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int)
 
     assert (abs(images("two") - images("one")) <= 1).all()  # a grey value may round the other way
-    assert (abs(images("shared") - images("one")) <= 1).all()
-    assert (abs(images("static-shared") - images("static-one")) <= 1).all()
+    assert (abs(images("sharded") - images("one")) <= 1).all()
+    assert (abs(images("static-sharded") - images("static-one")) <= 1).all()
     assert (abs(images("other-blocks") - images("one")) > 3).any(), "images of a block compete"
     record = json.loads((tmp_path / "one/sampling.json").read_text())
     assert record["reproducible_unit"] == "block of batch_size images"
@@ -125,7 +67,7 @@ def test_an_interrupted_job_of_a_thousand_images_gives_the_same_npz_when_it_is_r
     trained: Path, tmp_path: Path
 ) -> None:
     settings = settings_for(trained, num=1000, steps=4, batch_size=16, labels="random")
-    run_ranks(1, draw_jobs, [(settings, tmp_path / "whole")])
+    run_ranks(1, run_jobs, [(settings, tmp_path / "whole")])
     out = tmp_path / "torn"
     command = [
         sys.executable, "-m", "diffmoe_dist.sample", "--checkpoint", trained, "--out", out, "--num", "1000",
@@ -157,17 +99,17 @@ def interrupted_then_resumed(
     write = blocks.write_block
     blocks.write_block = lambda path, block: (written.append(path.name), write(path, block))  # type: ignore
     sample_to_folder(settings, out, CPU, Launch(rank, ranks, rank, "environment"))
-    assert written and not set(written) & set(kept), "only what is missing is drawn"
+    assert written and not set(written) & set(kept), "only what is missing is sampled"
 
 
 def test_a_finished_folder_is_left_as_it_is_and_other_settings_or_weights_are_refused(
     trained: Path, tmp_path: Path
 ) -> None:
     settings = settings_for(trained)
-    run_ranks(1, draw_jobs, [(settings, tmp_path)])
+    run_ranks(1, run_jobs, [(settings, tmp_path)])
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
-    run_ranks(1, draw_jobs, [(settings, tmp_path)])
+    run_ranks(1, run_jobs, [(settings, tmp_path)])
 
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
     run_ranks(1, refused, settings, tmp_path)
@@ -180,40 +122,21 @@ def refused(rank: int, ranks: int, settings: SamplingSettings, out: Path) -> Non
     for change, message in (
         ({"steps": 4}, r"its images have steps 3, not 4; give --steps 3, or another --out"),
         ({"seed": 1}, r"its images have seed 0, not 1; leave out --seed, or give another --out"),
+        ({"cfg_scale": 2.0}, r"have cfg_scale 1\.0, not 2\.0; give --cfg-scale 1\.0, or another --out"),
+        ({"classes": (1, 2)}, r"have classes all, not \[1, 2\]; leave out --classes, or give another --out"),
         (
             {"overrides": ("moe.inference=count",)},
             r"have inference threshold, not count; give moe.inference=threshold, or another --out",
         ),
     ):
         with pytest.raises(UserError, match=message):
-            draw_jobs(rank, ranks, [(replace(settings, **change), out)])
+            run_jobs(rank, ranks, [(replace(settings, **change), out)])
     record = out / ("sampling.json" if (out / "sampling.json").exists() else "blocks/job.json")
     text = record.read_text()
     record.write_text(text.replace('"weights": "', '"weights": "0'))
     with pytest.raises(UserError, match=r"are of other weights than .* now has"):
-        draw_jobs(rank, ranks, [(settings, out)])
+        run_jobs(rank, ranks, [(settings, out)])
     record.write_text(text)
-
-
-def test_the_fingerprint_of_weights_is_that_of_all_of_them_wherever_the_experts_are(trained: Path) -> None:
-    model, _ = read_checkpoint_model(find_checkpoint(trained), CPU)
-    whole = weights_fingerprint(model, is_sharded=False)
-
-    assert run_ranks(2, shared_fingerprint, trained) == [whole, whole]
-    layer: Any = model.moe_layers[0]
-    layer.experts.w1[3, 0, 0] += 1e-6
-    assert weights_fingerprint(model, is_sharded=False) != whole
-    layer.experts.w1[3, 0, 0] -= 1e-6
-    layer.router.threshold[0] += 1e-3
-    assert weights_fingerprint(model, is_sharded=False) != whole
-
-
-def shared_fingerprint(rank: int, ranks: int, run: Path) -> str:
-    launch = Launch(rank, ranks, rank, "environment")
-    spread = partial(shard_experts, expert=ranks, device=CPU, launch=launch)
-    model, _ = read_checkpoint_model(find_checkpoint(run), CPU, spread=spread)
-    assert len(model.moe_layers[0].experts.w1) == 2
-    return weights_fingerprint(model, is_sharded=True)
 
 
 def count_by_hand(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path]]) -> list[tuple[int, int]]:
@@ -231,7 +154,7 @@ def count_by_hand(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path
     handle = torch.nn.modules.module.register_module_forward_hook(count)
     for job in jobs:
         assignments = tokens = 0
-        draw_jobs(rank, ranks, [job])
+        run_jobs(rank, ranks, [job])
         counted.append((assignments, tokens))
     handle.remove()
     return counted
@@ -256,7 +179,7 @@ def test_the_measured_capacity_is_the_one_counted_by_brute_force(trained: Path, 
 
 
 def test_an_adaptive_job_records_its_nfe_and_tolerances(trained: Path, tmp_path: Path) -> None:
-    run_ranks(1, draw_jobs, [(settings_for(trained, sampler="dopri5", steps=None), tmp_path)])
+    run_ranks(1, run_jobs, [(settings_for(trained, sampler="dopri5", steps=None), tmp_path)])
 
     record = json.loads((tmp_path / "sampling.json").read_text())
     assert record["nfe"] > 8 and record["steps"] is None
@@ -266,14 +189,14 @@ def test_an_adaptive_job_records_its_nfe_and_tolerances(trained: Path, tmp_path:
 
 def test_the_png_folder_holds_the_images_of_the_npz(trained: Path, tmp_path: Path) -> None:
     settings = settings_for(trained, classes=(4, 2))
-    run_ranks(1, draw_jobs, [(settings, tmp_path), (replace(settings, png=True), tmp_path)])
+    run_ranks(1, run_jobs, [(settings, tmp_path), (replace(settings, png=True), tmp_path)])
 
     file = np.load(tmp_path / "samples.npz")
     assert file["arr_1"].tolist() == [4, 2, 4, 2, 4, 2, 4]
-    pictures = sorted((tmp_path / "png").iterdir())
-    assert [path.name for path in pictures] == [f"{number:06d}.png" for number in range(7)]
-    for picture, image in zip(pictures, file["arr_0"], strict=True):
-        assert np.array_equal(np.asarray(Image.open(picture)), image[..., 0])
+    files = sorted((tmp_path / "png").iterdir())
+    assert [path.name for path in files] == [f"{number:06d}.png" for number in range(7)]
+    for path, image in zip(files, file["arr_0"], strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), image[..., 0])
 
 
 @pytest.mark.parametrize(
