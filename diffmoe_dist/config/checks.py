@@ -14,22 +14,30 @@ from diffmoe_dist.errors import UserError
 Rule = tuple[Callable[[Any], bool], str]
 
 AT_LEAST_ONE: Rule = (lambda value: value >= 1, "at least 1")
-NOT_NEGATIVE: Rule = (lambda value: value >= 0, "0 (off) or more")
+
+
+def up_to(most: int) -> Rule:
+    """Sizes beyond this are no model's: a damaged file would take all memory, or minutes, before it is found out."""
+    return (lambda value: 1 <= value <= most, f"from 1 to {most}")
+
+
+NOT_NEGATIVE: Rule = (lambda value: 0 <= value < math.inf, "0 (off) or more, and finite")
 POSITIVE: Rule = (lambda value: 0 < value < math.inf, "above 0 and finite")
 BELOW_ONE: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
 
 # What each setting by itself must be, where its type does not say it.
 RULES: dict[str, Rule] = {
-    "model.depth": AT_LEAST_ONE,
-    "model.hidden_size": AT_LEAST_ONE,
-    "model.num_heads": AT_LEAST_ONE,
-    "model.mlp_ratio": POSITIVE,
-    "model.patch_size": AT_LEAST_ONE,
-    "model.input_size": AT_LEAST_ONE,
-    "model.in_channels": AT_LEAST_ONE,
-    "model.text_hidden_size": (lambda value: value >= 0, "at least 1"),
-    "model.text_max_length": (lambda value: value >= 0, "at least 1"),
-    "model.text_pooled_size": (lambda value: value >= 0, "0 (none) or more"),
+    "model.depth": up_to(1000),
+    "model.hidden_size": up_to(2**16),
+    "model.num_heads": up_to(2**12),
+    "model.mlp_ratio": (lambda value: 0 < value <= 64, "above 0, and at most 64"),
+    "model.patch_size": up_to(2**12),
+    "model.input_size": up_to(2**14),
+    "model.in_channels": up_to(2**12),
+    "model.num_classes": (lambda value: 0 <= value <= 10**6, "from 0 to 1000000"),
+    "model.text_hidden_size": (lambda value: 0 <= value <= 2**16, f"from 1 to {2**16}"),
+    "model.text_max_length": (lambda value: 0 <= value <= 2**16, f"from 1 to {2**16}"),
+    "model.text_pooled_size": (lambda value: 0 <= value <= 2**16, f"from 0 (none) to {2**16}"),
     "objective.time_scale": POSITIVE,
     "train.steps": AT_LEAST_ONE,
     "train.global_batch_size": AT_LEAST_ONE,
@@ -53,6 +61,7 @@ RULES: dict[str, Rule] = {
     "sample.every": NOT_NEGATIVE,
     "sample.num": AT_LEAST_ONE,
     "sample.steps": AT_LEAST_ONE,
+    "sample.cfg_scale": (lambda value: 0 <= value < math.inf, "0 or more, and finite"),
     "validation.every": NOT_NEGATIVE,
     "validation.images": AT_LEAST_ONE,
     "fid.every": NOT_NEGATIVE,

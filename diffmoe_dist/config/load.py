@@ -7,17 +7,18 @@ chosen path would ignore is refused.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffmoe_dist.config.checks import check, check_places
+from diffmoe_dist.config.parse import Given, apply_overrides, check_scalars, merge, read_yaml
 from diffmoe_dist.config.router import MoEConfig, RouterSettings
 from diffmoe_dist.config.schema import MODEL_SIZES, Config
 from diffmoe_dist.errors import UserError
@@ -43,29 +44,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bo
     path = Path(path)
     if not path.is_file():
         raise UserError(f"--config {path}: no such file; see configs/ for examples")
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override '{override}': expected key=value, such as optim.lr=1e-4")
-    try:
-        from_file = OmegaConf.load(path)
-        from_command = OmegaConf.from_dotlist(list(overrides))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} {' '.join(overrides)}: not readable as YAML: {error}") from None
-    if not isinstance(from_file, DictConfig):
-        raise UserError(f"--config {path}: expected a mapping of settings at the top level")
-    return build_config(from_file, from_command, training=training)
+    return build_config(read_yaml(path), overrides=overrides, training=training)
 
 
-def build_config(*layers: DictConfig | dict[str, Any], training: bool = True) -> Config:
+def build_config(*layers: Mapping[str, Any], overrides: Sequence[str] = (), training: bool = True) -> Config:
     """Merge layers of settings over the defaults, later ones winning; derive what follows from them; check the result.
 
     A null is a setting that is not given: it unsets what an earlier layer gave.
+
+    Args:
+        overrides: `key=value`, which win over all layers.
+        training: as in `load_config`.
+
+    Raises:
+        UserError: as `load_config`.
     """
-    given = _with_new_names(OmegaConf.to_container(OmegaConf.merge(*layers)))
-    schema = Config(moe=_moe_schema(given))
+    given: Given = functools.reduce(merge, layers, {})
+    schema = Config(moe=_moe_schema(apply_overrides(given, _of_moe(overrides), Config())))
+    given = _with_new_names(apply_overrides(given, overrides, schema))
     _refuse_unknown_keys(given, schema, prefix="")
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), _without_nulls(given))
+        typed = OmegaConf.merge(OmegaConf.structured(schema), check_scalars(_without_nulls(given), schema))
         config = OmegaConf.to_object(OmegaConf.merge(typed, _derived(typed, schema)))
     except OmegaConfBaseException as error:
         where = error.full_key or "config"
@@ -88,6 +87,11 @@ def router_names() -> list[str]:
     return ["dense", *sorted(path.stem for path in files)]
 
 
+def _of_moe(overrides: Sequence[str]) -> list[str]:
+    """Those that may choose the router, on which depends what the others may say."""
+    return [override for override in overrides if override.partition("=")[0] in ("moe", "moe.router")]
+
+
 def _moe_schema(given: Any) -> MoEConfig:
     """The settings that the chosen router knows, with their defaults."""
     moe = given.get("moe") if isinstance(given, dict) else None
@@ -107,10 +111,11 @@ def _with_new_names(given: Any) -> Any:
     """Sections under the names they have now; one under its old name is told where it does something."""
     for old, new in RENAMED.items():
         if isinstance(given, dict) and old in given:
+            given = {**given}
             section = given.pop(old)
             if isinstance(section, dict) and section.get("every"):
                 logger.warning("the settings %s.* are called %s.* now; the old name goes with version 0.3", old, new)
-            given[new] = {**section, **given.get(new, {})} if isinstance(section, dict) else section
+            given[new] = merge(section, given.get(new, section))
     return given
 
 
@@ -153,6 +158,8 @@ def _derived_objective(objective: Any) -> dict[str, Any]:
 def _refuse_unknown_keys(given: Any, schema: Any, prefix: str) -> None:
     """OmegaConf also refuses them; this names the nearest known key."""
     known = {f.name: getattr(schema, f.name) for f in fields(schema)}
+    if given is None:  # a section with nothing in it
+        return
     if not isinstance(given, dict):
         raise UserError(
             f"{prefix.rstrip('.') or 'config'}={given}: expected settings below it, such as {prefix}{next(iter(known))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class PoolChoiceSettings(RouterSettings):
         super().check(tokens_per_sample)
         self._check_predictor()
         for name in ("capacity_loss_weight", "constant_threshold"):
-            require(self, "moe", name, lambda value: value >= 0, "0 or more")
+            require(self, "moe", name, lambda value: 0 <= value < math.inf, "0 or more, and finite")
         require(self, "moe", "threshold_decay", lambda value: 0 <= value < 1, "in [0, 1)")
         require(self, "moe", "capacity", lambda value: value > 0, "above 0")
         if self.capacity > self.num_experts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,9 +90,9 @@ class RouterSettings(MoEConfig):
         Raises:
             UserError: a setting is out of range, or without effect.
         """
-        require(self, "moe", "num_experts", lambda value: value >= 1, "at least 1")
-        require(self, "moe", "expert_mlp_ratio", lambda value: 0 < value < math.inf, "above 0 and finite")
-        require(self, "moe", "shared_experts", lambda value: value >= 0, "0 (none) or more")
+        require(self, "moe", "num_experts", lambda value: 1 <= value <= 2**14, f"from 1 to {2**14}")
+        require(self, "moe", "expert_mlp_ratio", lambda value: 0 < value <= 64, "above 0, and at most 64")
+        require(self, "moe", "shared_experts", lambda value: 0 <= value <= 2**10, f"from 0 (none) to {2**10}")
 
     def check_top_k(self, top_k: int) -> None:
         """Refuse a token without experts, and more experts than there are; for routers whose tokens choose."""

@@ -191,7 +191,7 @@ def _read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(settings, dict):
         raise UserError(f"{folder / CONFIG_NAME}: settings is no mapping; convert the weights again")
     try:
-        return build_config(settings, OmegaConf.from_dotlist(list(overrides)), training=False)
+        return build_config(settings, overrides=overrides, training=False)
     except UserError as error:
         raise UserError(f"{folder / CONFIG_NAME}: {error}") from None
 

@@ -57,7 +57,7 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
     [
         ({"optmi": {"lr": 1}}, r"unknown setting optmi=.*did you mean optim\?"),
         ({"moe": {"num_expert": 8}}, r"unknown setting moe\.num_expert=8; did you mean moe\.num_experts\?"),
-        ({"optim": {"lr": "fast"}}, r"optim\.lr: .*'fast'.*right type"),
+        ({"optim": {"lr": "fast"}}, r"optim\.lr=fast: give a number, such as 0\.5 or 1e-4"),
         (
             {"moe": {"router": "globl"}},
             r"moe\.router=globl is not a router; did you mean global_pool\? choose from dense,",
@@ -123,7 +123,7 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
             r"moe\.constant_threshold=0\.4 has no effect with moe\.inference=threshold",
         ),
         ({"moe": {"capacity_schedule": [5, 2]}}, r"moe\.capacity_schedule=\[5, 2\] must be two steps"),
-        ({"moe": {"shared_experts": -1}}, r"moe\.shared_experts=-1 must be 0 \(none\) or more"),
+        ({"moe": {"shared_experts": -1}}, r"moe\.shared_experts=-1 must be from 0 \(none\)"),
         ({"moe": {"expert_mlp_ratio": 0.01}}, r"moe\.expert_mlp_ratio=0\.01 makes experts 3 wide"),
         ({"moe": {"activation": "relu"}}, r"moe\.activation: Invalid value 'relu'"),
         (

@@ -41,7 +41,7 @@ def test_the_settings_of_every_router_load_without_torch(router: str) -> None:
         ("moe.capacity=99", "told: moe.capacity=99.0 is more than moe.num_experts="),
         ("moe.capactiy=1", "told: unknown setting moe.capactiy=1; did you mean moe.capacity?"),
         ("moe.router=globl", "told: moe.router=globl is not a router; did you mean global_pool?"),
-        ("model.depth=0", "told: model.depth=0 must be at least 1"),
+        ("model.depth=0", "told: model.depth=0 must be from 1 to 1000"),
     ],
 )
 def test_a_mistake_is_told_without_torch(override: str, told: str) -> None:

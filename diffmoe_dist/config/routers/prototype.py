@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +49,8 @@ class Settings(RouterSettings):
 
     def check(self, tokens_per_sample: int) -> None:
         super().check(tokens_per_sample)
-        require(self, "moe", "contrastive_loss_weight", lambda value: value >= 0, "0 or more")
-        require(self, "moe", "contrastive_temperature", lambda value: value > 0, "above 0")
+        require(self, "moe", "contrastive_loss_weight", lambda value: 0 <= value < math.inf, "0 or more, and finite")
+        require(self, "moe", "contrastive_temperature", lambda value: 0 < value < math.inf, "above 0 and finite")
         self.check_top_k(self.top_k)
         if self.variant == "expert_choice" and expert_slots(tokens_per_sample, self.num_experts, self.top_k) < 1:
             raise UserError(

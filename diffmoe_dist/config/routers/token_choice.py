@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from diffmoe_dist.config.require import require
@@ -24,5 +25,5 @@ class Settings(RouterSettings):
 
     def check(self, tokens_per_sample: int) -> None:
         super().check(tokens_per_sample)
-        require(self, "moe", "balance_loss_weight", lambda value: value >= 0, "0 or more")
+        require(self, "moe", "balance_loss_weight", lambda value: 0 <= value < math.inf, "0 or more, and finite")
         self.check_top_k(self.top_k)
