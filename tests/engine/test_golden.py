@@ -12,6 +12,8 @@ from tests.distributed import run_ranks
 from tests.engine.runs import curve, train_one
 from tests.machine import ROOT
 
+pytestmark = pytest.mark.slow
+
 NAMES = [path.stem for path in sorted((ROOT / "configs/debug").glob("*.yaml"))]
 STEPS = {1: 50, 2: 20}  # on so many ranks
 

@@ -77,6 +77,7 @@ def first_batch(config: Config, workers: int = 0) -> Batch:
     return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_is_the_one_that_side_folders_would_have_given(folder: Path, workers: int) -> None:
     stored, read = first_batch(config_of(folder, side(folder))), first_batch(config_of(folder, online(folder)), workers)

@@ -24,6 +24,8 @@ from tests.distributed import run_ranks
 from tests.engine.captions import save_captioned, text_settings
 from tests.engine.runs import TINY, curve, metrics, train_one
 
+pytestmark = pytest.mark.slow
+
 PROTOTYPE = {"moe": {"router": "prototype", "inference": None}}
 KINDS: dict[str, dict[str, Any]] = {
     "global_pool": {},

@@ -252,6 +252,7 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path: Path, message: str) ->
         read_reference(tmp_path / "x.npz", stand_in())
 
 
+@pytest.mark.slow
 def test_the_command_scores_a_file_under_a_launcher_against_a_reference_it_made(tmp_path: Path, digits: Path) -> None:
     evaluate = ("diffmoe_dist.evaluate", "--features", COLOURS, "--device", "cpu")
     reference, samples, out = tmp_path / "reference.npz", tmp_path / "samples.npz", tmp_path / "scores.json"

@@ -94,6 +94,7 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: objec
     assert float((actual - expected).abs().max() / scale) <= tolerance, what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "expert"), LAYOUTS)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_model_on_ranks_predicts_learns_and_evaluates_as_on_one_device(name: str, ranks: int, expert: int) -> None:

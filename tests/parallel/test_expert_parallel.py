@@ -233,6 +233,7 @@ def test_a_training_layer_on_any_layout_of_ranks_equals_the_slow_reference_on_th
                     assert all(torch.equal(threshold, thresholds[0]) for threshold in thresholds)
 
 
+@pytest.mark.slow
 def test_in_one_case_a_rank_sends_nothing_to_an_expert_and_others_send_it_everything() -> None:
     sent = [
         result[4, "global", "all_to_all", "one rank avoids expert 0"]["tokens_per_expert"] for result in results_of(4)

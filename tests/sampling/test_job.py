@@ -63,6 +63,7 @@ def test_a_block_of_the_count_rule_is_the_same_on_any_ranks_with_experts_sharded
     assert record["reproducible_unit"] == "block of batch_size images"
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_of_a_thousand_images_gives_the_same_npz_when_it_is_run_again(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def interrupted_then_resumed(
     assert written and not set(written) & set(kept), "only what is missing is sampled"
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_left_as_it_is_and_other_settings_or_weights_are_refused(
     trained: Path, tmp_path: Path
 ) -> None:
