@@ -71,7 +71,7 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("moe=[1]", r"moe=\['1'\]: expected settings below it, such as moe\.router"),
         ("model.patch_size=10000000", r"model\.patch_size=10000000 must be from 1 to 4096"),
         ("moe.num_experts=1000000000", r"moe\.num_experts=1000000000 must be from 1 to 16384"),
-        ("optim.betas[3]=0.5", r"there is no \[2\]; give the whole list"),
+        ("optim.betas[3]=0.5", r"there is no \[3\]; give the whole list"),
         ("seed[0]=1", r"there is no \[0\]; give the whole list"),
         ("optim..lr=1", r"expected key=value"),
         ("=1", r"expected key=value"),
