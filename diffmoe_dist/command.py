@@ -49,6 +49,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         else:
             time.sleep(_SECONDS_TO_SPEAK)
         _exit(USER_ERROR_EXIT_CODE)
+    except FloatingPointError as error:  # of the model's numbers, not of the program
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        _exit(1)
     except BaseException:
         traceback.print_exc()
         _exit(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +17,7 @@ import numpy as np
 
 from diffmoe_dist.errors import UserError
 
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
 PARTIAL = ".partial"  # at the end of a file's name while it is written
 
 
@@ -41,14 +44,34 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, as `atomic_file` does."""
-    write_atomically(path, json.dumps(value, indent=2) + "\n")
+    """Write a value as indented JSON, as `atomic_file` does. Raises ValueError for NaN, which JSON has not."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays as `numpy.savez` and `atomic_file` do."""
     with atomic_file(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def lock_file(path: Path) -> int | None:
+    """Take the lock of a file, which is made; it ends with this process, or with `os.close` of what is returned.
+
+    None on file systems that know no locks.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        # A POSIX lock, which processes that are forked do not inherit.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno in _NO_LOCKS_HERE:
+            return None
+        raise BlockingIOError(error.errno, "another process has the lock", str(path)) from None
+    return lock
 
 
 def flush_directory(path: Path) -> None:

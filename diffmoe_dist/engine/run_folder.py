@@ -12,8 +12,6 @@ one finds that out before it publishes a checkpoint.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -22,11 +20,10 @@ from typing import Protocol
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import make_writable, write_atomically
+from diffmoe_dist.files import lock_file, make_writable, write_atomically
 from diffmoe_dist.parallel.topology import on_first_rank
 
 ATTEMPT_VARIABLE = "DIFFMOE_ATTEMPT"  # JOB.RESTARTS of a scheduler that restarts jobs
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
 
 
 def prepare_run_dir(config: Config) -> None:
@@ -119,15 +116,11 @@ def _claim(run_dir: Path) -> FolderClaim:
     before = _read_attempt(run_dir)
     if _succeeds(before, attempt):
         raise UserError(f"run_dir={run_dir}: another attempt has taken over ({before}, this is {attempt})")
-    lock: int | None = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    assert lock is not None
+    lock = None
     try:
-        # A POSIX lock, which the processes of a data loader do not inherit: it ends with this process.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        lock = None
-        if error.errno not in _NO_LOCKS_HERE and not _succeeds(attempt, before):
+        lock = lock_file(run_dir / "lock")
+    except BlockingIOError:
+        if not _succeeds(attempt, before):
             raise UserError(
                 f"run_dir={run_dir}: another run is using it (attempt {before}); wait for its end or choose another "
                 "run_dir"

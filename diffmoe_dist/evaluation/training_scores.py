@@ -31,23 +31,32 @@ class TrainingScores:
     decode: Decode
     conditions: Conditions
 
-    def __call__(self, model: DiT) -> dict[str, float]:
-        """The score by the name it has in metrics.jsonl; collective. Every rank makes the same forward passes."""
+    def __call__(self, model: DiT) -> dict[str, float | None]:
+        """The score by the name it has in metrics.jsonl; collective. Every rank makes the same forward passes.
+
+        None where samples of any rank are not finite: as black images they would have a distance, too.
+        """
         config, rank, ranks = self.config, dist.get_rank(), dist.get_world_size()
         num, batch = config.fid.num, config.train.micro_batch_size
         share = -(-num // ranks)
         objective = build_objective(config.objective)
+        bad = torch.zeros(1)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
         for start in range(rank * share, (rank + 1) * share, batch):
             numbers = list(range(start, min(start + batch, (rank + 1) * share)))
             sampled = generate(model, objective, numbers, self.conditions, run_sampler(config))
+            if sampled.non_finite is not None:
+                logger.warning("scores: %s", sampled.non_finite)
+                bad += sampled.non_finite.images
             images_NCHW = torch.from_numpy(to_uint8(self.decode(sampled.images))).permute(0, 3, 1, 2)
             moments.add(self.extractor(images_NCHW).pooled_NF[: max(0, num - start)])
-        add_up([moments.sums])
-        name = "fid" if self.extractor.is_inception else "frechet_distance"
+        add_up([moments.sums, bad])
+        name = f"{'fid' if self.extractor.is_inception else 'frechet_distance'}_{count_name(num)}"
+        if bad:
+            return {name: None}
         distance = distance_on_all_ranks(moments, self.reference, rank)
-        logger.info("scores: %s %.4f", f"{name}_{count_name(num)}", distance)
-        return {f"{name}_{count_name(num)}": distance}
+        logger.info("scores: %s %.4f", name, distance)
+        return {name: distance}
 
 
 def open_training_scores(

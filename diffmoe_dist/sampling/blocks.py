@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from diffmoe_dist.logs import ProgressLog
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import from_first_rank
 from diffmoe_dist.sampling.conditions import Conditions
-from diffmoe_dist.sampling.generate import Decode, SamplerSettings, generate, to_uint8
+from diffmoe_dist.sampling.generate import Decode, NonFinite, SamplerSettings, generate, to_uint8
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Block:
     slots: float  # see `Generated`
     tokens: int
     seconds: float  # of the job: where n ranks sample at a time, a block counts one n-th of its time
+    non_finite: NonFinite | None = None  # such a block is not kept
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class BlockSampler:
         sampled = generate(self.model, self.objective, self.numbers(start), self.conditions, self.sampler)
         pixels = to_uint8(self.decode(sampled.images))
         seconds = (time.perf_counter() - begun) / at_once
-        return Block(pixels, sampled.nfe, sampled.slots, sampled.tokens, seconds)
+        return Block(pixels, sampled.nfe, sampled.slots, sampled.tokens, seconds, sampled.non_finite)
 
 
 def sample_missing_blocks(sampler: BlockSampler, folder: Path, launch: Launch) -> None:
@@ -74,21 +75,40 @@ def sample_missing_blocks(sampler: BlockSampler, folder: Path, launch: Launch) -
 
     Raises:
         UserError: what other ranks wrote cannot be seen.
+        FloatingPointError: images are not finite; on every rank.
     """
     missing = from_first_rank(_missing(sampler, folder))
     with ProgressLog(sampler.num, sampler.num - sampler.count(missing), launch.rank == 0) as progress:
         for begin in range(0, len(missing), launch.world_size):
             at_once = missing[begin : begin + launch.world_size]
+            non_finite = None
             if launch.rank < len(at_once):
                 start = at_once[launch.rank]
-                write_block(block_path(folder, start), sampler.sample_block(start, len(at_once)))
+                block = sampler.sample_block(start, len(at_once))
+                non_finite = block.non_finite
+                if non_finite is None:
+                    write_block(block_path(folder, start), block)
             elif sampler.is_sharded:  # the others need this rank's experts
                 sampler.sample_block(at_once[0], len(at_once))
+            _stop_where_not_finite(non_finite)
             progress.advance(sampler.count(at_once))
     dist.barrier()
     left = from_first_rank(_missing(sampler, folder))
     if left:
         raise UserError(f"--out {folder.parent}: {len(left)} blocks are not there; use a disk that all ranks share")
+
+
+def _stop_where_not_finite(of_this_rank: NonFinite | None) -> None:
+    found: list[NonFinite | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, of_this_rank)
+    bad = [non_finite for non_finite in found if non_finite is not None]
+    if bad:
+        first = min(bad, key=lambda non_finite: non_finite.first)
+        total = replace(first, images=sum(non_finite.images for non_finite in bad))
+        raise FloatingPointError(
+            f"sampling: {total}; nothing of their blocks is kept. Do the weights come from a run that diverged, or is "
+            "the guidance scale too large?"
+        )
 
 
 def join_blocks(sampler: BlockSampler, folder: Path) -> Block:

@@ -26,6 +26,7 @@ from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, sample, with_guidance
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.logs import logger
 from diffmoe_dist.model.condition import Condition, join, on_device
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather
@@ -49,11 +50,24 @@ class SamplerSettings:
 
 
 @dataclass(frozen=True)
+class NonFinite:
+    """Images whose predictions, and so whose pixels, are not all numbers."""
+
+    images: int  # how many
+    first: int  # the number of the first one
+    nfe: int  # the function evaluation at which it began, counted from 1
+
+    def __str__(self) -> str:
+        return f"{self.images} images are not finite, first image {self.first} at function evaluation {self.nfe}"
+
+
+@dataclass(frozen=True)
 class Generated:
     images: Tensor  # (N, C, H, W) fp32, about [-1, 1]
     nfe: int  # function evaluations for each image: calls of the denoiser by the sampler, guidance included
     slots: float  # expert slots computed, over all layers and passes
     tokens: int  # tokens that met a router, over all layers and passes; 0: no experts
+    non_finite: NonFinite | None = None
 
     @property
     def capacity(self) -> float | None:
@@ -98,14 +112,29 @@ def generate(
     both = cache(lambda: join(conditional, unconditional))
     guided = with_guidance(denoise, conditional, unconditional, both, settings.guidance)
 
+    finite_EN: list[Tensor] = []  # of each evaluation, the images whose predictions are
+
     def counted(z: Tensor, t: Tensor) -> Prediction:
         nonlocal nfe
         nfe += 1
-        return guided(z, t)
+        prediction, variance = guided(z, t)
+        finite_EN.append(prediction.isfinite().flatten(1).all(dim=1))
+        if settings.sampler == ADAPTIVE and not finite_EN[-1].all():  # it would look for ever smaller steps
+            raise FloatingPointError(f"sampling: {_non_finite(finite_EN, numbers)}")
+        return prediction, variance
 
     generators = [step_generator(settings.seed, key) for key in keys]
     images = sample(settings.sampler, counted, noise, objective, settings.steps, generators)
-    return Generated(images, nfe, float(torch.stack(slots).sum()) if slots else 0.0, tokens)
+    total = float(torch.stack(slots).sum()) if slots else 0.0
+    return Generated(images, nfe, total, tokens, _non_finite(finite_EN, numbers))
+
+
+def _non_finite(finite_EN: list[Tensor], numbers: list[int]) -> NonFinite | None:
+    bad_EN = ~torch.stack(finite_EN).cpu()
+    if not bad_EN.any():
+        return None
+    nfe, row = (int(place) for place in bad_EN.nonzero()[0])
+    return NonFinite(int(bad_EN.any(dim=0).sum()), numbers[row], nfe + 1)
 
 
 def initial_noise(model: DiT, seed: int, name: int) -> Tensor:
@@ -220,6 +249,8 @@ def training_grid(model: DiT, config: Config, conditions: Conditions, decode: De
     share = -(-num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
     sampled = generate(model, build_objective(config.objective), numbers, conditions, run_sampler(config))
+    if sampled.non_finite is not None:
+        logger.warning("sample grid: %s", sampled.non_finite)
     pixels = decode(sampled.images)
     everyone = pixels.new_empty(world_size * share, *pixels.shape[1:])
     all_gather(everyone, pixels.contiguous())

@@ -11,9 +11,11 @@ Shape legend: N images, H = W image size, C channels.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,12 @@ from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
 from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
 from diffmoe_dist.engine.weights import find_model, read_settings
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import make_writable, write_atomically, write_json, write_npz
+from diffmoe_dist.files import lock_file, make_writable, write_atomically, write_json, write_npz
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
-from diffmoe_dist.parallel.topology import from_first_rank
+from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 from diffmoe_dist.sampling.blocks import Block, BlockSampler, join_blocks, sample_missing_blocks
 from diffmoe_dist.sampling.conditions import Conditions, PromptConditions, open_conditions
 from diffmoe_dist.sampling.generate import (
@@ -95,6 +97,25 @@ def open_source(settings: SamplingSettings, device: torch.device, launch: Launch
 
 def run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launch) -> None:
     """Sample into `out` what it does not have yet; collective. Raises UserError as `sample_to_folder`."""
+    lock = on_first_rank(partial(_lock, out))
+    try:
+        _run_job(settings, source, out, launch)
+        dist.barrier()
+    finally:
+        if launch.rank == 0 and lock is not None:
+            os.close(lock)
+
+
+def _lock(out: Path) -> int | None:
+    try:
+        return lock_file(out / "lock")
+    except BlockingIOError:
+        raise UserError(
+            f"--out {out}: another job is sampling into it; wait for its end, or give another --out"
+        ) from None
+
+
+def _run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launch) -> None:
     job = describe_job(settings, source.config, source.weights, source.conditions)
     if _is_finished(out, job, settings):
         logger.info("%s has these %d images already", out, job["num"])
@@ -115,7 +136,6 @@ def run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launc
     if settings.geneval and launch.rank == 0:
         assert isinstance(source.conditions, PromptConditions)
         _write_geneval(out, source.conditions)
-    dist.barrier()
 
 
 def describe_job(settings: SamplingSettings, config: Config, weights: str, conditions: Conditions) -> dict[str, Any]:

@@ -7,6 +7,7 @@ imported.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -68,17 +69,22 @@ class SamplingSettings:
             raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
         if self.recalibrate < 0:
             raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
+        self._check_guidance()
+        for override in self.overrides:
+            if override.partition("=")[0] not in OVERRIDABLE:
+                raise UserError(
+                    f"{override}: sampling can change {', '.join(OVERRIDABLE)} of a run, nothing else; remove it"
+                )
+
+    def _check_guidance(self) -> None:
+        if not 0 <= self.cfg_scale < math.inf:
+            raise UserError(f"--cfg-scale {self.cfg_scale}: choose 0 or more, and finite; 1 is no guidance")
         if self.cfg_scale == 1:
             for name in ("cfg_channels", "cfg_interval", "one_pass", "negative_prompt"):
                 if getattr(self, name) not in (None, False):
                     raise UserError(
                         f"{_option(name)} has no effect without guidance; remove it or set --cfg-scale above 1"
                     )
-        for override in self.overrides:
-            if override.partition("=")[0] not in OVERRIDABLE:
-                raise UserError(
-                    f"{override}: sampling can change {', '.join(OVERRIDABLE)} of a run, nothing else; remove it"
-                )
 
     def _check_prompts(self) -> None:
         for name in ("prompt", "negative_prompt"):

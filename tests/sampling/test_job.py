@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from diffmoe_dist.config import load_config
+from diffmoe_dist.engine.weights import find_model, read_model, write_weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.moe import MoELayer
@@ -26,8 +27,8 @@ from diffmoe_dist.sampling.job import (
     sample_to_folder,
 )
 from diffmoe_dist.sampling.settings import SamplingSettings
-from tests.distributed import run_ranks
-from tests.machine import ROOT
+from tests.distributed import RankError, run_ranks
+from tests.machine import ROOT, TIME_LIMIT, free_port
 
 CPU = torch.device("cpu")
 
@@ -231,3 +232,52 @@ def test_a_setting_that_would_be_ignored_or_does_not_fit_is_refused(
         settings.check()
         config = load_config(trained / "config.yaml")
         describe_job(settings, config, weights="", conditions=open_conditions(settings, config, CPU))
+
+
+@pytest.fixture
+def diverged(trained: Path, tmp_path: Path) -> Path:
+    """Weights that are finite, of a model whose predictions are not."""
+    model, config = read_model(find_model(trained), CPU)
+    for parameter in model.final_layer.parameters():
+        parameter.fill_(3e38)
+    write_weights(tmp_path / "diverged", model.state_dict(), config, {})
+    return tmp_path / "diverged"
+
+
+def test_images_that_are_not_finite_are_counted_and_end_the_job_on_every_rank(diverged: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+        "-m", "diffmoe_dist.sample", "--checkpoint", diverged, "--out", tmp_path / "out", "--num-images", "7",
+        "--steps", "3", "--batch-size", "3", "--device", "cpu",
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert done.returncode == 1
+    assert "error: sampling: 6 images are not finite, first image 0 at function evaluation 1; nothing" in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*")) == ["blocks", "job.json", "lock"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dopri5"])
+def test_every_sampler_says_where_images_stop_being_finite(diverged: Path, tmp_path: Path, sampler: str) -> None:
+    settings = settings_for(diverged, sampler=sampler, steps=None)
+    with pytest.raises(RankError, match="images are not finite, first image 0 at function evaluation 1"):
+        run_ranks(1, run_jobs, [(settings, tmp_path / "out")])
+
+
+def test_two_jobs_do_not_sample_into_one_folder_at_a_time(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from diffmoe_dist.files import lock_file; from pathlib import Path;"
+         "lock_file(Path(sys.argv[1])); print(); sys.stdin.read()", out / "lock"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        with pytest.raises(RankError, match="another job is sampling into it; wait for its end, or give another --out"):
+            run_ranks(1, run_jobs, [(settings_for(trained), out)])
+    finally:
+        holder.communicate(b"")
+    run_ranks(1, run_jobs, [(settings_for(trained), out)])
+    assert (out / "samples.npz").is_file()

@@ -95,6 +95,21 @@ def test_evaluate_refuses_options_of_sampling_where_it_samples_nothing(
     ("command", "words", "message"),
     [
         ("sample", ["--checkpoint", "r", "--out", "o", "--num", "1", "--steps", "0"], "--steps 0: choose at least 1"),
+        (
+            "sample",
+            ["--checkpoint", "r", "--out", "o", "--num", "1", "--cfg-scale=nan"],
+            "--cfg-scale nan: choose 0 or more",
+        ),
+        (
+            "sample",
+            ["--checkpoint", "r", "--out", "o", "--num", "1", "--cfg-scale=inf"],
+            "--cfg-scale inf: choose 0 or more",
+        ),
+        (
+            "sample",
+            ["--checkpoint", "r", "--out", "o", "--num", "1", "--cfg-scale=-1"],
+            "--cfg-scale -1.0: choose 0 or more",
+        ),
         ("evaluate", ["--samples", "tests", "--sampler", "TYPO"], "argument --sampler: invalid choice: 'TYPO'"),
         (
             "interval_search",
