@@ -69,7 +69,11 @@ def read_yaml(path: Path) -> Given:
 
 def parse_yaml(text: str) -> Any:
     """Text, None, lists and dictionaries. Raises YAMLError, and RecursionError for what is nested too deeply."""
-    found = yaml.load(text, _TextLoader)  # a SafeLoader
+    loader = _TextLoader(text)
+    try:
+        found = loader.get_single_data()
+    finally:
+        loader.dispose()
     ahead, seen = [(found, 0)], 0
     while ahead:  # aliases can make a few lines as large as they like, and without an end
         here, depth = ahead.pop()
