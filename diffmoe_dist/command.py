@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from diffmoe_dist.errors import USER_ERROR_EXIT_CODE, UserError
 from diffmoe_dist.launch import detect_launch
 
-# Launchers end all processes when one has ended: those that are silent about a mistake let the first one tell it.
+# Launchers end all processes when one has ended: of a mistake that all make, the first process of a node tells, and the
+# others are ended while they wait. One that is still there afterwards is alone with its mistake, and tells it.
 _SECONDS_TO_SPEAK = 5.0
 
 
@@ -31,8 +32,9 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and end the process the way the contract promises.
 
-    A `UserError` becomes one line on standard error and exit code 2, without a traceback, of which only the first
-    process of a node speaks; any other exception is a fault, with its traceback and exit code 1 (130 for Ctrl-C).
+    A `UserError` becomes one line on standard error and exit code 2, without a traceback, of which the first process of
+    a node speaks, the others only where it does not. Numbers that are not finite end in one line and exit code 1; any
+    other exception is a fault, with its traceback and exit code 1 (130 for Ctrl-C).
 
     Args:
         main: returns the exit code; None is 0.
@@ -44,10 +46,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         _exit(130)
     except UserError as error:
-        if _is_first_of_node():
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        else:
+        if not _is_first_of_node():
             time.sleep(_SECONDS_TO_SPEAK)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         _exit(USER_ERROR_EXIT_CODE)
     except FloatingPointError as error:  # of the model's numbers, not of the program
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

@@ -74,7 +74,7 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def train(config: Config, stop: StopSignals) -> int:
     """Returns the exit code."""
-    from diffmoe_dist.config import for_world
+    from diffmoe_dist.config import flat_settings, for_world
 
     launch = detect_launch()
     config = for_world(config, launch.world_size)
@@ -88,6 +88,7 @@ def train(config: Config, stop: StopSignals) -> int:
     from diffmoe_dist.engine.run_folder import claim_run_dir, prepare_run_dir
     from diffmoe_dist.engine.trainer import RunGuards
     from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, abort_all_on_failure, collective_timeout
+    from diffmoe_dist.parallel.agreement import check_agreement
     from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.parallel.topology import from_first_rank, start_process_group, stop_process_group
 
@@ -100,6 +101,10 @@ def train(config: Config, stop: StopSignals) -> int:
     watchdog.set_deadline("start-up", SLOW_FACTOR)
     launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
     with abort_all_on_failure(watchdog):
+        check_agreement(
+            {**flat_settings(config), "the data's fingerprint": data.fingerprint},
+            "start all ranks with the same settings, code and data",
+        )
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size))
         topology = create_topology(launch, device, config.parallel.expert)

@@ -12,6 +12,7 @@ from diffmoe_dist.config.schema import (
     ObjectiveConfig,
     ProfileConfig,
     data_sets,
+    flat_settings,
     loss_weights,
     model_settings,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "build_config",
     "data_sets",
     "expert_slots",
+    "flat_settings",
     "for_world",
     "load_config",
     "loss_weights",

@@ -6,7 +6,7 @@ A configuration is made by `load_config` and never changes. A setting that has n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -195,6 +195,14 @@ class Config:
 def data_sets(data: DataConfig) -> list[MixtureConfig]:
     """The data sets of a run, of which there is usually one."""
     return data.mixture or [MixtureConfig(data.shards, data.latents, data.text)]
+
+
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its whole name, such as `optim.lr`, in the order of this file."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        flat |= {f"{name}.{key}": below for key, below in vars(value).items()} if is_dataclass(value) else {name: value}
+    return flat
 
 
 def model_settings(config: Config) -> dict[str, Any]:

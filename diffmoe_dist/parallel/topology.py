@@ -114,8 +114,31 @@ def start_process_group(device: torch.device, timeout: timedelta = timedelta(min
         launch = _meet_over_mpi()
     elif launch.kind == "slurm":
         _meet_under_slurm(launch)
-    dist.init_process_group(backend, timeout=timeout)
+    _meet(backend, timeout)
     return launch
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (address and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(
+            f"MASTER_ADDR={address} MASTER_PORT={port}: set them to the address of rank 0, or use a launcher"
+        )
+    try:
+        socket.getaddrinfo(address, int(port))
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR={address}: this machine does not know that address of rank 0 ({error.strerror}); give another"
+        ) from None
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT={port} is in use on this machine, by another run for example; choose another, by "
+            "--master_port of deepspeed or --master-port of torchrun"
+        ) from None
 
 
 def stop_process_group() -> None:

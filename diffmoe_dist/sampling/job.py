@@ -36,6 +36,7 @@ from diffmoe_dist.launch import Launch
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.parallel.agreement import check_agreement
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 from diffmoe_dist.sampling.blocks import Block, BlockSampler, join_blocks, sample_missing_blocks
 from diffmoe_dist.sampling.conditions import Conditions, PromptConditions, open_conditions
@@ -117,6 +118,7 @@ def _lock(out: Path) -> int | None:
 
 def _run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launch) -> None:
     job = describe_job(settings, source.config, source.weights, source.conditions)
+    check_agreement({"--out": str(out), **job}, "start all ranks with the same options, code and weights")
     if _is_finished(out, job, settings):
         logger.info("%s has these %d images already", out, job["num"])
     else:
