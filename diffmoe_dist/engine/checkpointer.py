@@ -87,11 +87,10 @@ class Checkpointer:
 
     def _stage(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> list[Fragment]:
         staged = [replace(fragment, data=self._host_copy_of(fragment)) for fragment in fragments]
-        if self._stream is None:
+        if self._stream is None or ready is None:
             for here, there in zip(fragments, staged, strict=True):
                 there.data.copy_(here.data)
             return staged
-        assert ready is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             for here, there in zip(fragments, staged, strict=True):

@@ -63,7 +63,7 @@ def build_on_meta(config: Config, world_size: int) -> str:
 
 
 def _check_experts_cover(whole: DiT, config: Config, topology: Topology) -> None:
-    """The shares of an expert-parallel group's ranks are the experts, each once, in shapes that fit."""
+    """The shards of an expert-parallel group's ranks are all experts, each once, in shapes that fit."""
     for rank in range(topology.expert if topology.expert > 1 else 0):
         with META:
             model = DiT(config)
@@ -103,7 +103,6 @@ def _conditions(settings: ModelConfig, images: int) -> Condition:
     if settings.condition == "class":
         return torch.empty(images, dtype=torch.int64, device=META)
     length, width, pooled = settings.text_max_length, settings.text_hidden_size, settings.text_pooled_size
-    assert length is not None and width is not None
     return TextCondition(
         tokens=torch.empty(images, length, width, device=META),
         mask=torch.empty(images, length, dtype=torch.bool, device=META),
@@ -177,11 +176,11 @@ def _data(data: TrainingData | StreamedData, config: Config) -> str:
     )
 
 
-def _size(number: int) -> str:
+def _size(number: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.3g} {unit}"
-        number /= 1000  # type: ignore[assignment]
+        number /= 1000
     return f"{number:.3g} TB"
 
 

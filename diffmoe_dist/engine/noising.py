@@ -1,4 +1,4 @@
-"""From a batch to what the model is given: in training, validation and calibration alike."""
+"""From a batch to the inputs of the model: in training, validation and calibration alike."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Origin:
 def find_origin(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> Origin | None:
     """Compute the micro-steps of a step again, looking at every output and gradient; collective.
 
-    Gradients are looked at before they are summed over the ranks, so that they tell the rank. Each rank computes
+    Gradients are looked at before they are summed over the ranks, so that the rank is known. Each rank computes
     everything, for experts and pools span ranks.
 
     Args:

@@ -13,7 +13,7 @@ import torch
 from diffmoe_dist.config import ProfileConfig
 from diffmoe_dist.logs import logger
 
-# all_to_all is the exchange of tokens: a share of forward and backward, with the wait for slower ranks in it.
+# all_to_all is the exchange of tokens: a part of forward and backward, with the wait for slower ranks in it.
 ON_DEVICE = ("forward", "backward", "all_to_all", "optimizer")
 ON_HOST = ("data", "checkpoint")  # what the host waits for; of a checkpoint, what it keeps training from going on
 
@@ -76,13 +76,13 @@ class Profiler:
         except torch.OutOfMemoryError:
             self._save_memory(step)
             raise
-        if self.steps is not None and self.trace is not None and step >= self.steps[1]:
-            self._save_trace()
+        if self.steps is not None and step >= self.steps[1]:
+            self._save_trace(self.steps)
 
     def close(self) -> None:
         """A run that ends within the chosen steps keeps what it has."""
-        if self.trace is not None:
-            self._save_trace()
+        if self.steps is not None:
+            self._save_trace(self.steps)
 
     def _start(self) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -91,13 +91,14 @@ class Profiler:
         self.trace = torch.profiler.profile(activities=activities, record_shapes=True)
         self.trace.start()
 
-    def _save_trace(self) -> None:
-        assert self.trace is not None and self.steps is not None
+    def _save_trace(self, steps: tuple[int, int]) -> None:
+        if self.trace is None:
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.trace.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"steps-{self.steps[0]}-{self.steps[1]}-rank-{self.rank}.json.gz"
+        path = self.folder / f"steps-{steps[0]}-{steps[1]}-rank-{self.rank}.json.gz"
         self.trace.export_chrome_trace(str(path))
         logger.info("the trace is in %s (chrome://tracing, ui.perfetto.dev)", path)
         self.trace = None

@@ -86,7 +86,7 @@ class FolderClaim:
 
 
 class NoClaim:
-    """Of the ranks that are not the first, and of runs that nobody could mistake for another."""
+    """The claim of every rank but the first, and of runs that no other can take over."""
 
     def stop_asked(self) -> bool:
         return False
@@ -114,13 +114,13 @@ def claim_run_dir(run_dir: Path) -> Claim:
 def _claim(run_dir: Path) -> FolderClaim:
     attempt = os.environ.get(ATTEMPT_VARIABLE) or secrets.token_hex(8)
     before = _read_attempt(run_dir)
-    if _succeeds(before, attempt):
+    if _is_later_restart(before, attempt):
         raise UserError(f"run_dir={run_dir}: another attempt has taken over ({before}, this is {attempt})")
     lock = None
     try:
         lock = lock_file(run_dir / "lock")
     except BlockingIOError:
-        if not _succeeds(attempt, before):
+        if not _is_later_restart(attempt, before):
             raise UserError(
                 f"run_dir={run_dir}: another run is using it (attempt {before}); wait for its end or choose another "
                 "run_dir"
@@ -129,7 +129,7 @@ def _claim(run_dir: Path) -> FolderClaim:
     return FolderClaim(run_dir, attempt, lock)
 
 
-def _succeeds(attempt: str | None, before: str | None) -> bool:
+def _is_later_restart(attempt: str | None, before: str | None) -> bool:
     """Whether the first is a later restart of the same job: 4711.2 after 4711.1."""
     job, _, restart = (attempt or "").rpartition(".")
     other_job, _, other_restart = (before or "").rpartition(".")

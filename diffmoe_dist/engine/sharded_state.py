@@ -2,7 +2,7 @@
 
 ZeRO 1 and 2 cut the flattened parameters of a group into one partition a rank, and AdamW's moments with them; the
 weight average here is cut the same way. So what a rank owns of a parameter is an interval of the flattened parameter,
-and an expert-parallel share is an interval of the flattened stack of all experts. A `Fragment` says which.
+and a rank's shard of the experts is an interval of the flattened stack of all experts. A `Fragment` says which.
 """
 
 from __future__ import annotations
@@ -84,15 +84,17 @@ class ShardedState:
 def _place_in_whole(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, int]:
     """Where the parameter at hand begins in the whole flattened tensor, and how long that is."""
     owner: Any = model.get_submodule(name.rpartition(".")[0])
-    if not hasattr(owner, "num_local_experts"):  # of a share of the experts
+    if not hasattr(owner, "num_local_experts"):  # of a shard of the experts
         return 0, parameter.numel()
     one_expert = parameter[0].numel()
     return owner.first * one_expert, owner.num_experts * one_expert
 
 
 def weights(model: nn.Module, kind: str) -> list[Fragment]:
-    """The parameters of a model, of its experts the share at hand, as fragments to load `kind` into."""
-    assert not any(isinstance(m, Experts) and m.first for m in model.modules()), "a share of experts knows of the rest"
+    """The parameters of a model, of its experts the shard at hand, as fragments to load `kind` into."""
+    assert not any(isinstance(m, Experts) and m.first for m in model.modules()), (
+        "a shard of the experts knows how many there are"
+    )
     return [
         Fragment(f"{kind}.{name}", *_place_in_whole(model, name, parameter), parameter.detach().view(-1))
         for name, parameter in model.named_parameters()

@@ -1,10 +1,12 @@
-"""Nobody waits for ever: a rank that hangs ends with the stacks of its threads; one that fails takes the rest along.
+"""End the ranks of a run that cannot go on: a rank that hangs, and every rank once one of them has failed.
 
-A collective whose peer is stuck or gone blocks until its timeout, or for ever inside a library. Two threads look on:
+A collective whose peer is stuck or gone blocks until its timeout, or for ever inside a library. So each rank has two
+threads that watch it:
 
-- one ends this process, with exit code 124, when it has not said anything for longer than it announced;
-- one asks the store that the ranks met at whether another rank has failed, and ends this process with that one's
-  exit code. (With gloo the peers of a dead process notice by themselves, as its connections close; NCCL's wait.)
+- `Watchdog` ends this process with exit code 124 when a deadline has passed, and writes the stacks of its threads.
+- `abort_all_on_failure` polls the store of the process group for the failure of another rank, and ends this process
+  with that rank's exit code. (With gloo the peers of a dead process fail by themselves, as its connections close;
+  with NCCL they wait.)
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ SLOW_FACTOR = 3  # start-up, sampling and saving may take this many times train.
 
 _FAULT = "diffmoe_dist/fault"  # key in the store: EXIT_CODE RANK MESSAGE
 _POLL_SECONDS = 0.5
-# Between the first sign of trouble and this process's end: the other ranks write their own stacks or errors.
+# Between the first sign of trouble and this process's end: meanwhile the other ranks write their own stacks or errors.
 _GRACE_SECONDS = 2.0
 
 
 def collective_timeout(hang_timeout: float) -> timedelta:
-    """After which a collective gives up by itself: later than the watchdog, which tells more."""
+    """The timeout of collectives: later than any deadline of the watchdog, whose message says more."""
     return timedelta(seconds=2 * SLOW_FACTOR * hang_timeout if hang_timeout else 7 * 24 * 3600)
 
 
 class Watchdog:
-    """Ends this process when it takes longer than announced.
+    """Ends this process when a deadline has passed.
 
     The stacks go to `log`, or to standard error as long as its folder is not there.
     """
@@ -61,7 +63,7 @@ class Watchdog:
         return cls(0, Path())
 
     def set_deadline(self, what: str, factor: float = 1) -> None:
-        """Begin something that takes at most `factor` times the hang timeout; ends what was expected before."""
+        """Replace the deadline: what begins now may take `factor` times the hang timeout."""
         if self.hang_timeout:
             self._what, self._allowed = what, factor * self.hang_timeout
             self._deadline = time.monotonic() + self._allowed
@@ -73,10 +75,10 @@ class Watchdog:
         if self.hang_timeout:
             faulthandler.cancel_dump_traceback_later()
 
-    def settle(self) -> None:
-        """After an error: if this process is leaving already because it hangs, let that be its end.
+    def wait_if_ending(self) -> None:
+        """After an error: wait for the exit if the watchdog is ending this process already.
 
-        The error is then the leaving of another rank, which hung too and noticed a moment earlier.
+        The error is then a consequence: another rank hung too, and its watchdog ended it a moment earlier.
         """
         if self._leaving.is_set():
             threading.Event().wait()  # for the exit
@@ -103,22 +105,22 @@ class Watchdog:
 
 @contextlib.contextmanager
 def abort_all_on_failure(watchdog: Watchdog) -> Iterator[None]:
-    """What fails in here on one rank ends all ranks within seconds; the process group is initialised."""
+    """An exception inside on one rank ends all ranks within seconds; the process group is initialised."""
     rank = dist.get_rank()
     if dist.get_world_size() == 1:
         yield
         return
     # A connection of its own: the other one may be waiting inside a call.
-    shared: Any = dist.distributed_c10d._get_default_store()
-    store = shared.clone()
+    default_store: Any = dist.distributed_c10d._get_default_store()
+    store = default_store.clone()
     ended = threading.Event()
-    threading.Thread(target=_watch_others, args=(store, rank, ended), name="watch others", daemon=True).start()
+    threading.Thread(target=_watch_other_ranks, args=(store, rank, ended), name="watch others", daemon=True).start()
     try:
         yield
     except BaseException as error:
-        watchdog.settle()
+        watchdog.wait_if_ending()
         ended.set()
-        first = _tell_others(store, rank, error)
+        first = _report_failure(store, rank, error)
         if logger.handlers:  # the logs are there: for those who look into this rank's
             logger.error("rank %d failed: %s: %s", rank, type(error).__name__, error)
         if first is not None:
@@ -131,7 +133,7 @@ def abort_all_on_failure(watchdog: Watchdog) -> Iterator[None]:
         ended.set()
 
 
-def _tell_others(store: Any, rank: int, error: BaseException) -> tuple[int, str] | None:
+def _report_failure(store: Any, rank: int, error: BaseException) -> tuple[int, str] | None:
     """Leave the error for the others, unless one of them has been first: then returns that one's."""
     code = USER_ERROR_EXIT_CODE if isinstance(error, UserError) else 1
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -143,7 +145,7 @@ def _tell_others(store: Any, rank: int, error: BaseException) -> tuple[int, str]
     return None
 
 
-def _watch_others(store: Any, rank: int, ended: threading.Event) -> None:
+def _watch_other_ranks(store: Any, rank: int, ended: threading.Event) -> None:
     while not ended.wait(_POLL_SECONDS):
         try:
             if not store.check([_FAULT]):
@@ -151,7 +153,7 @@ def _watch_others(store: Any, rank: int, ended: threading.Event) -> None:
             code, message = _parse(store.get(_FAULT).decode())
         except RuntimeError:
             code, message = 1, "the rank that keeps the store has ended"
-        # Usually the fault reaches this rank's own collectives too, and its main thread has more to tell.
+        # Usually the fault reaches this rank's own collectives too, and its main thread has a longer message.
         if not ended.wait(_GRACE_SECONDS):
             logger.error("leaving because another rank failed: %s", message)
             if code == USER_ERROR_EXIT_CODE and rank == 0:

@@ -1,4 +1,4 @@
-"""Captioned images with their captions encoded by a tiny encoder, and a model that is told them."""
+"""Captioned images with their captions encoded by a tiny encoder, and a model that is conditioned on them."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_a_resume_that_would_be_another_run_is_refused(
         start(trained, digits, change)
 
 
-def test_a_pool_change_is_allowed_when_told(trained: Path, digits: Path) -> None:
+def test_a_pool_change_is_allowed_where_the_run_asks_for_it(trained: Path, digits: Path) -> None:
     change = {"train": {"micro_batch_size": 8}, "checkpoint": {"allow_pool_change": True}}
     assert start(trained, digits, change).progress.step == 6
 

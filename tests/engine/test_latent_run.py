@@ -1,4 +1,4 @@
-"""From latents to pictures: encode, train, sample, decode."""
+"""From latents to images: encode, train, sample, decode."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_bad_samples_are_counted_once_whatever_the_number_of_ranks(folder: Path)
     assert sum(counts[0]) in (10, 11)  # 320 samples are ten epochs of 30 and a part
 
 
-def test_samples_are_decoded_into_pictures(folder: Path) -> None:
+def test_samples_are_decoded_into_images(folder: Path) -> None:
     images = np.load(folder / "samples-1" / "samples.npz")["arr_0"]
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 0
     assert json.loads((folder / "samples-1" / "sampling.json").read_text())["decoder"] == str(folder / "vae")

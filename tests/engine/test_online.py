@@ -26,6 +26,7 @@ from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.condition import TextCondition
 from diffmoe_dist.sampling.conditions import run_conditions
 from diffmoe_dist.sampling.generate import open_decoder
 from diffmoe_dist.sampling.job import sample_to_folder
@@ -112,12 +113,13 @@ def test_what_a_sample_gives_does_not_depend_on_its_micro_batch(folder: Path) ->
     assert all(torch.equal(whole, split) for whole, split in zip(*parts, strict=True))
 
 
-def test_pictures_that_a_run_draws_take_its_own_captions_and_autoencoder(folder: Path) -> None:
-    told = [run_conditions(config, open_data(config)) for config in (config_of(folder, online(folder)),
-                                                                    config_of(folder, side(folder)))]  # fmt: skip
-    assert [told[0].name(number) for number in range(4)] == [told[1].name(number) for number in range(4)]
-    ours, theirs = (conditions.of([0, 1, 2]) for conditions in told)
-    assert torch.allclose(ours.tokens.float(), theirs.tokens.float(), rtol=2e-3, atol=2e-3)  # type: ignore[union-attr]
+def test_samples_of_a_run_use_its_own_captions_and_autoencoder(folder: Path) -> None:
+    configs = [config_of(folder, settings) for settings in (online(folder), side(folder))]
+    conditions = [run_conditions(config, open_data(config)) for config in configs]
+    assert [conditions[0].name(number) for number in range(4)] == [conditions[1].name(number) for number in range(4)]
+    ours, theirs = (of_run.of([0, 1, 2]) for of_run in conditions)
+    assert isinstance(ours, TextCondition) and isinstance(theirs, TextCondition)
+    assert torch.allclose(ours.tokens.float(), theirs.tokens.float(), rtol=2e-3, atol=2e-3)
     decode = open_decoder(config_of(folder, online(folder)), None, "sample.decoder", torch.device("cpu"))
     assert decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 8, 8)
 
@@ -184,7 +186,9 @@ def test_an_autoencoder_that_does_not_fit_the_model_is_refused(folder: Path) -> 
         open_data(config_of(folder, {**online(folder), "model": {"input_size": 4, "in_channels": 3}}))
 
 
-def test_shards_without_captions_and_captions_that_are_no_text_are_told(folder: Path, tmp_path: Path) -> None:
+def test_shards_without_captions_are_refused_and_captions_that_are_no_text_left_out(
+    folder: Path, tmp_path: Path
+) -> None:
     images = [{"png": png(image)} for image in random_images(4, 8)]
     bare = write_folder(tmp_path / "bare", images, [4], class_names=[])
     with pytest.raises(UserError, match=r"data\.shards=.*bare: holds no captions \(png\); pack some with them"):
@@ -194,7 +198,7 @@ def test_shards_without_captions_and_captions_that_are_no_text_are_told(folder: 
     assert captions_of(odd, 0) == ["a square"]
 
 
-def test_a_caption_that_is_cut_is_told_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_caption_that_is_cut_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = open_data(config_of(folder, online(folder)))
     assert isinstance(data, TrainingData) and data.encoders is not None and data.encoders.text is not None
     data.encoders.text.max_length = 4

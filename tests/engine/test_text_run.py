@@ -86,9 +86,9 @@ def test_a_dropped_caption_becomes_the_stored_empty_caption_and_others_stay(fold
         absent = torch.tensor([sample % 4 == 2 for sample in batch.sample_ids.tolist()])  # samples without a caption
         assert dropped.any() and absent.any() and torch.equal(y.null, dropped | absent)
         for name in ("tokens", "mask", "pooled"):
-            told, own, null = (getattr(text, name) for text in (y, batch.text, batch.null_text))
-            assert torch.equal(told[~dropped], own[~dropped])
-            assert (told[y.null] == null).all()
+            shown, own, null = (getattr(text, name) for text in (y, batch.text, batch.null_text))
+            assert torch.equal(shown[~dropped], own[~dropped])
+            assert (shown[y.null] == null).all()
 
 
 def test_of_several_captions_each_is_drawn_about_as_often_and_a_sample_and_epoch_decide(folder: Path) -> None:

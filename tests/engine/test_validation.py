@@ -63,7 +63,7 @@ def test_validation_losses_stand_in_the_lines_of_their_steps(runs: Path) -> None
 
 
 @pytest.mark.parametrize(("one", "two"), [("alone", "two"), ("ddpm1", "ddpm2")])
-def test_validation_losses_are_the_same_on_one_rank_and_on_two_that_share_the_experts(
+def test_validation_losses_are_the_same_on_one_rank_and_on_two_with_the_experts_sharded(
     runs: Path, one: str, two: str
 ) -> None:
     for ours, theirs in zip(metrics(runs / one), metrics(runs / two), strict=True):
