@@ -66,7 +66,8 @@ def train(config_file: Path, run_dir: Path, *overrides: str, **options: Any) -> 
 def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+    whole = [line for line in lines if line.endswith("}")]  # a kill may have torn the last one
+    return json.loads(whole[-1])["step"] if whole else 0
 
 
 def newest_checkpoint(run_dir: Path) -> int:
