@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -399,6 +400,9 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 def main() -> None:
     arguments = _parser().parse_args()
+    logger = logging.getLogger("data_tools")  # what was found in a source
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.setLevel(logging.INFO)
     with make_workers(arguments.workers) as workers:
         if workers is not None:
             arguments.run(arguments, workers)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.source import IMAGE, Strings, label_payload, read_file
+from data_tools.source import IMAGE, BadItemError, Strings, caption_payloads, label_payload, read_file
 from diffmoe_dist.errors import UserError
 
+logger = logging.getLogger("data_tools")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAX_NAMED = 5
 
 
 class ImageFolderSource:
-    """Images below a folder, in the order of their paths. A class is a subfolder; its label, its rank by name."""
+    """Images below a folder, in the order of their paths. A class is a subfolder; its label, its rank by name.
+
+    An image with a text file beside it has a caption, too. A few images beside the class folders are strays and left
+    out. Raises UserError where it is not clear whether there are classes, or where a class would have no images.
+    """
 
     name = "image-folder"
     channels = 3
@@ -24,22 +34,16 @@ class ImageFolderSource:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        if any(is_image_name(name) for name in os.listdir(root)):
-            self.class_names: Sequence[str] = ()  # images lie in the folder itself: it is one flat set
-            self._paths = Strings(image_paths(root))
-            self.labels: np.ndarray | None = None
-            return
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-        counts, paths = [], []
-        for folder in folders:
-            of_class = [f"{folder}/{path}" for path in image_paths(root / folder)]
-            if not of_class:
-                raise UserError(f"SOURCE={root}: class folder {folder} has no images; remove it, for labels are ranks")
-            counts.append(len(of_class))
-            paths.append(Strings(of_class))
-        self.class_names = folders
-        self._paths = Strings(path for of_class in paths for path in of_class)
-        self.labels = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
+        listing = list_images(root)
+        folders = listing.top_folders if has_classes(root, listing) else []
+        strays = listing.num_top if folders else 0
+        self.class_names: Sequence[str] = folders
+        self._paths = Strings(path for path in listing.paths if not folders or "/" in path)
+        self.labels: np.ndarray | None = None
+        if folders:
+            self.labels = _labels(root, folders, self._paths)
+        named = f" in {len(folders)} classes ({name_some(folders)})" if folders else " without classes"
+        listing.tell(f"{root}: {len(self)} images{named}", strays)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -55,10 +59,90 @@ class ImageFolderSource:
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
-        payloads = {IMAGE: read_file(self._root / self._paths[item])}
+        image = self._root / self._paths[item]
+        payloads = {IMAGE: read_file(image)}
         if self.labels is not None:
             payloads["cls"] = label_payload(self.labels[item])
-        return payloads
+        caption = read_caption(image)
+        return payloads if not caption else {**payloads, **caption_payloads([caption])}
+
+
+@dataclass
+class Listing:
+    """All that lies below a folder, hidden files and folders excepted; links to folders are followed, each once."""
+
+    paths: Strings  # of the images, relative to the folder, in the order of their names
+    num_top: int = 0  # of them, in the folder itself
+    num_texts: int = 0  # of them, with a text file of the same name beside
+    top_folders: list[str] = field(default_factory=list)
+    top_files: list[str] = field(default_factory=list)  # that are no images
+    others: Counter[str] = field(default_factory=Counter)  # files that are neither image nor text of one, by suffix
+    repeated: list[str] = field(default_factory=list)  # links to folders that were visited before
+
+    def tell(self, found: str, num_strays: int = 0) -> None:
+        """Say what was found, and what was left aside."""
+        aside = [f"{number} {suffix or 'without suffix'}" for suffix, number in self.others.most_common(_MAX_NAMED)]
+        if num_strays:
+            strays = [path for path in self.paths if "/" not in path]
+            aside.insert(0, f"{num_strays} images beside the class folders ({name_some(strays)})")
+        if self.repeated:
+            aside.append(f"links to folders that are read already ({name_some(self.repeated)})")
+        captions = f", {self.num_texts} with a caption" if self.num_texts else ""
+        logger.info("%s%s%s", found, captions, f"; left aside: {', '.join(aside)}" if aside else "")
+
+
+def list_images(root: Path) -> Listing:
+    """Look at everything below a folder once. Raises UserError where that is not allowed."""
+    listing = Listing(Strings(()))
+    try:
+        listing.paths = Strings(_walk(root, listing))
+    except OSError as error:
+        raise UserError(f"SOURCE={root}: {error.filename} cannot be listed ({error.strerror}); repair it") from error
+    return listing
+
+
+def _walk(root: Path, listing: Listing) -> Iterator[str]:
+    """Paths of the images; the rest is noted in `listing`."""
+    visited: set[tuple[int, int]] = set()
+    begun = [_enter(root, "", listing, visited)]
+    while begun:
+        path = next(begun[-1], None)
+        if path is None:
+            begun.pop()
+        elif not path.endswith("/"):
+            yield path
+        else:
+            begun.append(_enter(root, path, listing, visited))
+
+
+def _enter(root: Path, folder: str, listing: Listing, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """Of one folder, the paths of its images and, with a slash at the end, of its subfolders."""
+    status = os.stat(root / folder)
+    if (status.st_dev, status.st_ino) in visited:
+        listing.repeated.append(folder.rstrip("/"))
+        return
+    visited.add((status.st_dev, status.st_ino))
+    names = sorted(name for name in os.listdir(root / folder) if not name.startswith("."))
+    subfolders = {name for name in names if os.path.isdir(root / folder / name)}
+    texts = {name for name in names if name.endswith(".txt")} - subfolders
+    used = set()
+    for name in names:
+        if name in subfolders:
+            listing.top_folders += [] if folder else [name]
+            yield f"{folder}{name}/"
+        elif is_image_name(name):
+            text = os.path.splitext(name)[0] + ".txt"
+            listing.num_texts += text in texts
+            listing.num_top += not folder
+            used.add(text)
+            yield f"{folder}{name}"
+        elif not folder:
+            listing.top_files.append(name)
+    listing.others.update(
+        os.path.splitext(name)[1].lower()
+        for name in names
+        if name not in subfolders and name not in used and not is_image_name(name)
+    )
 
 
 def is_image_name(name: str) -> bool:
@@ -66,11 +150,44 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
-def image_paths(root: Path) -> Iterator[str]:
-    """Paths of the images below a folder, relative to it, in the order of their names, links to folders followed."""
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if entry.is_dir():
-            if not entry.name.startswith("."):
-                yield from (f"{entry.name}/{path}" for path in image_paths(Path(entry.path)))
-        elif is_image_name(entry.name):
-            yield entry.name
+def read_caption(image: Path) -> str | None:
+    """The whole text file beside an image; None where there is none. Raises BadItemError."""
+    text = image.with_suffix(".txt")
+    if not text.is_file():
+        return None
+    try:
+        return read_file(text).decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadItemError("its text file is not UTF-8") from None
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join([*names[:_MAX_NAMED], *(["..."] if len(names) > _MAX_NAMED else [])])
+
+
+def has_classes(root: Path, listing: Listing) -> bool:
+    """Whether the subfolders are classes. Raises UserError where images lie in and beside them in like numbers."""
+    top, below = listing.num_top, len(listing.paths) - listing.num_top
+    if not top or not below:
+        return not top
+    if 2 * top <= below and len(listing.top_folders) > 1:
+        return True
+    if top > below:
+        return False
+    raise UserError(
+        f"SOURCE={root}: {top} images beside {below} in subfolders ({name_some(listing.top_folders)}): classes, or one "
+        "flat set? move the ones apart"
+    )
+
+
+def _labels(root: Path, folders: Sequence[str], paths: Strings) -> np.ndarray:
+    """(items,) int64, the rank of each path's first folder. Raises UserError for a folder without images."""
+    rank = {folder: label for label, folder in enumerate(folders)}
+    labels = np.array(array("q", (rank[path.partition("/")[0]] for path in paths)), dtype=np.int64)
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(folders)) == 0)
+    if len(empty):
+        raise UserError(
+            f"SOURCE={root}: class folder {folders[empty[0]]} has no images of its own; remove it, for labels are ranks"
+        )
+    return labels

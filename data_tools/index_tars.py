@@ -13,7 +13,7 @@ from data_tools.shards import BadItem, ShardRecord, sort_fields
 from data_tools.source import BadItemError
 from data_tools.stored_images import ImageRules, common_side, store_image
 from data_tools.tars import TarFile
-from data_tools.webdataset_tars import Group, check_payloads, group_members, list_tars, required_fields
+from data_tools.webdataset_tars import Found, Group, check_payloads, group_members, list_tars, used_fields
 from diffmoe_dist.data.format import ABSENT, IMAGE_FIELDS, INDEX_NAME, LABEL_FIELD, TAR_BLOCK, Shard
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import member_crc32
@@ -53,7 +53,11 @@ def index_tars(
             f"FOLDER={folder}: the index cannot be written ({error.strerror}); link the tars in a folder of yours"
         ) from error
     slots = [ShardSlot(folder, path.name) for path in tars]
-    required = required_fields([TarFile(path) for path in tars])
+    found = Found()
+    for path in tars:
+        for _ in found.count(TarFile(path)):
+            pass
+    required = found.required_fields()
     num_bad = 0
     for num_samples, bad in workers.run(_index_tar, (_Job(slot, required) for slot in slots)):
         num_bad += len(bad)
@@ -107,7 +111,7 @@ def _check_group(
     """The index's entries of a sample, its label (-1: none) and the size of its image."""
     row, payloads = {}, {}
     for field, member in group.members.items():
-        if field in (*IMAGE_FIELDS, *required):
+        if field in used_fields(required):
             block = tar.read(member.offset - TAR_BLOCK, TAR_BLOCK + member.size)
             row[field] = [member.offset, member.size, member_crc32(block[:TAR_BLOCK], block[TAR_BLOCK:])]
             payloads[field] = block[TAR_BLOCK:]

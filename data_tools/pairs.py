@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.image_folder import image_paths
-from data_tools.source import IMAGE, BadItemError, Strings, caption_payloads, read_file
+from data_tools.image_folder import list_images, read_caption
+from data_tools.source import IMAGE, BadItemError, caption_payloads, read_file
 
 
 class PairsSource:
-    """Every image below the folder; its caption is the whole text file."""
+    """Every image below the folder; its caption is the whole text file. Subfolders are no classes."""
 
     name = "pairs"
     class_names: Sequence[str] = ()
@@ -23,7 +23,9 @@ class PairsSource:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._paths = Strings(image_paths(root))
+        listing = list_images(root)
+        self._paths = listing.paths
+        listing.tell(f"{root}: {len(self)} images")
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -38,11 +40,7 @@ class PairsSource:
 
     def read(self, item: int) -> dict[str, bytes]:
         image = self._root / self._paths[item]
-        text = image.with_suffix(".txt")
-        if not text.is_file():
+        caption = read_caption(image)
+        if caption is None:
             raise BadItemError("no text file beside it")
-        try:
-            caption = read_file(text).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise BadItemError("its text file is not UTF-8") from None
         return {IMAGE: read_file(image), **caption_payloads([caption])}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +13,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from diffmoe_dist.errors import UserError
+
 IMAGE = "image"  # the payload of an image file as it was found; packing checks it and names its format
+
+_NO_FILE = {
+    errno.ENOENT: "no such file",
+    errno.ENOTDIR: "no such file",
+    errno.ENAMETOOLONG: "no such file",
+    errno.ELOOP: "a link to itself",
+    errno.ENXIO: "not a regular file",  # a socket
+    errno.ENODEV: "not a regular file",
+}
 
 
 class BadItemError(ValueError):
@@ -74,11 +88,22 @@ class Strings(Sequence[str]):
 
 
 def read_file(path: Path) -> bytes:
-    """A file's content. Raises BadItemError where there is no such file; a file that cannot be read is an error."""
+    """A file's content. Raises BadItemError where there is no regular file; one that cannot be read is an error."""
     try:
-        return path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError):
-        raise BadItemError("no such file") from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its other end
+    except ValueError:
+        raise BadItemError("no such file") from None  # a zero byte in the name
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise BadItemError(_NO_FILE[error.errno]) from None
+        if error.errno == errno.EACCES:
+            raise UserError(f"{path}: may not be read; change its permissions") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadItemError("not a regular file")
+    with open(descriptor, "rb") as file:
+        return file.read()
 
 
 def label_payload(label: int) -> bytes:

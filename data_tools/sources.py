@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +13,16 @@ from data_tools.digits import DigitsSource
 from data_tools.hf_parquet import HfParquetSource, holds_images
 from data_tools.idx import IdxSource
 from data_tools.ilsvrc import train_source, validation_source
-from data_tools.image_folder import ImageFolderSource, image_paths
+from data_tools.image_folder import ImageFolderSource, Listing, has_classes, list_images
 from data_tools.pairs import PairsSource
 from data_tools.shapes import ShapesSource
-from data_tools.source import Source
+from data_tools.source import Source, Strings
 from data_tools.table import SUFFIXES, Columns, TableSource
 from data_tools.tars import TarFile
-from data_tools.webdataset_tars import WebDatasetSource
+from data_tools.webdataset_tars import WebDatasetSource, is_tar_name
 from diffmoe_dist.errors import UserError
+
+logger = logging.getLogger("data_tools")
 
 
 @dataclass(frozen=True)
@@ -49,57 +53,108 @@ _USES_IMAGES = ("coco", "table")
 _USES_COLUMNS = ("table", "hf-parquet")
 _MADE_HERE = ("digits", "shapes")  # named in the place of a path
 _FOLDERS = ("image-folder", "pairs")
+_FILES = ("ilsvrc-train", "ilsvrc-val", "coco", "table", "idx")
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
 
 
 def open_source(name: str, source_format: str | None, options: SourceOptions) -> Source:
     """List the items of SOURCE. Raises UserError where it is not what its format says, or not to be guessed."""
     path = Path(name)
     if source_format is None:
-        source_format = name if name in _MADE_HERE and not path.exists() else guess_format(path)
-    if source_format not in _MADE_HERE and not path.exists():
-        raise UserError(f"SOURCE={name}: no such file or folder; give a path, or {' or '.join(_MADE_HERE)}")
+        source_format = name if name in _MADE_HERE and not os.path.exists(path) else guess_format(path)
+        if source_format not in _MADE_HERE:
+            logger.info("SOURCE=%s: read as %s", name, source_format)
+    if source_format not in _MADE_HERE:
+        _refuse_no_file(path)
     if source_format in _FOLDERS and not path.is_dir():
         raise UserError(f"SOURCE={name}: {source_format} reads a folder; name one, or another --source-format")
+    if source_format in _FILES and not path.is_file():
+        raise UserError(f"SOURCE={name}: {source_format} reads a file; name one, or another --source-format")
     _refuse_unused(source_format, options)
     return _READERS[source_format](path, options)
 
 
 def guess_format(path: Path) -> str:
-    """The format by names alone, and a look at the first members of a tar. Raises UserError where nothing fits."""
+    """The format by names alone: of all files in a folder, of all members of a tar.
+
+    Raises UserError where nothing fits, and where several formats do.
+    """
+    _refuse_no_file(path)
     if path.is_dir():
         return _guess_folder(path)
-    if not path.exists():
-        raise UserError(f"SOURCE={path}: no such file or folder; give a path, or {' or '.join(_MADE_HERE)}")
-    if path.suffix == ".tar":
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
         return _guess_tar(path)
     if "images-idx3" in path.name:
         return "idx"
-    if path.suffix == ".parquet" and holds_images(path):
+    if suffix == ".parquet" and holds_images(path):
         return "hf-parquet"
-    if path.suffix in SUFFIXES:
+    if suffix in SUFFIXES:
         return "table"
-    if path.suffix == ".json":
+    if suffix == ".json":
         return "coco"
     raise UserError(f"SOURCE={path}: not known by its name; name --source-format, one of {', '.join(FORMATS)}")
 
 
+def _refuse_no_file(path: Path) -> None:
+    if not os.path.exists(path):
+        raise UserError(f"SOURCE={path}: no such file or folder; give a path, or {' or '.join(_MADE_HERE)}")
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"SOURCE={path}: neither a regular file nor a folder; copy it to one")
+
+
 def _guess_folder(path: Path) -> str:
-    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    if any(".tar" in name for name in names):
-        return "webdataset"
-    if any(name.endswith(".parquet") for name in names) or any(path.glob("*/*.parquet")):
-        return "hf-parquet"
-    first = next(image_paths(path), None)
-    if first is None:
+    listing = list_images(path)
+    tars = [name for name in listing.top_files if is_tar_name(name)]
+    stems = {name.partition(".")[0] for name in tars}
+    of_tars = [name for name in listing.top_files if name.endswith(".parquet") and Path(name).stem in stems]
+    num_parquet = listing.others[".parquet"] - len(of_tars)  # img2dataset writes 00000.parquet beside 00000.tar
+    tables = [name for name in listing.top_files if name.lower().endswith(SUFFIXES) and name not in of_tars]
+    counts = {"tars": len(tars), "images": len(listing.paths), ".parquet files": num_parquet}
+    found = [f"{number} {kind}" for kind, number in counts.items() if number]
+    if not found:
         raise UserError(f"SOURCE={path}: holds no images, tars or Parquet files; name --source-format")
-    return "pairs" if (path / first).with_suffix(".txt").exists() else "image-folder"
+    if len(found) > 1 or (len(listing.paths) and tables):
+        table = f"SOURCE={path / tables[0]} for the table, or " if tables else ""
+        raise UserError(
+            f"SOURCE={path}: holds {' and '.join([*found, *tables[:1]])}; name {table}--source-format for the folder"
+        )
+    if tars:
+        return "webdataset"
+    return "hf-parquet" if num_parquet else _guess_images(path, listing)
+
+
+def _guess_images(path: Path, listing: Listing) -> str:
+    if listing.num_top == 0:
+        if _SPLITS.issuperset(folder.lower() for folder in listing.top_folders):
+            raise UserError(
+                f"SOURCE={path}: {', '.join(listing.top_folders)} are splits, not classes; name one of them, or "
+                "--source-format"
+            )
+        return "image-folder"
+    texts, images = listing.num_texts, len(listing.paths)
+    if not texts or has_classes(path, listing):
+        return "image-folder"
+    if 2 * texts > images:
+        return "pairs"
+    raise UserError(
+        f"SOURCE={path}: {texts} of {images} images have a text file; --source-format=pairs takes these alone, "
+        "image-folder all, the others without a caption"
+    )
 
 
 def _guess_tar(path: Path) -> str:
-    first = next(TarFile(path).members(), None)
-    if first is not None and first.name.endswith(".tar"):
-        return "ilsvrc-train"
-    return "ilsvrc-val" if first is not None and "ILSVRC2012_val" in first.name else "webdataset"
+    names = Strings(member.name for member in TarFile(path).members())
+    num_tars = sum(name.endswith(".tar") for name in names)
+    num_validation = sum("ILSVRC2012_val" in name for name in names)
+    for number, source_format in ((num_tars, "ilsvrc-train"), (num_validation, "ilsvrc-val")):
+        if number == len(names) > 0:
+            return source_format
+        if number:
+            raise UserError(
+                f"SOURCE={path}: {number} of its {len(names)} files are those of {source_format}; name --source-format"
+            )
+    return "webdataset"
 
 
 def _refuse_unused(source_format: str, options: SourceOptions) -> None:

@@ -39,6 +39,8 @@ class TarFile:
     def members(self, start: int = 0, size: int | None = None) -> Iterator[Member]:
         """All regular files, in order; with `start` and `size` those of a tar that is a member of this one.
 
+        Hidden ones are left out: macOS puts a `._NAME` beside each NAME.
+
         The tar module takes a damaged header for the end of the archive. Here the end must look like one, with
         nothing but zeros after it.
         Raises TarDamageError.
@@ -52,10 +54,19 @@ class TarFile:
                         tar.members.clear()  # type: ignore[attr-defined]  # it keeps all it has seen
                         if member.offset_data + member.size > end:
                             raise self._damage(member.offset, "a member ends after the archive")
-                        if member.isreg():
+                        if member.issparse():
+                            raise self._damage(member.offset, "a sparse file; write it without --sparse")
+                        if member.isreg() and not _is_hidden(member.name):
                             yield Member(member.name, member.offset_data, member.size)
                     self._check_end(file, tar.offset, end)
-        except tarfile.TarError as error:
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from error
+        except (
+            tarfile.TarError,
+            ArithmeticError,
+            LookupError,
+            ValueError,
+        ) as error:  # the tar module's, on odd headers
             raise self._damage(start, str(error)) from error
 
     def read(self, offset: int, size: int) -> bytes:
@@ -82,3 +93,7 @@ class TarFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_file": None}
+
+
+def _is_hidden(name: str) -> bool:
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,9 @@ from data_tools.tars import Member, TarFile
 from diffmoe_dist.data.format import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD, METADATA_FIELD
 from diffmoe_dist.errors import UserError
 
+logger = logging.getLogger("data_tools")
+_SAMPLE_FIELDS = (LABEL_FIELD, CAPTION_FIELD, METADATA_FIELD)
+_LABEL_DIGITS = 6  # more classes than 10**6 are a mistake
 _META = re.compile(r"(^|/)__[^/]*__($|/)")  # WebDataset's own notes
 
 
@@ -38,12 +43,13 @@ class WebDatasetSource:
 
     def __init__(self, root: Path) -> None:
         self._tars = [TarFile(path) for path in list_tars(root)]
+        found = Found()
         self._items = Strings(  # tar, key, and (field, offset, size) of each member
             json.dumps([number, group.key, [[f, m.offset, m.size] for f, m in group.members.items()]])
             for number, tar in enumerate(self._tars)
-            for group in group_members(tar.members())
+            for group in found.count(tar)
         )
-        self._required = required_fields(self._tars)
+        self._required = found.required_fields()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -60,20 +66,79 @@ class WebDatasetSource:
     def read(self, item: int) -> dict[str, bytes]:
         number, _, members = json.loads(self._items[item])
         tar = self._tars[number]
-        used = (*IMAGE_FIELDS, *self._required)
+        used = used_fields(self._required)
         payloads = {field: tar.read(offset, size) for field, offset, size in members if field in used}
         check_payloads(payloads, self._required)
         image = next(field for field in payloads if field in IMAGE_FIELDS)
         return {IMAGE: payloads.pop(image), **payloads}
 
 
+class Found:
+    """What the samples of some tars have, told by looking at all of them."""
+
+    def __init__(self) -> None:
+        self.num_samples = self.num_tars = 0  # samples with an image
+        self.fields: Counter[str] = Counter()  # label, caption, metadata: how many of the samples have each
+        self._where = ""
+
+    def count(self, tar: TarFile) -> Iterator[Group]:
+        """The groups of one more tar, as they are counted.
+
+        Raises UserError where the files of one sample do not lie side by side: it would lose its label or caption.
+        """
+        self.num_tars, self._where = self.num_tars + 1, str(tar.path.parent)
+        images: set[int] = set()  # hashes of keys: a tar may hold millions
+        alone: set[int] = set()
+        for group in group_members(tar.members()):
+            fields = [name for name in _SAMPLE_FIELDS if name in group.members]
+            has_image = not group.members.keys().isdisjoint(IMAGE_FIELDS)
+            if has_image:
+                self.num_samples += 1
+                self.fields.update(fields)
+            own, other = (images, alone) if has_image else (alone, images)
+            if has_image or fields:
+                own.add(hash(group.key))
+                if hash(group.key) in other:
+                    raise UserError(
+                        f"{tar.path}: the files of {group.key} do not lie side by side; write it again with "
+                        "tar --sort=name"
+                    )
+            yield group
+
+    def required_fields(self) -> tuple[str, ...]:
+        """What a sample must have beside the image: what most samples have. Tells what was found.
+
+        Raises UserError where no tar has an image.
+        """
+        if not self.num_samples:
+            raise UserError(f"{self._where}: no sample with an image ({', '.join(IMAGE_FIELDS)}) in its tars")
+        counts = "".join(f", {self.fields[name]} with {name}" for name in _SAMPLE_FIELDS if self.fields[name])
+        required = tuple(name for name in _SAMPLE_FIELDS if 2 * self.fields[name] > self.num_samples)
+        few_labels = self.fields[LABEL_FIELD] and LABEL_FIELD not in required
+        aside = f"; left aside: {LABEL_FIELD}, which most samples lack" if few_labels else ""
+        logger.info("%s: %d samples in %d tars%s%s", self._where, self.num_samples, self.num_tars, counts, aside)
+        return required
+
+
+def used_fields(required: Sequence[str]) -> tuple[str, ...]:
+    """The members that are read. A label that only some samples have is left aside: all have one, or none."""
+    return (*IMAGE_FIELDS, *required, *(name for name in (CAPTION_FIELD, METADATA_FIELD) if name not in required))
+
+
+def is_tar_name(name: str) -> bool:
+    """Whether a file is named like a tar, compressed or not."""
+    return re.search(r"\.(tar|tgz|tbz2|txz)(\.[a-z0-9]+)?$", name.lower()) is not None
+
+
 def list_tars(root: Path) -> list[Path]:
     """A tar, or the tars in a folder by name. Raises UserError for compressed ones, which cannot be read by offset."""
     paths = sorted(path for path in root.iterdir() if not path.name.startswith(".")) if root.is_dir() else [root]
-    compressed = [path.name for path in paths if path.name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.xz"))]
-    if compressed:
-        raise UserError(f"SOURCE={root}: {compressed[0]} is compressed and cannot be read in place; gunzip it first")
-    tars = [path for path in paths if path.suffix == ".tar"]
+    tars = [path for path in paths if is_tar_name(path.name)]
+    for path in tars:
+        if not path.name.lower().endswith(".tar"):
+            raise UserError(f"SOURCE={root}: {path.name} is compressed and cannot be read in place; gunzip it first")
+        if not path.is_file():
+            raise UserError(f"SOURCE={root}: {path.name} is no regular file; remove it")
     if not tars:
         raise UserError(f"SOURCE={root}: holds no .tar file; name a folder of WebDataset tars")
     return tars
@@ -102,19 +167,6 @@ def split_name(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem) if field else "", field.lower()
 
 
-def required_fields(tars: Sequence[TarFile]) -> tuple[str, ...]:
-    """What a sample must have beside the image: label, caption, metadata, as most samples of the first tar have them.
-
-    Raises UserError where no tar has an image.
-    """
-    for tar in tars:
-        groups = [group for group in group_members(tar.members()) if not group.members.keys().isdisjoint(IMAGE_FIELDS)]
-        if groups:
-            used = (LABEL_FIELD, CAPTION_FIELD, METADATA_FIELD)
-            return tuple(name for name in used if 2 * sum(name in group.members for group in groups) > len(groups))
-    raise UserError(f"{tars[0].path.parent}: no sample with an image ({', '.join(IMAGE_FIELDS)}) in its tars")
-
-
 def check_payloads(payloads: dict[str, bytes], required: Sequence[str]) -> None:
     """Whether one image and the required fields are there and readable; normalises the label. Raises BadItemError."""
     images = [field for field in payloads if field in IMAGE_FIELDS]
@@ -126,11 +178,13 @@ def check_payloads(payloads: dict[str, bytes], required: Sequence[str]) -> None:
         label = payloads[LABEL_FIELD].strip()
         if not label.isdigit():
             raise BadItemError(f"label {label[:20]!r} is not a number")
+        if len(label.lstrip(b"0")) > _LABEL_DIGITS:
+            raise BadItemError(f"label {label[:20]!r} is not below {10**_LABEL_DIGITS}")
         payloads[LABEL_FIELD] = label_payload(int(label))
     try:
         payloads.get(CAPTION_FIELD, b"").decode()
         json.loads(payloads.get(METADATA_FIELD, b"{}"))
     except UnicodeDecodeError:
         raise BadItemError("its text is not UTF-8") from None
-    except ValueError:
+    except (RecursionError, ValueError):
         raise BadItemError("its json does not parse") from None

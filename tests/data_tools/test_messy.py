@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -152,10 +153,10 @@ def test_a_file_that_is_gone_since_the_listing_is_bad_and_a_disk_that_fails_stop
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert {"cat/plain.jpg": "no such file"}.items() <= {line["item"]: line["reason"] for line in lines}.items()
 
-    def fail(path: Path) -> bytes:
+    def fail(path: Path, flags: int) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match="Input/output error"):
         source.read(3)
 
