@@ -1,6 +1,6 @@
-"""The figures of a run's report, and their pictures: in an HTML page, or in TensorBoard.
+"""The figures of a run's report, for an HTML page or for TensorBoard.
 
-Shape legend as in `routing_report`: P passes, L layers, N images, S tokens an image, E experts.
+Shape legend as in `routing_trace`: P passes, L layers, N images, S tokens an image, E experts.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-SIZE = (4.8, 3.3)  # inches; small, so that letters are legible where a telephone shrinks the picture
+SIZE = (4.8, 3.3)  # inches; small, so that letters are legible where a telephone shrinks the figure
 STYLE: Any = {
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8f98",
     "axes.labelcolor": "#3b4048", "xtick.color": "#5b616b", "ytick.color": "#5b616b", "axes.titlesize": 11,
     "axes.titlecolor": "#3b4048", "legend.frameon": False, "legend.fontsize": 9.5, "lines.linewidth": 1.8,
     "svg.hashsalt": "diffmoe_dist",
 }  # fmt: skip
-MOST_LINES = 8  # more layers than this are told apart by a colour bar
-MOST_CLASSES = 24  # a page shows no more bars
+MOST_LINES = 8  # of layers in a legend; more are distinguished by a colour bar
+MOST_CLASSES = 24  # bars of a figure
 MOST_COLUMNS = 40  # of a heat map over passes
-PICTURES, PICTURE_STEPS = 5, 5
+MOST_IMAGES, MOST_STEPS = 5, 5  # rows and columns of token maps
 NOISE_TO_IMAGE = "from noise (0) to image (1)"
 
 
@@ -43,7 +43,7 @@ def loss_figure(lines: list[dict[str, Any]]) -> Figure:
         plot_losses(axes, lines)
         axes.set_title("")  # the page has one
 
-    return _picture(draw)
+    return _one_panel(draw)
 
 
 def grad_norm_figure(lines: list[dict[str, Any]]) -> Figure:
@@ -51,7 +51,7 @@ def grad_norm_figure(lines: list[dict[str, Any]]) -> Figure:
         plot_grad_norm(axes, lines)
         axes.set_title("")
 
-    return _picture(draw)
+    return _one_panel(draw)
 
 
 def speed_figure(lines: list[dict[str, Any]]) -> Figure:
@@ -62,7 +62,7 @@ def speed_figure(lines: list[dict[str, Any]]) -> Figure:
         axes.set(xlabel="step", ylabel="images per second", ylim=(0, None))
         axes.grid(alpha=0.3)
 
-    return _picture(draw)
+    return _one_panel(draw)
 
 
 def load_in_training_figure(loads: list[dict[str, Any]], blocks: list[int]) -> Figure:
@@ -85,14 +85,21 @@ def capacity_figure(trace: RoutingTrace, blocks: list[int], trained_for: float |
         if trace.null is not None:
             mean_P = trace.null.capacity_by_layer.mean(axis=1)
             axes.plot(
-                trace.null.progress_P, mean_P, color="#1c1f24", linewidth=1.4, linestyle="--", label="all, no class"
+                trace.null.progress_P,
+                mean_P,
+                color="#1c1f24",
+                linewidth=1.4,
+                linestyle="--",
+                label="all, unconditional",
             )
         low, high = axes.get_ylim()
-        axes.set(xlabel=NOISE_TO_IMAGE, ylabel="experts a token", ylim=(max(low - 0.02, 0), high + 0.3 * (high - low)))
+        axes.set(
+            xlabel=NOISE_TO_IMAGE, ylabel="experts per token", ylim=(max(low - 0.02, 0), high + 0.3 * (high - low))
+        )
         axes.grid(alpha=0.25)
         axes.legend(ncols=2)
 
-    return _picture(draw)
+    return _one_panel(draw)
 
 
 def capacity_map_figure(passes: Passes, blocks: list[int]) -> Figure:
@@ -105,17 +112,17 @@ def capacity_map_figure(passes: Passes, blocks: list[int]) -> Figure:
         axes.set_yticks(*_thinned(range(len(blocks)), [f"block {block}" for block in blocks]))
         axes.set(xlabel=NOISE_TO_IMAGE)
         _plain(axes)
-        axes.figure.colorbar(shown, ax=axes, label="experts a token")
+        axes.figure.colorbar(shown, ax=axes, label="experts per token")
 
-    return _picture(draw)
+    return _one_panel(draw)
 
 
-def pictures_figure(
+def experts_over_images_figure(
     passes: Passes, images_NHWC: np.ndarray, labels: Sequence[int], name: Callable[[int], str]
 ) -> Figure:
-    """The experts that each token took, laid over the finished picture, at several steps; mean over the layers."""
-    chosen = _first_of_each(labels)[:PICTURES]
-    steps = _spread(len(passes.progress_P), PICTURE_STEPS)
+    """Experts per token at several steps, mean over the layers, laid over the finished image."""
+    chosen = _first_of_each(labels)[:MOST_IMAGES]
+    steps = _spread(len(passes.progress_P), MOST_STEPS)
     maps_PNS = passes.experts_PLNS[steps].mean(axis=1)[:, chosen]
     grid = int(maps_PNS.shape[2] ** 0.5)
     low, high = float(maps_PNS.min()), max(float(maps_PNS.max()), 1e-6)
@@ -123,31 +130,31 @@ def pictures_figure(
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(chosen), 1 + len(steps), squeeze=False)
         shown = None
-        for row, image in enumerate(chosen):
-            picture = images_NHWC[image].squeeze()
-            underlay = picture if picture.ndim == 2 else picture.mean(axis=2)
-            _picture_axes(axes[row, 0]).imshow(picture, cmap="gray", vmin=0, vmax=255)
-            of_image = name(labels[image])
-            axes[row, 0].set_ylabel(_plain_text(_wrapped(of_image)), fontsize=10 if len(of_image) <= 16 else 7)
+        for row, number in enumerate(chosen):
+            image = images_NHWC[number].squeeze()
+            underlay = image if image.ndim == 2 else image.mean(axis=2)
+            _image_axes(axes[row, 0]).imshow(image, cmap="gray", vmin=0, vmax=255)
+            condition = name(labels[number])
+            axes[row, 0].set_ylabel(_plain_text(_wrapped(condition)), fontsize=10 if len(condition) <= 16 else 7)
             for column in range(len(steps)):
-                panel = _picture_axes(axes[row, column + 1])
+                panel = _image_axes(axes[row, column + 1])
                 extent = (-0.5, underlay.shape[1] - 0.5, underlay.shape[0] - 0.5, -0.5)
                 panel.imshow(underlay, cmap="gray", vmin=-255, vmax=255)  # light, so that colours stay what they are
                 shown = panel.imshow(
                     maps_PNS[column, row].reshape(grid, grid), cmap="inferno", alpha=0.62, vmin=low, vmax=high,
                     extent=extent, interpolation="nearest",
                 )  # fmt: skip
-        axes[0, 0].set_title("picture")
+        axes[0, 0].set_title("image")
         for column, step in enumerate(steps):
             axes[0, column + 1].set_title(f"at {passes.progress_P[step]:.2f}")
         assert shown is not None
-        figure.colorbar(shown, ax=axes, label="experts of a token", shrink=0.7, pad=0.02)
+        figure.colorbar(shown, ax=axes, label="experts per token", shrink=0.7, pad=0.02)
 
-    return _drawn(draw, (9.2, 0.6 + 1.3 * len(chosen)))
+    return _figure(draw, (9.2, 0.6 + 1.3 * len(chosen)))
 
 
 def class_figure(passes: Passes, labels: Sequence[int], name: Callable[[int], str]) -> Figure:
-    """C of each class or caption, a dot for each image; of many the ends."""
+    """C of each class or caption, a dot for each image; of many classes the lowest and the highest ones."""
     of_class = {label: passes.capacity_by_image[np.array(labels) == label] for label in sorted(set(labels))}
     ordered = sorted(of_class, key=lambda label: of_class[label].mean())
     if len(ordered) > MOST_CLASSES:
@@ -162,10 +169,10 @@ def class_figure(passes: Passes, labels: Sequence[int], name: Callable[[int], st
         axes.set_yticks(range(len(ordered)), names)
         everything = np.concatenate(list(of_class.values()))
         margin = max(0.15 * float(np.ptp(everything)), 0.01)
-        axes.set(xlabel="experts a token", xlim=(max(everything.min() - margin, 0), everything.max() + margin))
+        axes.set(xlabel="experts per token", xlim=(max(everything.min() - margin, 0), everything.max() + margin))
         axes.grid(alpha=0.25, axis="x")
 
-    return _picture(draw, size=(SIZE[0], max(SIZE[1], 0.27 * len(ordered) + 0.8)))
+    return _one_panel(draw, size=(SIZE[0], max(SIZE[1], 0.27 * len(ordered) + 0.8)))
 
 
 def load_in_sampling_figure(passes: Passes, blocks: list[int]) -> Figure:
@@ -183,11 +190,11 @@ def load_in_sampling_figure(passes: Passes, blocks: list[int]) -> Figure:
                 axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=9.5)
         _relative_bar(axes, shown, "load over the layer's mean")
 
-    return _picture(draw, size=(SIZE[0], max(2.6, 0.32 * len(blocks) + 1.4)))
+    return _one_panel(draw, size=(SIZE[0], max(2.6, 0.32 * len(blocks) + 1.4)))
 
 
 def expert_times_figure(passes: Passes, blocks: list[int]) -> Figure:
-    """Which part of the way from noise to image each expert works on, beside its own mean."""
+    """Tokens of each expert by the progress from noise to image, over the expert's own mean."""
     columns = _spread(len(passes.progress_P), MOST_COLUMNS)
     values_LEP = passes.assignments_PLNE.sum(axis=2, dtype=np.float64).transpose(1, 2, 0)
     labels = [f"{progress:.1f}" for progress in passes.progress_P[columns]]
@@ -195,31 +202,30 @@ def expert_times_figure(passes: Passes, blocks: list[int]) -> Figure:
 
 
 def expert_classes_figure(passes: Passes, blocks: list[int], labels: Sequence[int], kind: str) -> Figure:
-    """Which classes or captions each expert works on, beside its own mean."""
+    """Tokens of each expert by class or caption, over the expert's own mean."""
     classes = sorted(set(labels))[:MOST_COLUMNS]
     values_LNE = passes.assignments_PLNE.sum(axis=0, dtype=np.float64)
     values_LEC = np.stack([values_LNE[:, np.array(labels) == label].mean(axis=1) for label in classes], axis=2)
     return _expert_rows(_over_own_mean(values_LEC), blocks, [str(label) for label in classes], kind)
 
 
-def overlap_figure(trace: RoutingTrace, blocks: list[int]) -> Figure:
-    assert trace.overlap_PL is not None
-    overlap_PL = trace.overlap_PL
+def overlap_figure(overlap_PL: np.ndarray, progress_P: np.ndarray, blocks: list[int]) -> Figure:
+    """How far the rules count and threshold agree over the progress from noise to image."""
 
     def draw(axes: Axes) -> None:
-        _layer_lines(axes, trace.conditional.progress_P, overlap_PL, blocks)
-        axes.plot(trace.conditional.progress_P, overlap_PL.mean(axis=1), color="#1c1f24", linewidth=2.6, label="all")
+        _layer_lines(axes, progress_P, overlap_PL, blocks)
+        axes.plot(progress_P, overlap_PL.mean(axis=1), color="#1c1f24", linewidth=2.6, label="all")
         axes.set(xlabel=NOISE_TO_IMAGE, ylabel="Jaccard index", ylim=(0, 1))
         axes.grid(alpha=0.25)
         axes.legend(ncols=2)
 
-    return _picture(draw)
+    return _one_panel(draw)
 
 
-def grid_picture(grid_HWC: np.ndarray) -> str:
-    """A picture as it is."""
+def image_uri(image_HWC: np.ndarray) -> str:
+    """An image, uint8, as the data URI of a PNG."""
     stream = io.BytesIO()
-    plt.imsave(stream, grid_HWC.squeeze(), cmap="gray", vmin=0, vmax=255)
+    plt.imsave(stream, image_HWC.squeeze(), cmap="gray", vmin=0, vmax=255)
     return _data_uri(stream.getvalue(), "png")
 
 
@@ -228,7 +234,7 @@ def _over_own_mean(values_LEX: np.ndarray) -> np.ndarray:
 
 
 def _expert_rows(values_LEX: np.ndarray, blocks: list[int], labels: list[str], xlabel: str) -> Figure:
-    """A relative map with a row for each expert of each layer; white lines part the layers."""
+    """A map of ratios with a row for each expert of each layer; white lines part the layers."""
     layers, experts, width = values_LEX.shape
 
     def draw(axes: Axes) -> None:
@@ -241,10 +247,10 @@ def _expert_rows(values_LEX: np.ndarray, blocks: list[int], labels: list[str], x
         axes.tick_params(axis="y", length=0)
         axes.set_xticks(*_thinned(range(width), labels, most=30 // max(map(len, labels))))
         axes.set(xlabel=xlabel)
-        _relative_bar(axes, shown, "times the usual")
+        _relative_bar(axes, shown, "over the mean")
 
     height = min(max(SIZE[1], 0.045 * layers * experts + 1.2, 0.36 * layers + 1.2), 12)
-    return _picture(draw, size=(SIZE[0], height))
+    return _one_panel(draw, size=(SIZE[0], height))
 
 
 def _relative_map(axes: Axes, values: np.ndarray) -> Any:
@@ -294,7 +300,7 @@ def _first_of_each(labels: Sequence[int]) -> list[int]:
 
 
 def _plain_text(text: str) -> str:
-    """For matplotlib, to which what stands between two dollars would be a formula."""
+    """Text for matplotlib, which would set what stands between two dollars as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -306,17 +312,17 @@ def _plain(axes: Axes) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _picture_axes(axes: Axes) -> Axes:
+def _image_axes(axes: Axes) -> Axes:
     axes.set(xticks=[], yticks=[])
     _plain(axes)
     return axes
 
 
-def _picture(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> Figure:
-    return _drawn(lambda figure: draw(figure.subplots()), size)
+def _one_panel(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> Figure:
+    return _figure(lambda figure: draw(figure.subplots()), size)
 
 
-def _drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> Figure:
+def _figure(draw: Callable[[Figure], None], size: tuple[float, float]) -> Figure:
     with plt.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
@@ -324,13 +330,13 @@ def _drawn(draw: Callable[[Figure], None], size: tuple[float, float]) -> Figure:
 
 
 def embedded(figure: Figure) -> str:
-    """A data URI: SVG where the figure is lines and letters, PNG where it has pixels."""
+    """The figure as a data URI: SVG if it is lines and letters only, PNG if it has pixels."""
     form = "png" if any(axes.images for axes in figure.axes) else "svg"
     return _data_uri(_saved(figure, form), "svg+xml" if form == "svg" else form)
 
 
 def as_pixels(figure: Figure) -> np.ndarray:
-    """(H, W, C) uint8."""
+    """The figure as (H, W, C) uint8."""
     return np.asarray(Image.open(io.BytesIO(_saved(figure, "png", dpi=110))).convert("RGB"))
 
 

@@ -1,4 +1,4 @@
-"""A picture of a run's training: its losses and gradient norm over the steps."""
+"""A figure of a run's training: its losses and gradient norm over the steps."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def draw_loss_curve(run_dir: Path) -> Path:
     figure, (losses, norms) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     plot_losses(losses, lines)
     plot_grad_norm(norms, lines)
-    picture = run_dir / "loss.png"
-    figure.savefig(picture, dpi=110)
+    path = run_dir / "loss.png"
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-    return picture
+    return path
 
 
 def read_run_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,8 @@
-"""One page about a run, complete in itself: its training, what it draws, and where its experts work."""
+"""One page about a run, complete in itself: its training, its samples, and where its experts work."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from omegaconf import OmegaConf
 
 from diffmoe_dist.config import Config, load_config
-from diffmoe_dist.data.open import open_data
-from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.diffusion.samplers import Guidance
-from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model, read_progress
+from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_progress
 from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
-from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.loss_curve import read_run_metrics
-from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
-from diffmoe_dist.sampling.conditions import Conditions, job_classes, job_prompts, run_conditions
-from diffmoe_dist.sampling.generate import (
-    SamplerSettings,
-    choose_sampler,
-    generate,
-    grid_columns,
-    image_grid,
-    to_uint8,
-)
-from diffmoe_dist.sampling.model import weights_fingerprint
-from diffmoe_dist.sampling.routing_trace import Recorder, RoutingTrace, recorded
+from diffmoe_dist.report_page.samples import FinishedSamples, PageSamples, sample_for_page
+from diffmoe_dist.sampling.generate import grid_columns, image_grid
+from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace
+from diffmoe_dist.sampling.settings import SamplingSettings
 
 CSS = """
 :root{--ink:#1c1f24;--soft:#5b616b;--line:#e3e6ea;--accent:#2a5d9f}
@@ -75,38 +61,14 @@ td:first-child{color:var(--soft);white-space:nowrap}
 """
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Images drawn for the page, and what happened meanwhile."""
-
-    images_NHWC: np.ndarray  # uint8
-    conditions: Conditions
-    settings: dict[str, Any]
-    trace: RoutingTrace | None  # None: no experts
-
-    @property
-    def labels(self) -> list[int]:
-        return [self.conditions.label(number) for number in range(len(self.images_NHWC))]
-
-
-def write_report(
-    run_dir: Path,
-    samples: Path | None,
-    num_images: int,
-    device: torch.device,
-    encoder: str | None = None,
-    tokenizer: str | None = None,
-) -> Path:
+def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, device: torch.device) -> Path:
     """Write run_dir/report.html; returns its path.
 
     Args:
-        samples: a folder of `sample`, whose settings, first images and grid are taken; else images are drawn with the
-            defaults.
-        num_images: drawn and traced for the page, together in one batch.
-        encoder, tokenizer: folders, to draw from the prompts of the samples; else from captions of the training data.
+        asked: which images to sample and trace for the page, together in one batch.
 
     Raises:
-        UserError: the run has logged nothing, or the samples are of other weights.
+        UserError: the run has logged nothing, a setting is not for its model, or the samples are of other weights.
     """
     lines = read_run_metrics(run_dir)
     loads = read_metrics(run_dir / "expert_load.jsonl")
@@ -115,113 +77,31 @@ def write_report(
     sections = [_training_section(lines, loads, config)]
     cards = {"steps": f"{lines[-1]['step']:,}", "images seen": _short(lines[-1]["images_seen"])}
     if found:
-        _, drawn = _draw(found[-1], samples, num_images, device, (encoder, tokenizer))
-        cards |= _model_cards(config, drawn)
-        sections += _drawn_sections(drawn, config, samples, read_progress(found[-1]).step)
-    elif samples is not None:
-        raise UserError(f"--samples {samples}: {run_dir} has no complete checkpoint they could be of; leave it out")
+        samples = sample_for_page(found[-1], asked, device)
+        cards |= _model_cards(config, samples)
+        about = _about_samples(samples, config, read_progress(found[-1]).step, isinstance(asked, FinishedSamples))
+        sections += _sample_sections(samples, config, about)
+    elif isinstance(asked, FinishedSamples):
+        raise UserError(
+            f"--samples {asked.folder}: {run_dir} has no complete checkpoint they could be of; leave it out"
+        )
     else:
-        sections.append(_section("What it draws", "This run has no complete checkpoint yet.", []))
+        sections.append(_section("Samples", "This run has no complete checkpoint yet.", []))
     cards["images per second in training"] = f"{np.median([line['images_per_second'] for line in lines]):,.0f}"
     page = run_dir / "report.html"
     page.write_text(_page(run_dir.resolve().name, config, cards, sections))
     return page
 
 
-def _draw(
-    checkpoint: Path,
-    samples: Path | None,
-    num_images: int,
-    device: torch.device,
-    encoder: tuple[str | None, str | None],
-) -> tuple[DiT, Drawn]:
-    record = {} if samples is None else _read_record(samples)
-    model, config = read_checkpoint_model(checkpoint, device, overrides=record.get("overrides", ()))
-    if samples is not None and record["weights"] != weights_fingerprint(model, is_sharded=False):
-        raise UserError(f"--samples {samples}: they are of other weights than {checkpoint}; give samples of those")
-    if record.get("recalibrate"):
-        data = open_data(config, device)
-        recalibrate_on_training_data(model, config, data, record["recalibrate"], record["batch_size"])
-    sampler, steps = choose_sampler(record.get("sampler"), record.get("steps"), config.objective.name)
-    channels = record.get("cfg_channels", "all")
-    guidance = Guidance(
-        record.get("cfg_scale", 1.0),
-        None if channels == "all" else channels,
-        record.get("cfg_interval"),
-        record.get("one_pass", False),
-    )
-    num = min(num_images, record.get("num", num_images))
-    sampling = SamplerSettings(sampler, steps, guidance, record.get("seed", 0))
-    conditions = _conditions(config, samples, record, encoder, device)
-    objective = build_objective(config.objective)
-
-    def drawn_images(recorder: Recorder | None) -> Tensor:
-        return generate(model, objective, list(range(num)), conditions, sampling, recorder).images
-
-    if model.moe_layers:
-        with recorded(model, objective) as recorder, torch.no_grad():
-            images = drawn_images(recorder)
-        trace = recorder.trace()
-    else:
-        images, trace = drawn_images(None), None
-    settings = {
-        "sampler": sampler,
-        "steps": "its own" if steps is None else steps,
-        "guidance scale": guidance.scale,
-        "inference rule": getattr(config.moe, "inference", None) or "none",
-        "seed": sampling.seed,
-        "thresholds": "found anew for the averaged weights" if record.get("recalibrate") else "as trained",
-    }
-    return model, Drawn(_visible(images), conditions, settings, trace)
-
-
-def _conditions(
-    config: Config,
-    samples: Path | None,
-    record: dict[str, Any],
-    encoder: tuple[str | None, str | None],
-    device: torch.device,
-) -> Conditions:
-    """What the samples were drawn from, or the run's own classes or captions."""
-    if "labels" in record:
-        return job_classes(record, config)
-    if encoder[0] is not None:
-        if samples is None or "prompts" not in record:
-            raise UserError(f"--encoder {encoder[0]}: the samples were not drawn from prompts; remove it")
-        return job_prompts(samples, record, config, encoder[0], encoder[1], device)
-    if config.model.condition == "class":
-        return run_conditions(config, None)
-    return run_conditions(config, open_data(config, device))
-
-
-def _read_record(samples: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((samples / "sampling.json").read_text())
-        return {**record, "weights": record["weights"]}
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"--samples {samples}: no readable sampling.json there; give a folder that diffmoe_dist.sample finished"
-        ) from None
-
-
-def _visible(images: Tensor) -> np.ndarray:
-    """Pixels as they are; of latents the first three channels, each from its darkest to its brightest value."""
-    if images.shape[1] in (1, 3):
-        return to_uint8(images)
-    images = images[:, :3]
-    low, high = images.amin(dim=(0, 2, 3), keepdim=True), images.amax(dim=(0, 2, 3), keepdim=True)
-    return to_uint8(2 * (images - low) / (high - low).clamp_min(1e-9) - 1)
-
-
 def _training_section(lines: list[dict[str, Any]], loads: list[dict[str, Any]], config: Config) -> str:
-    pictures = [
+    parts = [
         _figure("Losses", figures.loss_figure(lines), _loss_caption(lines)),
         _figure("Gradient norm", figures.grad_norm_figure(lines), "Of the global batch, before clipping."),
         _figure("Speed", figures.speed_figure(lines), "Wall-clock, mean since the logged step before."),
     ]
     if loads and config.experts is not None:
-        pictures.append(_load_in_training(loads, config))
-    return _section("Training", "", pictures)
+        parts.append(_load_in_training(loads, config))
+    return _section("Training", "", parts)
 
 
 def _loss_caption(lines: list[dict[str, Any]]) -> str:
@@ -243,33 +123,41 @@ def _load_in_training(loads: list[dict[str, Any]], config: Config) -> str:
         "Expert load in training",
         figures.load_in_training_figure(loads, config.moe_blocks),
         "A row for each expert, its tokens over the mean of its layer. "
-        f"At the last logged step the busiest has {everything[-1].max():.2f} times the mean, the idlest "
+        f"At the last logged step the busiest has {everything[-1].max():.2f} times the mean, the least busy "
         f"{everything[-1].min():.2f} times.",
     )
 
 
-def _drawn_sections(drawn: Drawn, config: Config, samples: Path | None, step: int) -> list[str]:
-    num = len(drawn.labels)
-    columns = grid_columns(config, num)
-    about = f"Averaged weights of step {step:,}. {num} images, drawn for this page together in one batch"
-    about += " with the settings of the samples." if samples is not None else "."
-    if drawn.conditions.kind == "caption":
-        about += " The captions are the first ones of the training data."
+def _about_samples(samples: PageSamples, config: Config, step: int, finished: bool) -> str:
+    about = f"Averaged weights of step {step:,}. {len(samples.labels)} images, sampled for this page in one batch"
+    about += " by the settings of --samples." if finished else "."
+    if samples.conditions.kind == "caption":
+        about += " They are conditioned on the first captions of the training data."
     if config.model.in_channels not in (1, 3):
         about += " They are latents: their first three channels are shown as red, green and blue."
-    grid = _figure(
-        "Pictures", figures.grid_picture(image_grid(drawn.images_NHWC, columns)), _grid_caption(drawn, columns),
-        "grid",
-    )  # fmt: skip
-    first = _section("What it draws", about, [grid, _table("How they were drawn", drawn.settings)])
-    if drawn.trace is None:
+    return about
+
+
+def _sample_sections(samples: PageSamples, config: Config, about: str) -> list[str]:
+    columns = grid_columns(config, len(samples.labels))
+    grid = figures.image_uri(image_grid(samples.images_NHWC, columns))
+    parts = [
+        _figure("Images", grid, _grid_caption(samples, columns), "grid"),
+        _table("How they were sampled", samples.settings),
+    ]
+    first = _section("Samples", about, parts)
+    if samples.trace is None:
         text = "This model is dense: it has no experts, and every token of every step costs the same."
         return [first, _section("Where the compute goes", text, [])]
-    return [first, _compute_section(drawn, drawn.trace, config), _experts_section(drawn, drawn.trace, config)]
+    return [
+        first,
+        _compute_section(samples, samples.trace, config),
+        _experts_section(samples, samples.trace, config),
+    ]
 
 
-def _grid_caption(drawn: Drawn, columns: int) -> str:
-    labels, conditions = drawn.labels, drawn.conditions
+def _grid_caption(samples: PageSamples, columns: int) -> str:
+    labels, conditions = samples.labels, samples.conditions
     if conditions.kind != "class":
         return "; ".join(f"{label}: {conditions.name(label)}" for label in labels)
     if len(labels) > columns and all(label == labels[place % columns] for place, label in enumerate(labels)):
@@ -277,86 +165,102 @@ def _grid_caption(drawn: Drawn, columns: int) -> str:
     return f"Classes, row by row: {', '.join(map(str, labels[:60]))}{' ...' if len(labels) > 60 else ''}."
 
 
-def _compute_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
+def _compute_section(samples: PageSamples, trace: RoutingTrace, config: Config) -> str:
     passes, blocks = trace.conditional, config.moe_blocks
-    kind, name = drawn.conditions.kind, drawn.conditions.name
-    of_step = passes.capacity_by_layer.mean(axis=1)
-    low, high = int(of_step.argmin()), int(of_step.argmax())
-    by_step = (
-        f"Between {of_step[low]:.2f} (at {passes.progress_P[low]:.2f}) and {of_step[high]:.2f} (at "
-        f"{passes.progress_P[high]:.2f}), mean {of_step.mean():.3f}."
-    )
+    kind, name = samples.conditions.kind, samples.conditions.name
     trained_for = getattr(config.moe, "capacity", None)
-    if trained_for is not None:
-        by_step += f" Dotted: C = {trained_for:g}, which it was trained for."
-    means = {label: passes.capacity_by_image[np.array(drawn.labels) == label].mean() for label in set(drawn.labels)}
-    dearest, cheapest = max(means, key=lambda label: means[label]), min(means, key=lambda label: means[label])
     text = (
-        "C is the number of experts that a token takes, averaged over tokens, images and layers (DiffMoE eq. 8-9). "
-        f"The passes without a {drawn.conditions.kind}, which guidance needs, are left out but for the dashed line."
+        "C is the number of experts per token, averaged over tokens, images and layers (DiffMoE eq. 8-9). The "
+        "unconditional passes, which classifier-free guidance needs, are left out but for the dashed line."
     )
-    pictures = [
-        _figure("Capacity over the sampling steps", figures.capacity_figure(trace, blocks, trained_for), by_step),
-        _figure(
-            "Capacity by layer and step", figures.capacity_map_figure(passes, blocks), "The same numbers as a map."
-        ),
-        _figure(
-            f"Capacity by {kind}",
-            figures.class_figure(passes, drawn.labels, name),
-            f"A bar for each {kind}, a dot for each image. Most takes {name(dearest)} ({means[dearest]:.3f}), least "
-            f"{name(cheapest)} ({means[cheapest]:.3f}). The axis does not begin at zero.",
-        ),
-        _figure(
-            "Where in the picture",
-            figures.pictures_figure(passes, drawn.images_NHWC, drawn.labels, name),
-            "Experts that each token took, mean over the layers, laid over the finished picture; the numbers on top "
-            "are the way gone from noise (0) to image (1).",
-            "wide",
-        ),
-    ]
-    return _section("Where the compute goes", text, pictures)
+    return _section(
+        "Where the compute goes",
+        text,
+        [
+            _figure(
+                "Capacity over the sampling steps",
+                figures.capacity_figure(trace, blocks, trained_for),
+                _capacity_caption(passes, trained_for),
+            ),
+            _figure(
+                "Capacity by layer and step", figures.capacity_map_figure(passes, blocks), "The same numbers as a map."
+            ),
+            _figure(
+                f"Capacity by {kind}",
+                figures.class_figure(passes, samples.labels, name),
+                _class_caption(passes, samples),
+            ),
+            _figure(
+                "Where in the image",
+                figures.experts_over_images_figure(passes, samples.images_NHWC, samples.labels, name),
+                "Experts per token, mean over the layers, laid over the finished image; the numbers on top are the "
+                "progress from noise (0) to image (1).",
+                "wide",
+            ),
+        ],
+    )
 
 
-def _experts_section(drawn: Drawn, trace: RoutingTrace, config: Config) -> str:
+def _capacity_caption(passes: Passes, trained_for: float | None) -> str:
+    C_P = passes.capacity_by_layer.mean(axis=1)
+    low, high = int(C_P.argmin()), int(C_P.argmax())
+    caption = (
+        f"Between {C_P[low]:.2f} (at {passes.progress_P[low]:.2f}) and {C_P[high]:.2f} (at "
+        f"{passes.progress_P[high]:.2f}), mean {C_P.mean():.3f}."
+    )
+    return caption if trained_for is None else f"{caption} Dotted: C = {trained_for:g}, which it was trained for."
+
+
+def _class_caption(passes: Passes, samples: PageSamples) -> str:
+    kind, name = samples.conditions.kind, samples.conditions.name
+    labels = np.array(samples.labels)
+    means = {label: passes.capacity_by_image[labels == label].mean() for label in set(samples.labels)}
+    most, least = max(means, key=lambda label: means[label]), min(means, key=lambda label: means[label])
+    return (
+        f"A bar for each {kind}, a dot for each image. Most: {name(most)} ({means[most]:.3f}); least: {name(least)} "
+        f"({means[least]:.3f}). The axis does not begin at zero."
+    )
+
+
+def _experts_section(samples: PageSamples, trace: RoutingTrace, config: Config) -> str:
     passes, blocks = trace.conditional, config.moe_blocks
-    pictures = [
+    kind, kinds = samples.conditions.kind, samples.conditions.kinds
+    parts = [
         _figure(
             "Load in sampling",
             figures.load_in_sampling_figure(passes, blocks),
             "Tokens of each expert over the mean of its layer, all steps together.",
         ),
         _figure(
-            "Which steps they like",
+            "Load by sampling step",
             figures.expert_times_figure(passes, blocks),
-            "A row for each expert; red where it takes more tokens than on the mean of its way, blue where fewer.",
+            "A row for each expert; red where it takes more tokens than in its own mean over the steps, blue where "
+            "fewer.",
         ),
         _figure(
-            f"Which {drawn.conditions.kinds} they like",
-            figures.expert_classes_figure(passes, blocks, drawn.labels, drawn.conditions.kind),
-            f"A row for each expert; red for {drawn.conditions.kinds} of which it takes more tokens than of the mean "
-            f"{drawn.conditions.kind}.",
+            f"Load by {kind}",
+            figures.expert_classes_figure(passes, blocks, samples.labels, kind),
+            f"A row for each expert; red for {kinds} of which it takes more tokens than in its own mean over the "
+            f"{kinds}, blue for those of which it takes fewer.",
         ),
     ]
     if trace.overlap_PL is not None:
         overlap = trace.overlap_PL
-        pictures.append(
-            _figure(
-                "Do the rules count and threshold agree?",
-                figures.overlap_figure(trace, blocks),
-                "The share of (token, expert) pairs that both rules choose among those that either does, from the same "
-                f"tokens: mean {overlap.mean():.2f}, from {overlap.min():.2f} to {overlap.max():.2f}. Both take "
-                "as many tokens; count takes those with the highest gate, threshold those with the highest predicted "
-                "score.",
-            )
+        caption = (
+            "The fraction of (token, expert) pairs that both rules choose among those that either chooses, from the "
+            f"same tokens: mean {overlap.mean():.2f}, from {overlap.min():.2f} to {overlap.max():.2f}. Both take as "
+            "many tokens; count takes those with the highest gate, threshold those with the highest predicted score."
         )
-    return _section("What the experts do", "", pictures, "figures two")
+        title = "Do the rules count and threshold agree?"
+        parts.append(_figure(title, figures.overlap_figure(overlap, passes.progress_P, blocks), caption))
+    return _section("What the experts do", "", parts, "figures two")
 
 
-def _model_cards(config: Config, drawn: Drawn) -> dict[str, str]:
+def _model_cards(config: Config, samples: PageSamples) -> dict[str, str]:
     counts = account(config)
-    if drawn.trace is None or config.experts is None:
+    if samples.trace is None or config.experts is None:
         return {"parameters, dense": _short(counts.total)}
-    capacity = float(drawn.trace.conditional.capacity_by_layer.mean())
+    capacity = float(samples.trace.conditional.capacity_by_layer.mean())
     return {
         "parameters": _short(counts.total),
         "activated by a token, at this C": _short(counts.activated(capacity)),
@@ -377,12 +281,11 @@ def _section(title: str, text: str, parts: Sequence[str], kind: str = "figures")
     return f'<section><h2>{escape(title)}</h2>{paragraph}<div class="{kind}">{"".join(parts)}</div></section>'
 
 
-def _figure(title: str, drawing: Figure | str, caption: str, kind: str = "") -> str:
-    data_uri = drawing if isinstance(drawing, str) else figures.embedded(drawing)
-    picture = f'<div class="scroll"><img src="{data_uri}" alt="{escape(title)}"></div>'
-    return (
-        f'<figure class="{kind}"><h3>{escape(title)}</h3>{picture}<figcaption>{escape(caption)}</figcaption></figure>'
-    )
+def _figure(title: str, content: Figure | str, caption: str, kind: str = "") -> str:
+    """`content`: a figure, or the data URI of an image."""
+    data_uri = content if isinstance(content, str) else figures.embedded(content)
+    image = f'<div class="scroll"><img src="{data_uri}" alt="{escape(title)}"></div>'
+    return f'<figure class="{kind}"><h3>{escape(title)}</h3>{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _note(title: str, text: str) -> str:
@@ -397,17 +300,17 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 def _page(name: str, config: Config, cards: dict[str, str], sections: Sequence[str]) -> str:
     model = config.model
     experts = config.experts
-    told = "text" if model.condition == "text" else f"{model.num_classes} classes"
+    condition = "text" if model.condition == "text" else f"{model.num_classes} classes"
     kind = "dense" if experts is None else f"{experts.router}, {experts.num_experts} experts"
     subtitle = (
         f"{kind}; depth {model.depth}, width {model.hidden_size}, {model.num_heads} heads, patches of "
         f"{model.patch_size}; {model.input_size} x {model.input_size} x {model.in_channels}, "
-        f"{told}; {config.objective.name}"
+        f"{condition}; {config.objective.name}"
     )
     shown = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(key)}</span></div>' for key, value in cards.items()
     )
-    settings = escape(_yaml(config))
+    settings = escape(OmegaConf.to_yaml(OmegaConf.structured(config)))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -416,9 +319,3 @@ def _page(name: str, config: Config, cards: dict[str, str], sections: Sequence[s
         f"{''.join(sections)}<section><h2>Settings</h2><details><summary>config.yaml</summary><pre>{settings}</pre>"
         "</details></section></main></body></html>\n"
     )
-
-
-def _yaml(config: Config) -> str:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

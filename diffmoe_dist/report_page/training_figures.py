@@ -1,4 +1,4 @@
-"""Where the experts work, drawn now and then while a model trains."""
+"""Where the experts work, sampled now and then while a model trains."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from diffmoe_dist.sampling.routing_trace import recorded
 def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict[str, np.ndarray]:
     """Figures of the report by name, (H, W, C) uint8 each, on the first rank; nothing on the others; collective.
 
-    Every rank draws its share of `sample.num` images, and the figures are of the first rank's.
+    Every rank samples its part of `sample.num` images; the figures show those of the first rank.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = -(-config.sample.num // world_size)
-    numbers = list(range(rank * share, (rank + 1) * share))
+    per_rank = -(-config.sample.num // world_size)
+    numbers = list(range(rank * per_rank, (rank + 1) * per_rank))
     objective = build_objective(config.objective)
     with recorded(model, objective) as recorder:
         generate(model, objective, numbers, conditions, run_sampler(config), recorder)
     if rank != 0:
         return {}
     trace, blocks = recorder.trace(), config.moe_blocks
+    passes = trace.conditional
     labels = [conditions.label(number) for number in numbers]
-    drawn = {
+    found = {
         "capacity_over_steps": figures.capacity_figure(trace, blocks, getattr(config.moe, "capacity", None)),
-        f"capacity_by_{conditions.kind}": figures.class_figure(trace.conditional, labels, conditions.name),
-        "expert_load": figures.load_in_sampling_figure(trace.conditional, blocks),
-        "experts_and_steps": figures.expert_times_figure(trace.conditional, blocks),
-        f"experts_and_{conditions.kinds}": figures.expert_classes_figure(
-            trace.conditional, blocks, labels, conditions.kind
-        ),
+        f"capacity_by_{conditions.kind}": figures.class_figure(passes, labels, conditions.name),
+        "expert_load": figures.load_in_sampling_figure(passes, blocks),
+        "experts_and_steps": figures.expert_times_figure(passes, blocks),
+        f"experts_and_{conditions.kinds}": figures.expert_classes_figure(passes, blocks, labels, conditions.kind),
     }
     if trace.overlap_PL is not None:
-        drawn["count_and_threshold"] = figures.overlap_figure(trace, blocks)
-    return {name: figures.as_pixels(figure) for name, figure in drawn.items()}
+        found["count_and_threshold"] = figures.overlap_figure(trace.overlap_PL, passes.progress_P, blocks)
+    return {name: figures.as_pixels(figure) for name, figure in found.items()}

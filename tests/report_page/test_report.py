@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_mode
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.moe import MoELayer
+from diffmoe_dist.report import main
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.page import write_report
+from diffmoe_dist.report_page.samples import FinishedSamples, sample_for_page
 from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.generate import SamplerSettings, generate
 from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace, overlap_of_rules, recorded
+from diffmoe_dist.sampling.settings import SamplingSettings
+from tests.commands import start
 from tests.distributed import run_ranks
 from tests.engine.runs import TINY, train_all
 
@@ -41,6 +46,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     run_ranks(1, train_all, digits, [(folder / kind, settings) for kind, settings in KINDS.items()])
     return folder
+
+
+def asked(run: Path, **settings: Any) -> SamplingSettings:
+    return SamplingSettings(str(run), **{"num": 20, **settings})
 
 
 def random_model(**moe: Any) -> tuple[DiT, Any]:
@@ -132,15 +141,15 @@ def test_the_capacity_of_a_trained_model_varies_over_the_sampling_steps(runs: Pa
     assert np.ptp(capacity_P) > 0.05 and capacity_P.min() > 0
 
 
-@pytest.mark.parametrize(("kind", "pictures"), [("global_pool", 12), ("token_choice", 12), ("dense", 4)])
-def test_the_page_is_complete_in_itself(kind: str, pictures: int, runs: Path) -> None:
-    page = write_report(runs / kind, None, num_images=20, device=CPU)
+@pytest.mark.parametrize(("kind", "images"), [("global_pool", 12), ("token_choice", 12), ("dense", 4)])
+def test_the_page_is_complete_in_itself(kind: str, images: int, runs: Path) -> None:
+    page = write_report(runs / kind, asked(runs / kind), CPU)
     text = page.read_text()
 
-    assert len(re.findall(r'<img src="data:image/(?:png|svg\+xml);base64,', text)) == pictures
-    without_pictures = re.sub(r'src="data:[^"]*"', "", text)
-    assert not re.search(r"<script|https?:|\bsrc=|@import|url\(", without_pictures)
-    assert re.findall(r'href="([^"]*)"', without_pictures) == ["data:,"]
+    assert len(re.findall(r'<img src="data:image/(?:png|svg\+xml);base64,', text)) == images
+    without_images = re.sub(r'src="data:[^"]*"', "", text)
+    assert not re.search(r"<script|https?:|\bsrc=|@import|url\(", without_images)
+    assert re.findall(r'href="([^"]*)"', without_images) == ["data:,"]
     assert "config.yaml" in text and "router: " + kind in text
     assert ("it has no experts" in text) == (kind == "dense")
     assert ("Every expert takes the same number of tokens" in text) == (kind == "global_pool")
@@ -150,9 +159,57 @@ def test_the_page_is_complete_in_itself(kind: str, pictures: int, runs: Path) ->
 def test_samples_of_other_weights_are_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "sampling.json").write_text('{"weights": "0123", "overrides": []}')
     with pytest.raises(UserError, match=r"--samples .*: they are of other weights than"):
-        write_report(runs / "dense", tmp_path, num_images=4, device=CPU)
+        write_report(runs / "dense", FinishedSamples.open(tmp_path, num=4), CPU)
     with pytest.raises(UserError, match=r"--samples .*: no readable sampling\.json there"):
-        write_report(runs / "dense", tmp_path / "nowhere", num_images=4, device=CPU)
+        write_report(runs / "dense", FinishedSamples.open(tmp_path / "nowhere", num=4), CPU)
+
+
+def test_a_page_samples_as_the_options_of_sampling_say(runs: Path) -> None:
+    run = runs / "global_pool"
+    settings = asked(run, num=4, cfg_scale=3.0, steps=7, seed=5, classes=(8, 2), overrides=("moe.inference=count",))
+
+    text = write_report(run, settings, CPU).read_text()
+
+    shown = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
+    assert (shown["steps"], shown["CFG scale"], shown["seed"], shown["inference rule"]) == ("7", "3.0", "5", "count")
+    assert "4 images, sampled for this page in one batch." in text
+    assert "A column for each class: 8, 2." in text or "Classes, row by row: 8, 2, 8, 2." in text
+    with pytest.raises(UserError, match="--classes 10: this model knows the classes 0 to 9"):
+        write_report(run, asked(run, classes=(10,)), CPU)
+
+
+def test_a_page_shows_the_first_images_of_finished_samples(runs: Path, tmp_path: Path) -> None:
+    run = runs / "global_pool"
+    ended = start(
+        "diffmoe_dist.sample", "--checkpoint", run, "--out", tmp_path / "samples", "--num", "8", "--steps", "3",
+        "--seed", "2", "--batch-size", "4", "--recalibrate", "1", "--device", "cpu", "moe.inference=threshold",
+        folder=tmp_path,
+    )[0]  # fmt: skip
+    assert ended.wait() == 0, ended.stderr
+
+    found = sample_for_page(find_checkpoint(run), FinishedSamples.open(tmp_path / "samples", num=5), CPU)
+
+    stored = np.load(tmp_path / "samples" / "samples.npz")
+    assert found.labels == stored["arr_1"][:5].tolist()
+    assert np.abs(found.images_NHWC.astype(int) - stored["arr_0"][:5]).max() <= 1, "a batch of another size"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--samples", "S", "--steps", "7"), "--steps 7 has no effect with --samples S; leave it out"),
+        (("--samples", "S", "moe.inference=count"), "moe.inference=count has no effect with --samples S; leave it out"),
+        (("--samples", "S", "--tokenizer", "T"), "--tokenizer T has no effect without --encoder; remove it"),
+        (("--encoder", "E"), "--encoder has no effect without --prompts or --prompt; remove it"),
+        (("--images", "0"), "--images 0: choose at least 1"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    options: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", "--run", "R", *options])
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        main()
 
 
 def open_in_browser(page: Path, script: str, profile: Path) -> tuple[str, str]:
@@ -171,7 +228,7 @@ def open_in_browser(page: Path, script: str, profile: Path) -> tuple[str, str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: chromium)")
 def test_a_browser_shows_every_figure_without_a_complaint(runs: Path, tmp_path: Path) -> None:
-    page = write_report(runs / "global_pool", None, num_images=20, device=CPU)
+    page = write_report(runs / "global_pool", asked(runs / "global_pool"), CPU)
     widths = "onload = () => { document.title = 'widths ' + [...document.images].map(i => i.naturalWidth).join(' ') }"
 
     document, log = open_in_browser(page, widths, tmp_path)
@@ -188,5 +245,5 @@ def test_names_with_dollars_are_no_formulas() -> None:
     passes = Passes(np.array([0.0]), np.ones((1, 1, 2, 4), np.uint8), np.ones((1, 1, 2, 3), np.int32))
     name = ["costs $5_$6", "$ \\alp $"].__getitem__
     figures.as_pixels(figures.class_figure(passes, [0, 1], name))
-    pictures = np.zeros((2, 8, 8, 3), np.uint8)
-    figures.as_pixels(figures.pictures_figure(passes, pictures, [0, 1], name))
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    figures.as_pixels(figures.experts_over_images_figure(passes, images, [0, 1], name))
