@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmoe_dist.data.format import TAR_BLOCK
+from diffmoe_dist.data.format import TAR_BLOCK, is_hidden
 from diffmoe_dist.errors import UserError
 
 _CHUNK = 1 << 20
@@ -56,7 +56,7 @@ class TarFile:
                             raise self._damage(member.offset, "a member ends after the archive")
                         if member.issparse():
                             raise self._damage(member.offset, "a sparse file; write it without --sparse")
-                        if member.isreg() and not _is_hidden(member.name):
+                        if member.isreg() and not is_hidden(member.name):
                             yield Member(member.name, member.offset_data, member.size)
                     self._check_end(file, tar.offset, end)
         except OSError as error:
@@ -93,7 +93,3 @@ class TarFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_file": None}
-
-
-def _is_hidden(name: str) -> bool:
-    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))

@@ -15,13 +15,12 @@ import numpy as np
 
 from data_tools.source import IMAGE, BadItemError, Strings, label_payload
 from data_tools.tars import Member, TarFile
-from diffmoe_dist.data.format import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD, METADATA_FIELD
+from diffmoe_dist.data.format import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD, METADATA_FIELD, split_name
 from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("data_tools")
 _SAMPLE_FIELDS = (LABEL_FIELD, CAPTION_FIELD, METADATA_FIELD)
 _LABEL_DIGITS = 6  # more classes than 10**6 are a mistake
-_META = re.compile(r"(^|/)__[^/]*__($|/)")  # WebDataset's own notes
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def group_members(members: Iterator[Member]) -> Iterator[Group]:
     group: Group | None = None
     for member in members:
         key, field = split_name(member.name)
-        if not key or _META.search(member.name):
+        if not key:
             continue
         if group is None or group.key != key or field in group.members:
             if group is not None:
@@ -158,13 +157,6 @@ def group_members(members: Iterator[Member]) -> Iterator[Group]:
         group.members[field] = member
     if group is not None:
         yield group
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`a/b.c.jpg` is the key `a/b` and the field `c.jpg`."""
-    folder, _, base = name.rpartition("/")
-    stem, _, field = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem) if field else "", field.lower()
 
 
 def check_payloads(payloads: dict[str, bytes], required: Sequence[str]) -> None:

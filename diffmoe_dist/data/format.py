@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,25 @@ LATENT_FIELD = "latent.npy"
 TEXT_FIELD = "text.npy"
 POOLED_TEXT_FIELD = "pooled.npy"
 MEAN_LOGVAR = "mean_logvar"
+_META = re.compile(r"(^|/)__[^/]*__($|/)")  # WebDataset's own notes
 _T = TypeVar("_T")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a tar member is hidden: macOS puts a `._NAME` beside each NAME."""
+    return any((part.startswith(".") and part not in (".", "..")) or part == "__MACOSX" for part in name.split("/"))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and field of a tar member: `a/b.c.jpg` is the key `a/b` and the field `c.jpg`.
+
+    Both are empty for a member that belongs to no sample.
+    """
+    folder, _, base = name.rpartition("/")
+    stem, _, field = base.partition(".")
+    if not field or is_hidden(name) or _META.search(name):
+        return "", ""
+    return f"{folder}/{stem}" if folder else stem, field.lower()
 
 
 @dataclass(frozen=True)

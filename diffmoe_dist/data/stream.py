@@ -1,24 +1,30 @@
 """Shards read as a stream, without an index: for data that are far away, or made by a command as they are read.
 
-webdataset's own pipeline does the reading, and little is exact. A pass is a permutation of the shards, dealt out to
-the workers of all ranks; each worker goes through its part, pass by pass, for ever. So a pass has every sample at least
-once (more often where there are fewer shards than workers), but the workers' passes drift apart, another number of
-ranks is another run, a resumed run starts a new pass in another order, and damage is found only if the tar or the image
-shows it. What holds: no rank runs out of samples before another, and the noise of a sample is a function of (seed,
-pass, key).
+webdataset opens and shuffles, and little is exact. A pass is a permutation of the shards, dealt out to the workers of
+all ranks; each worker goes through its part, pass by pass, for ever. So a pass has every sample at least once (more
+often where there are fewer shards than workers), but the workers' passes drift apart, another number of ranks is
+another run, a resumed run starts a new pass in another order, and damage is found only if the tar or the image shows
+it: then it is counted. What holds: no rank runs out of samples before another, and the noise of a sample is a function
+of (seed, pass, key).
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.gopen import gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from diffmoe_dist.data.batch import Batch, BatchBuffer
@@ -28,8 +34,10 @@ from diffmoe_dist.data.index import CorruptShardError
 from diffmoe_dist.data.loader import BatchLoader, make_loader, parse_label, read_pixels
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.randomness import Stream, permutation, sample_generator
+from diffmoe_dist.data.streamed_tar import TarDamageError, stream_samples
 from diffmoe_dist.errors import UserError
 
+logger = logging.getLogger("diffmoe_dist.data")
 PIPE = "pipe:"
 _SHUFFLED_SAMPLES = 1000  # held by a worker
 _KEY = "__key__"
@@ -50,11 +58,19 @@ class StreamedData:
     def open(cls, shards: str, *, allow_pipe: bool, channels: int, image_size: int, num_classes: int) -> StreamedData:
         """`shards` is a URL or a path, `a-{000000..000099}.tar` for many, `::` between several.
 
-        Raises UserError for a command in it, unless commands are allowed.
+        Raises UserError for a command in it, unless commands are allowed, and for what cannot be opened.
         """
-        urls = tuple(expand_urls(shards))
+        try:
+            urls = tuple(expand_urls(shards))
+            schemes = [urlparse(url).scheme for url in urls]
+        except (AssertionError, ValueError) as error:  # a variable that is not set, a brace without its other
+            raise UserError(
+                f"data.shards={shards}: not a path or URL, nor a list of them ({error}); see docs/data.md, Streams"
+            ) from None
         if not allow_pipe and (command := next((url for url in urls if url.strip().startswith(PIPE)), None)):
             raise UserError(f"data.shards={command}: runs a command; set data.allow_pipe=true if you trust it")
+        for url, scheme in zip(urls, schemes, strict=True):
+            _check_url(url, scheme)
         return cls(urls, channels, image_size, num_classes)
 
     @property
@@ -82,7 +98,7 @@ class StreamLoader(BatchLoader):
         )
 
     def describe_bad(self, sample_id: int) -> str:
-        return "a streamed sample does not decode; the next one takes its place"
+        return "a streamed sample does not decode, or the rest of a shard is lost; the next one takes its place"
 
 
 class StreamedDataset(IterableDataset[Batch]):
@@ -90,6 +106,7 @@ class StreamedDataset(IterableDataset[Batch]):
 
     def __init__(self, data: StreamedData, split: BatchSplit, seed: int, images_seen: int, flip: bool) -> None:
         self.data, self.split, self.seed, self.images_seen, self.flip = data, split, seed, images_seen, flip
+        self._damaged_shards = 0  # met by this worker, and not counted yet
 
     def __iter__(self) -> Iterator[Batch]:
         samples = self._samples()
@@ -100,13 +117,15 @@ class StreamedDataset(IterableDataset[Batch]):
             yield buffer.batch()
 
     def _fill(self, buffer: BatchBuffer, row: int, samples: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        lost = 0
         for bad in range(_MAX_BAD_IN_A_ROW):
             number, sample = next(samples)
+            lost, self._damaged_shards = lost + self._damaged_shards, 0
             name = hashlib.blake2b(sample[_KEY].encode(), digest_size=7).digest()
             buffer.sample_ids[row] = int.from_bytes(name, "big")
             epoch = self.images_seen + number  # else a resumed run would give the noise of the passes before again
             buffer.fill_random(row, sample_generator(self.seed, Stream.TRAINING, epoch, int(buffer.sample_ids[row])))
-            buffer.epochs[row], buffer.bad[row] = number, bad
+            buffer.epochs[row], buffer.bad[row] = number, bad + lost
             try:
                 self._read(sample, buffer, row)
                 return
@@ -133,18 +152,24 @@ class StreamedDataset(IterableDataset[Batch]):
         while True:
             urls = self._urls(number, place, places)
             mixer = random.Random(f"{self.seed} {self.images_seen} {number} {place}")
-            pipeline = webdataset.DataPipeline(
-                webdataset.SimpleShardList(urls),
-                webdataset.tarfile_to_samples(),
-                webdataset.shuffle(_SHUFFLED_SAMPLES, rng=mixer),
-            )
+            mixed = webdataset.shuffle(_SHUFFLED_SAMPLES, rng=mixer)
             found = 0
-            for sample in pipeline:
+            for sample in mixed(self._shards(urls)):
                 found += 1
                 yield number, sample
             if not found:
                 raise CorruptShardError(f"{urls[0]}: no sample in the shards of this worker")
             number += 1
+
+    def _shards(self, urls: list[str]) -> Iterator[dict[str, Any]]:
+        """The samples of some shards. Of a damaged one those before the damage; it is named, and counted."""
+        for url in urls:
+            try:
+                for key, payloads in stream_samples(url):
+                    yield {_KEY: key, _URL: url, **payloads}
+            except TarDamageError as error:
+                logger.warning("%s; the rest of this shard is left out", error)
+                self._damaged_shards += 1
 
     def _urls(self, number: int, place: int, places: int) -> list[str]:
         """The shards of one worker in a pass; with fewer shards than workers some are read by several."""
@@ -152,3 +177,17 @@ class StreamedDataset(IterableDataset[Batch]):
         order = permutation(len(urls), self.seed, Stream.STREAMED_SHARDS, self.images_seen, number)
         mine = order[place::places] if len(urls) >= places else order[place % len(urls) :: places]
         return [urls[shard] for shard in np.atleast_1d(mine).tolist()]
+
+
+def _check_url(url: str, scheme: str) -> None:
+    """Raises UserError for a path where no file is, and for a scheme that webdataset does not open."""
+    if scheme not in ("", "file"):
+        if scheme not in gopen_schemes or scheme.startswith("__"):
+            known = ", ".join(name for name in gopen_schemes if not name.startswith("__"))
+            raise UserError(f"data.shards={url}: no way to open {scheme}:; name a path or one of {known}")
+        return
+    path = Path(url2pathname(urlparse(url).path) if scheme else url)
+    if path.is_dir():
+        raise UserError(f"data.shards={url}: a folder; a stream is of tars: {path}/NAME-{{000000..000099}}.tar")
+    if not os.path.exists(path):
+        raise UserError(f"data.shards={url}: no such file; name a tar, or a-{{000000..000099}}.tar for many")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -101,6 +104,101 @@ def test_a_label_that_the_model_does_not_have_stops_the_run_with_shard_and_key(t
     url = f"{tmp_path}/shards/test-000000.tar"
     with pytest.raises(CorruptShardError, match=f"{url}, key 000000000: label 7 is outside 0..1"):
         _batches(_data(url), 1)
+
+
+def _damage(path: Path, damage: str) -> None:
+    """Five of nine samples are before it; the fifth might not be whole."""
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        middle = tar.getmembers()[10].offset
+    if damage == "cut between samples":
+        del content[middle:]
+    elif damage == "cut in a sample":
+        del content[middle + 540 :]
+    elif damage == "cut in a header":
+        del content[middle + 100 :]
+    elif damage == "zeroed header":
+        content[middle : middle + 512] = bytes(512)
+    elif damage == "damaged header":
+        content[middle + 3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "damage", ["cut between samples", "cut in a sample", "cut in a header", "zeroed header", "damaged header"]
+)
+def test_a_damaged_shard_gives_its_first_half_and_is_named_and_counted_in_every_pass(
+    shards: Path, tmp_path: Path, damage: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(shards, tmp_path / "shards"))
+    _damage(folder / "test-000001.tar", damage)
+    with caplog.at_level(logging.WARNING, "diffmoe_dist.data"):
+        batches = _batches(_data(f"{folder}/{URLS}"), 3 * 20 // 4, workers=workers)
+    visits = _visits(batches, before_pass=2)
+    assert set(visits.values()) == {2} and len(visits) == NUM_SAMPLES - (4 if damage == "cut in a sample" else 5)
+    assert sum(int(batch.bad.sum()) for batch in batches) == 1 + int(batches[-1].epochs.max())
+    assert "the rest of a shard is lost" in caplog.text
+    if not workers:  # a worker process logs to the same file
+        assert f"{folder}/test-000001.tar: damaged after sample 000000009" in caplog.text
+
+
+def test_two_tars_in_one_file_are_a_damaged_shard(shards: Path, tmp_path: Path) -> None:
+    joined = tmp_path / "t.tar"
+    joined.write_bytes((shards / "test-000000.tar").read_bytes() + (shards / "test-000001.tar").read_bytes())
+    batches = _batches(_data(str(joined)), 5)
+    assert sum(int(batch.bad.sum()) for batch in batches) == 1 + int(batches[-1].epochs.max()) > 3
+
+
+def test_a_shard_that_is_no_tar_is_named_and_counted(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.tar").write_bytes(b"<html>404 Not Found</html>")
+    batches = _batches(_data(f"{tmp_path}/t.tar::{shards}/test-000000.tar"), 5)
+    assert sum(int(batch.bad.sum()) for batch in batches) == 4
+    with pytest.raises(CorruptShardError, match="no sample in the shards of this worker"):
+        _batches(_data(f"{tmp_path}/t.tar"), 1)
+
+
+def test_compressed_shards_and_those_of_macos_are_read(shards: Path, tmp_path: Path) -> None:
+    with tarfile.open(shards / "test-000000.tar") as old, tarfile.open(tmp_path / "t.tar.gz", "w:gz") as new:
+        for member in old:
+            hidden = tarfile.TarInfo(f"d/._{member.name}")
+            new.addfile(hidden)
+            content = old.extractfile(member)
+            member.name = f"d/{member.name}"
+            new.addfile(member, content)
+    batches = _batches(_data(str(tmp_path / "t.tar.gz")), 5)
+    assert all((batch.labels == 1).all() and not batch.bad.any() for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("{0}/gone.tar", "no such file; name a tar"),
+        ("file:{0}/gone.tar", "no such file; name a tar"),
+        ("{0}", "a folder; a stream is of tars"),
+        ("{0}/test-00000{{0..7}}.tar", "test-000005.tar: no such file"),
+        ("s4://bucket/a.tar", "no way to open s4:; name a path or one of pipe, http"),
+        ("__default__:a.tar", "no such file|no way to open"),
+        ("", "a folder"),
+        ("{0}/a-{{0..", "not a path or URL, nor a list of them"),
+        ("${{NOT_SET}}/a.tar", "not a path or URL, nor a list of them"),
+        ("{0}/a\0.tar", "no such file"),
+        ("http://[/a.tar", "not a path or URL, nor a list of them|no way"),
+    ],
+)
+def test_shards_that_cannot_be_opened_are_one_line(shards: Path, url: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"data.shards=.*({said})"):
+        _data(url.format(shards))
+
+
+def test_a_shard_that_is_gone_since_the_start_ends_the_run_by_name(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.tar").write_bytes((shards / "test-000000.tar").read_bytes())
+    data = _data(str(tmp_path / "t.tar"))
+    (tmp_path / "t.tar").unlink()
+    with pytest.raises(CorruptShardError, match="t.tar: cannot be read"):
+        _batches(data, 1)
+    with pytest.raises(CorruptShardError, match="false: cannot be read|no sample in the shards"):
+        _batches(_data("pipe:false", allow_pipe=True), 1)
 
 
 def test_shards_without_samples_end_the_run_and_do_not_hang_it(tmp_path: Path) -> None:
