@@ -109,6 +109,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the few lines that Git keeps in the place of a large one."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
 def is_utf8(text: str) -> bool:
     """Whether a string can be written: JSON and command lines can smuggle in half of a character."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 from diffmoe_dist.data.index import text_sha256
+from diffmoe_dist.data.model_folder import read_model_config
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
+
+# What a folder may hold beside the module that is asked for: the decoder of a T5, the image's tower of a CLIP.
+_OTHER_TOWER = re.compile(r"decoder\.|vision_model\.")
+_LAYER = re.compile(r"(layers?|blocks?|resnets|attentions)\.\d+\.")
+_WIDTHS = ("block_out_channels", "d_ff", "d_kv", "d_model", "hidden_size", "intermediate_size", "vocab_size")
 
 
 def model_sha256(folder: Path, *patterns: str) -> str:
@@ -30,17 +38,60 @@ def load_in_fp32(architecture: Any, folder: str | Path, named: str, **options: A
         options: more arguments of `from_pretrained`, that for fp32 among them.
 
     Raises:
-        UserError: the weights do not load, or some are missing.
+        UserError: the weights do not load, are not those of config.json, or are not finite.
     """
+    _check_sizes(Path(folder), named)
     try:
         module, report = architecture.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{named}: does not load ({error}); fetch it again") from error
+    except Exception as error:  # damaged files make it fail in any way
+        raise UserError(f"{named}: does not load ({one_line(error)}); fetch it again") from error
     if report["missing_keys"]:  # would be random numbers
         raise UserError(f"{named}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch it again")
+    spare = sorted(name for name in report["unexpected_keys"] if _LAYER.search(name) and not _OTHER_TOWER.match(name))
+    if spare:
+        raise UserError(f"{named}: config.json says a model without {spare[0]}, which is stored; fetch both again")
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{named}: {name} holds numbers that are not finite; fetch it again")
     return module.requires_grad_(False).eval()
+
+
+def one_line(error: Exception) -> str:
+    """What an error says first."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _check_sizes(folder: Path, named: str) -> None:
+    """Refuse sizes in config.json that cannot be of the stored weights, before a module of those sizes is made."""
+    shapes: list[list[int]] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, no mapping
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{named}: {path.name} is cut or damaged ({error}); fetch it again") from None
+    largest = max((size for shape in shapes for size in shape), default=0)
+    for name, value in _sizes("", read_model_config(folder, named)):
+        limit = largest if name in _WIDTHS else len(shapes)
+        if value > limit:
+            raise UserError(
+                f"{named}: config.json says {name} {value}, the weights say {limit} at most; fetch it again"
+            )
+
+
+def _sizes(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The entries of a configuration that a module's size follows from, and how long its lists are."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _sizes(key, entry)
+    elif isinstance(value, list):
+        yield f"length of {name}", len(value)
+        for entry in value:
+            yield from _sizes(name, entry)
+    elif isinstance(value, int) and (name in _WIDTHS or "layers" in name):
+        yield name, value
 
 
 @contextmanager

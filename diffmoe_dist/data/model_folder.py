@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import is_lfs_pointer
 
 
 def check_model_folder(
@@ -28,14 +30,31 @@ def check_model_folder(
     Raises:
         UserError: no config.json, another kind of model, or a file that is missing.
     """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        raise UserError(f"{named}: no config.json that can be read; give the local folder of {wanted}") from None
+    config = read_model_config(folder, named, f"give the local folder of {wanted}")
     kind = config.get(entry) if isinstance(config, dict) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{named}: is {kind}; give the local folder of {wanted}")
+    refuse_pointers(folder, named, [pattern for patterns in files for pattern in patterns])
     for patterns in files:
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             raise UserError(f"{named}: no {' or '.join(patterns)}; fetch it too")
     return str(kind)
+
+
+def read_model_config(folder: Path, named: str, remedy: str = "fetch it again") -> Any:
+    """What config.json holds. Raises UserError where it cannot be read, or is nested deeper than Python goes."""
+    try:
+        return json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{named}: no config.json that can be read; {remedy}") from None
+
+
+def refuse_pointers(folder: Path, named: str, patterns: Sequence[str]) -> None:
+    """Refuse a folder where files that match are what Git leaves in their place without its extension for large ones.
+
+    Raises:
+        UserError: names the first.
+    """
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        if is_lfs_pointer(path):
+            raise UserError(f"{named}: {path.name} is a pointer of Git LFS, not the file itself; run git lfs pull")

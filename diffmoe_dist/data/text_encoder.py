@@ -5,7 +5,9 @@ Shape legend: B captions, T tokens of one caption, L tokens after padding, D hid
 
 from __future__ import annotations
 
+import json
 import math
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,8 +16,8 @@ from typing import Any
 
 import torch
 
-from diffmoe_dist.data.encoding import load_in_fp32, model_sha256, reproducible_arithmetic, to_fp16
-from diffmoe_dist.data.model_folder import check_model_folder
+from diffmoe_dist.data.encoding import load_in_fp32, model_sha256, one_line, reproducible_arithmetic, to_fp16
+from diffmoe_dist.data.model_folder import check_model_folder, refuse_pointers
 from diffmoe_dist.data.text import EncodedText
 from diffmoe_dist.errors import UserError
 
@@ -61,7 +63,7 @@ class TextEncoder:
         kind = encoder_kind(path, setting)
         module = _load_module(path, kind, setting).to(device)
         folders = (path,) if tokenizer is None else (path, Path(tokenizer))
-        loaded = _load_tokenizer(folders[-1], path, setting)
+        loaded = load_tokenizer(folders[-1], f"{setting}={folder}", int(module.config.vocab_size))
         length = USUAL_LENGTH[kind] if max_length is None else max_length
         limit = getattr(module.config, "max_position_embeddings", math.inf)  # T5 has none
         if not 2 <= length <= limit:
@@ -147,12 +149,52 @@ def without_loading_bar() -> Iterator[None]:
             progress_bar.enable_progress_bar()
 
 
-def _load_tokenizer(folder: Path, encoder: Path, setting: str) -> Any:
+def load_tokenizer(folder: Path, named: str, vocab_size: int) -> Any:
+    """A tokenizer that knows words, from a local folder.
+
+    Args:
+        named: how the user named the encoder.
+        vocab_size: how many tokens the encoder has embeddings of.
+
+    Raises:
+        UserError: it does not load, knows no letter, lacks merges or is of a larger vocabulary: of files that are
+            missing transformers makes an empty tokenizer without a word, to which all captions are one.
+    """
     from transformers import AutoTokenizer
 
+    refuse_pointers(folder, named, _MODEL_FILES)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        letters = {tuple(ids) for ids in tokenizer(list(string.ascii_letters), add_special_tokens=False)["input_ids"]}
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        missing = _missing_merges(tokenizer)
+    except Exception as error:  # damaged files make it fail in any way
         raise UserError(
-            f"{setting}={encoder}: no tokenizer loads from {folder} ({error}); name the tokenizer's folder"
+            f"{named}: no tokenizer loads from {folder} ({one_line(error)}); name the tokenizer's folder"
         ) from error
+    if len(letters) < 2:
+        raise UserError(
+            f"{named}: the tokenizer in {folder} knows no words; fetch its tokenizer.json, or vocab.json and "
+            "merges.txt, or spiece.model"
+        )
+    if missing:
+        raise UserError(f"{named}: the tokenizer in {folder} lacks {missing} merges; fetch merges.txt again")
+    if largest >= vocab_size:
+        raise UserError(
+            f"{named}: the tokenizer in {folder} has token {largest}, the encoder {vocab_size} embeddings; give the "
+            "encoder's own tokenizer"
+        )
+    return tokenizer
+
+
+def _missing_merges(tokenizer: Any) -> int:
+    """How many tokens of a byte-pair vocabulary no merge makes: the file of merges is cut."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = whole["model"]
+    if model["type"] != "BPE" or model.get("ignore_merges"):
+        return 0
+    suffix = model["end_of_word_suffix"] or ""
+    special = {token["content"] for token in whole["added_tokens"]} | {model["unk_token"]}
+    longer = {token for token in model["vocab"] if len(token.removesuffix(suffix)) > 1}
+    made = {first + second.removeprefix(model["continuing_subword_prefix"] or "") for first, second in model["merges"]}
+    return len(longer - made - special)

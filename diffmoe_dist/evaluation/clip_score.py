@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmoe_dist.data.encoding import model_sha256
+from diffmoe_dist.data.encoding import load_in_fp32, model_sha256, one_line
 from diffmoe_dist.data.prompts import read_prompts
-from diffmoe_dist.data.text_encoder import without_loading_bar
+from diffmoe_dist.data.text_encoder import load_tokenizer, without_loading_bar
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.image_sources import ImageSource
 from diffmoe_dist.evaluation.scores import add_up, rows_of_rank
@@ -72,24 +71,18 @@ def open_clip(folder: Path, device: torch.device) -> Clip:
     """
     try:
         # Pillow's resizing is that of CLIP's authors; the processor of the plain name would need torchvision.
-        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+        from transformers import CLIPImageProcessorPil, CLIPModel
     except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
         raise UserError(f"--clip {folder}: transformers does not import ({error}); pip install transformers") from error
-    options: Any = {"local_files_only": True}
     architecture: Any = CLIPModel
+    named = f"--clip {folder}"
+    with without_loading_bar():
+        model = load_in_fp32(architecture, folder, named, dtype=torch.float32).to(device)
+    tokenizer = load_tokenizer(folder, named, model.config.text_config.vocab_size)
     try:
-        with without_loading_bar():
-            model, report = architecture.from_pretrained(
-                str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-            )
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-        image_processor = CLIPImageProcessorPil.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--clip {folder}: does not load ({reason}); fetch the folder again") from error
-    if report["missing_keys"]:  # would be random numbers
-        raise UserError(f"--clip {folder}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch both towers")
-    model = model.requires_grad_(False).eval().to(device)
+        image_processor = CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # damaged files make it fail in any way
+        raise UserError(f"{named}: does not load ({one_line(error)}); fetch the folder again") from error
     clip = Clip(
         name=folder.resolve().name,
         sha256=model_sha256(folder, "*.json", "*.txt", "*.safetensors"),
@@ -101,9 +94,9 @@ def open_clip(folder: Path, device: torch.device) -> Clip:
     )
     try:
         clip.cosines(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [""])
-    except (ValueError, IndexError) as error:
+    except Exception as error:  # of sizes or settings that do not belong together, in any way
         raise UserError(
-            f"--clip {folder}: its files do not fit each other ({error}); fetch the folder again"
+            f"--clip {folder}: its files do not fit each other ({one_line(error)}); fetch the folder again"
         ) from error
     return clip
 

@@ -236,6 +236,34 @@ def test_an_autoencoder_with_a_weight_missing_is_refused(vae: Path, tmp_path: Pa
         Autoencoder.open(broken, "--vae", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"layers_per_block": 10**7}, "config.json says layers_per_block 10000000, the weights say"),
+        ({"block_out_channels": [10**9]}, "config.json says block_out_channels 1000000000, the weights say"),
+        ({"block_out_channels": [10**4] * 10**4}, "config.json says"),
+        ({"act_fn": "none"}, "does not load"),
+    ],
+)
+def test_an_autoencoder_of_other_sizes_than_its_weights_is_refused_before_it_is_made(
+    vae: Path, tmp_path: Path, edit: dict[str, object], problem: str
+) -> None:
+    shutil.copytree(vae, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**config, **edit}))
+    with pytest.raises(UserError, match=f"--vae=.*{problem}"):
+        Autoencoder.open(tmp_path / "vae", "--vae", "cpu")
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"", b"no"])
+def test_an_autoencoder_whose_file_is_cut_or_a_pointer_is_refused(vae: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(vae, tmp_path / "vae")
+    (weights,) = (tmp_path / "vae").glob("*.safetensors")
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=rf"--vae=.*{weights.name} is (cut or damaged|a pointer of Git LFS)"):
+        Autoencoder.open(tmp_path / "vae", "--vae", "cpu")
+
+
 def test_decoding_undoes_the_scaling_and_does_not_depend_on_the_chunks(vae: Path) -> None:
     from diffusers import AutoencoderKL
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,128 @@ def test_clip_has_a_longest_caption(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--encoder=.*clip: takes captions of 2 to 16 tokens, not of 17"):
         TextEncoder.open(encoder_folder, None, 17, "cpu", "--encoder")
     assert TextEncoder.open(encoder_folder, None, 16, "cpu", "--encoder").max_length == 16
+
+
+def _refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        TextEncoder.open(folder, None, MAX_LENGTH, "cpu", "--encoder")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "tokenizer"), [("clip", "CLIPTokenizer"), ("t5", "T5Tokenizer")])
+@pytest.mark.parametrize("described", [True, False])
+def test_a_tokenizer_that_transformers_makes_of_missing_files_is_refused(
+    tmp_path: Path, kind: str, tokenizer: str, described: bool
+) -> None:
+    folder = save_encoder(tmp_path / kind, kind)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer}))
+    if not described:
+        (folder / "tokenizer_config.json").unlink()
+    assert "knows no words" in _refusal(folder) or "no tokenizer loads" in _refusal(folder)
+
+
+def _save_clips_files(folder: Path, merges: str) -> None:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>"]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text(merges)
+
+
+def test_a_file_of_merges_that_is_cut_is_refused(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "clip", "clip")
+    whole = "#version: 0.2\nc a\nca t</w>\n"
+    _save_clips_files(folder, whole)
+    assert TextEncoder.open(folder, None, MAX_LENGTH, "cpu", "--encoder").num_tokens(["cat"]) == [3]
+    _save_clips_files(folder, whole[:-9])
+    assert "lacks 1 merges; fetch merges.txt again" in _refusal(folder)
+    _save_clips_files(folder, whole[:-3])
+    assert "no tokenizer loads from" in _refusal(folder)
+    (folder / "merges.txt").unlink()
+    assert "no tokenizer loads from" in _refusal(folder)
+
+
+def test_a_t5_that_has_only_a_sentencepiece_model_reads_captions_as_sentencepiece_does(tmp_path: Path) -> None:
+    import sentencepiece
+
+    folder = save_encoder(tmp_path / "t5", "t5")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([caption for caption in ALL_CAPTIONS if len(caption) < 99] * 9), model_writer=content,
+        vocab_size=40, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=5,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(content.getvalue())
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
+    encoder = TextEncoder.open(folder, None, MAX_LENGTH, "cpu", "--encoder")
+    for caption in ("a red square", "blue circle"):
+        assert encoder.tokenizer(caption)["input_ids"] == [*theirs.encode(caption), 1]
+    assert not same_bits(encoder.encode_alone("a red square"), encoder.encode_alone("blue circle"))
+    for damaged in (content.getvalue()[:-100], b""):
+        (folder / "spiece.model").write_bytes(damaged)
+        assert "tokenizer" in _refusal(folder)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_than_the_encoders_is_refused(encoder_folder: Path, tmp_path: Path) -> None:
+    other = save_encoder(tmp_path / "other", "clip")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["x"] = 60
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="has token 60, the encoder 60 embeddings; give the encoder's own tokenizer"):
+        TextEncoder.open(encoder_folder, other, MAX_LENGTH, "cpu", "--encoder")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "spiece.model"])
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path: Path, kind: str, name: str) -> None:
+    folder = save_encoder(tmp_path / kind, kind)
+    (folder / name).write_bytes(POINTER)
+    assert f"{name} is a pointer of Git LFS, not the file itself; run git lfs pull" in _refusal(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1])
+def test_weights_that_are_cut_anywhere_are_refused(encoder_folder: Path, tmp_path: Path, kept: int) -> None:
+    folder = save_encoder(tmp_path / "cut", "t5")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert "model.safetensors is cut or damaged" in _refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        ({"num_hidden_layers": 10**7, "num_layers": 10**7}, "layers 10000000, the weights say"),
+        ({"num_hidden_layers": 1, "num_layers": 1}, "config.json says a model without encoder"),
+        ({"num_hidden_layers": -1, "num_layers": -1}, "config.json says a model without encoder"),
+        ({"vocab_size": 10**12}, "vocab_size 1000000000000, the weights say 60 at most"),
+        ({"hidden_size": "wide", "d_model": "wide"}, "does not load"),
+        ({"num_attention_heads": 0, "num_heads": 0}, "does not load"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_sizes_that_are_not_those_of_the_weights_are_refused_before_a_model_is_made(
+    tmp_path: Path, kind: str, edit: dict[str, object], problem: str
+) -> None:
+    folder = save_encoder(tmp_path / kind, kind)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **edit}))
+    assert problem in _refusal(folder)
+
+
+def test_a_weight_of_an_encoder_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_encoder(tmp_path / "clip", "clip")
+    weights = load_file(folder / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name].view(-1)[0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "holds numbers that are not finite; fetch it again" in _refusal(folder)

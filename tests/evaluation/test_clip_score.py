@@ -236,12 +236,15 @@ def test_weights_that_do_not_load_or_fit_are_refused(clip_folder: Path, tmp_path
         return Path(shutil.copytree(clip_folder, tmp_path / name))
 
     (changed("broken") / "model.safetensors").write_bytes(b"no")
+    (changed("empty") / "tokenizer.json").unlink()
+    (tmp_path / "empty" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
     weights = load_file(clip_folder / "model.safetensors")
     text_only = {name: tensor for name, tensor in weights.items() if not name.startswith("vision")}
     save_file(text_only, changed("half") / "model.safetensors", {"format": "pt"})
     (changed("larger") / "preprocessor_config.json").write_text('{"size": 24, "crop_size": 24}')
     refusals = {
-        "broken": "does not load",
+        "broken": "model.safetensors is cut or damaged",
+        "empty": "the tokenizer in .* knows no words",
         "half": "lacks weights, as vision_model",
         "larger": "its files do not fit each other .*24",
     }
