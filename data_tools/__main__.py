@@ -207,6 +207,7 @@ def _add_pack_options(add: Callable[..., Any]) -> None:
     add("--source-format", choices=FORMATS, metavar="NAME", help=f"one of {', '.join(FORMATS)} (default: by the name)")
     add("--images", type=Path, metavar="DIR", help="coco, table: where the images lie")
     add("--devkit", type=Path, metavar="PATH", help="ilsvrc-val: ILSVRC2012_devkit_t12, the folder or its .tar.gz")
+    add("--max-label", type=int, metavar="N", help="largest label that is not a bad item (default: 1000000)")
     add("--split", metavar="NAME", help="hf-parquet: which files of a folder, such as train")
     for column in ("image", "caption", "label"):
         add(f"--{column}-column", metavar="NAME", help=f"table, hf-parquet: the {column}s (default: the usual names)")
@@ -229,7 +230,7 @@ def _add_max_bad(add: Callable[..., Any]) -> None:
 
 def _open(arguments: argparse.Namespace) -> Source:
     columns = Columns(arguments.image_column, arguments.caption_column, arguments.label_column)
-    options = SourceOptions(arguments.images, arguments.devkit, columns, arguments.split)
+    options = SourceOptions(arguments.images, arguments.devkit, columns, arguments.split, arguments.max_label)
     return open_source(arguments.source, arguments.source_format, options)
 
 

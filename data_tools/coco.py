@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.source import IMAGE, Strings, caption_payloads, read_file
+from data_tools.table import as_captions
 from diffmoe_dist.errors import UserError
 
 
@@ -53,9 +54,9 @@ def _list_items(annotations: Path) -> list[tuple[str, int, list[str]]]:
         content: dict[str, Any] = json.loads(annotations.read_bytes())
         captions: dict[int, list[str]] = {int(image["id"]): [] for image in content["images"]}
         for annotation in sorted(content["annotations"], key=lambda annotation: int(annotation["id"])):
-            captions[int(annotation["image_id"])].append(str(annotation["caption"]))
+            captions[int(annotation["image_id"])].extend(as_captions(annotation["caption"]))
         names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, OSError, RecursionError) as error:
         raise UserError(
             f"SOURCE={annotations}: not a file of COCO captions ({type(error).__name__}: {error}); name captions_*.json"
         ) from error

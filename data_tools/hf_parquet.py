@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.source import IMAGE, BadItemError, caption_payloads, label_payload
-from data_tools.table import CAPTIONS, LABELS, Columns, as_captions, choose_column, import_pyarrow, number_labels
+from data_tools.labels import number_labels
+from data_tools.source import IMAGE, BadItemError, caption_payloads
+from data_tools.table import CAPTIONS, LABELS, Columns, as_captions, choose_column, tell_unlabelled
+from data_tools.table_files import column_cells, import_pyarrow, open_parquet
 from diffmoe_dist.errors import UserError
 
 
@@ -26,26 +28,37 @@ class HfParquetSource:
     channels = 3
     image_size = None
 
-    def __init__(self, root: Path, columns: Columns, split: str | None) -> None:
+    def __init__(self, root: Path, columns: Columns, split: str | None, max_label: int | None = None) -> None:
         self._files = _files_of(root, split) if root.is_dir() else [root]
-        files = [_open(path) for path in self._files]
+        files = [open_parquet(path) for path in self._files]
         schema = files[0].schema_arrow
         self._image = _image_column(self._files[0], schema, columns.image)
         self._caption = choose_column(root, schema.names, "caption", columns.caption, CAPTIONS)
         self._label = choose_column(root, schema.names, "label", columns.label, LABELS)
+        used = [name for name in (self._image, self._caption, self._label) if name is not None]
+        known = _known_names(schema, self._label)
+        for path, file in zip(self._files, files, strict=True):
+            missing = [name for name in used if file.schema_arrow.names.count(name) != 1]
+            if missing or _known_names(file.schema_arrow, self._label) != known:
+                problem = f"the column {missing[0]}" if missing else "the names of the classes"
+                raise UserError(f"SOURCE={path}: {problem} is not as in {self._files[0].name}; pack them separately")
         self._places = np.concatenate(
             [_rows(number, group, file) for number, file in enumerate(files) for group in range(file.num_row_groups)]
+            or [np.empty((0, 3), dtype=np.int64)]
         )  # (items, 3): file, row group, row in it
-        self.class_names: Sequence[str] = ()
-        self.labels: np.ndarray | None = None
+        self._labels = None
         if self._label is not None:
-            values = [value for file in files for value in file.read([self._label])[self._label].to_pylist()]
-            self.class_names, self.labels = number_labels(root, values)
-            known = _known_names(schema, self._label)
-            if known and len(self.class_names) > len(known):
-                raise UserError(f"SOURCE={root}: label {self.class_names[-1]} of only {len(known)} named classes")
-            self.class_names = known or self.class_names
-        self._read_ahead: dict[int, tuple[bytes | None, list[str]]] = {}
+            columns_of = (_read(path, None, [self._label]) for path in self._files)
+            values = [value for column in columns_of for value in column_cells(column[self._label])]
+            self._labels = number_labels(values, known, max_label)
+            if self._labels is None and values:
+                tell_unlabelled(root, self._label, len(values), needed=False)
+        self.class_names: Sequence[str] = () if self._labels is None else self._labels.class_names
+        self._read_ahead: dict[int, tuple[bytes | None, Any]] = {}
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self._labels is None else self._labels.numbers
 
     def __len__(self) -> int:
         return len(self._places)
@@ -57,7 +70,7 @@ class HfParquetSource:
     def part(self, items: np.ndarray) -> HfParquetSource:
         part = copy.copy(self)
         part._places, part._read_ahead = self._places[items], {}
-        part.labels = None if self.labels is None else self.labels[items]
+        part._labels = None if self._labels is None else self._labels.part(items)
         part.class_names = ()
         return part
 
@@ -68,27 +81,28 @@ class HfParquetSource:
         if image is None:
             raise BadItemError("no image bytes in its row")
         payloads = {IMAGE: image}
-        if self.labels is not None:
-            payloads["cls"] = label_payload(self.labels[item])
+        if self._labels is not None:
+            payloads["cls"] = self._labels.payload(item)
         if self._caption is not None:
-            payloads.update(caption_payloads(captions))
+            payloads.update(caption_payloads(as_captions(captions)))
         return payloads
 
     def _read_group(self, item: int) -> None:
         number, group, _ = self._places[item].tolist()
         columns = [self._image, *([self._caption] if self._caption is not None else [])]
-        table = _open(self._files[number]).read_row_group(group, columns=columns)
+        table = _read(self._files[number], group, columns)
         here = np.flatnonzero((self._places[:, :2] == (number, group)).all(axis=1))
-        for other in here.tolist():
-            row = self._places[other, 2]
-            image: dict[str, Any] = table[self._image][row].as_py() or {}
-            captions = as_captions(table[self._caption][row].as_py()) if self._caption is not None else []
-            self._read_ahead[other] = (image.get("bytes"), captions)
+        rows = self._places[here, 2].tolist()
+        captions = [None] * len(rows) if self._caption is None else list(column_cells(table[self._caption].take(rows)))
+        for other, row, caption in zip(here.tolist(), rows, captions, strict=True):
+            (image,) = column_cells(table[self._image].slice(row, 1))
+            content = image.get("bytes") if isinstance(image, dict) else None
+            self._read_ahead[other] = (content if isinstance(content, bytes) else None, caption)
 
 
 def holds_images(path: Path) -> bool:
     """Whether a Parquet file has images inside, rather than paths to them."""
-    return any(_is_image(field) for field in _open(path).schema_arrow)
+    return any(_is_image(field) for field in open_parquet(path).schema_arrow)
 
 
 def _rows(number: int, group: int, file: Any) -> np.ndarray:
@@ -111,13 +125,12 @@ def _files_of(root: Path, split: str | None) -> list[Path]:
     return files[split] if split is not None else next(iter(files.values()))
 
 
-def _open(path: Path) -> Any:
-    pyarrow = import_pyarrow()
-    from pyarrow import parquet
-
+def _read(path: Path, group: int | None, columns: list[str]) -> Any:
+    """Columns of a file, or of one row group."""
+    file = open_parquet(path)
     try:
-        return parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        return file.read(columns) if group is None else file.read_row_group(group, columns=columns)
+    except (OSError, import_pyarrow().ArrowException) as error:
         raise UserError(f"SOURCE={path}: cannot be read as Parquet ({error}); restore it") from error
 
 
@@ -135,7 +148,11 @@ def _image_column(path: Path, schema: Any, given: str | None) -> str:
     return given or images[0]
 
 
-def _known_names(schema: Any, label: str) -> list[str]:
+def _known_names(schema: Any, label: str | None) -> list[str]:
     """The names of the classes, where the file was written by `datasets` and says them."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    return list(metadata.get("info", {}).get("features", {}).get(label, {}).get("names", []))
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = found.get("info", {}).get("features", {}).get(label, {}).get("names") or []
+    except (AttributeError, ValueError, RecursionError):
+        return []  # notes that `datasets` does not write
+    return [str(name) for name in names] if isinstance(names, list) else []

@@ -118,4 +118,4 @@ def _check_group(
     check_payloads(payloads, required)
     image = next(field for field in payloads if field in IMAGE_FIELDS)
     stored = store_image(payloads[image], _CHANNELS, ImageRules())
-    return row, int(payloads.get(LABEL_FIELD, -1)), stored.size
+    return row, int(payloads.get(LABEL_FIELD, b"-1")), stored.size

@@ -72,6 +72,6 @@ def plan_pack(source: Source, settings: PackSettings) -> PackPlan:
 def _classes(source: Source) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
     if source.labels is None or not source.class_names:
         return None, None
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.class_names))
     small, large = int(counts.argmin()), int(counts.argmax())
     return (source.class_names[small], int(counts[small])), (source.class_names[large], int(counts[large]))

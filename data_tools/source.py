@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import is_utf8
 
 IMAGE = "image"  # the payload of an image file as it was found; packing checks it and names its format
 
@@ -116,8 +117,14 @@ def caption_payloads(captions: Sequence[str], **metadata: Any) -> dict[str, byte
 
     Raises BadItemError where there is no caption.
     """
-    stripped = [text for text in (caption.strip() for caption in captions) if text]
+    stripped = [text for text in (caption.strip().strip("\ufeff").strip() for caption in captions) if text]
     if not stripped:
         raise BadItemError("no caption")
+    if not all(map(is_utf8, stripped)):
+        raise BadItemError("its caption is not UTF-8")
+    if any("\0" in text for text in stripped):
+        raise BadItemError("its caption holds zero bytes, as text in UTF-16 does")
     described = json.dumps({"captions": stripped, **metadata}, ensure_ascii=False)
+    if not is_utf8(described):  # a path need not be
+        described = json.dumps({"captions": stripped, **metadata})
     return {"txt": stripped[0].encode(), "json": described.encode()}

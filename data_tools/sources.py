@@ -33,6 +33,7 @@ class SourceOptions:
     devkit: Path | None = None
     columns: Columns = Columns()
     split: str | None = None
+    max_label: int | None = None
 
 
 _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {
@@ -43,9 +44,9 @@ _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {
     "ilsvrc-val": lambda path, options: validation_source(path, options.devkit),
     "coco": lambda path, options: CocoSource(path, options.images),
     "pairs": lambda path, options: PairsSource(path),
-    "table": lambda path, options: TableSource(path, options.images, options.columns),
-    "webdataset": lambda path, options: WebDatasetSource(path),
-    "hf-parquet": lambda path, options: HfParquetSource(path, options.columns, options.split),
+    "table": lambda path, options: TableSource(path, options.images, options.columns, options.max_label),
+    "webdataset": lambda path, options: WebDatasetSource(path, options.max_label),
+    "hf-parquet": lambda path, options: HfParquetSource(path, options.columns, options.split, options.max_label),
     "idx": lambda path, options: IdxSource(path),
 }
 FORMATS = tuple(_READERS)
@@ -162,6 +163,7 @@ def _refuse_unused(source_format: str, options: SourceOptions) -> None:
         "--images": (options.images, _USES_IMAGES),
         "--devkit": (options.devkit, ("ilsvrc-val",)),
         "--split": (options.split, ("hf-parquet",)),
+        "--max-label": (options.max_label, (*_USES_COLUMNS, "webdataset")),
         "--image-column": (options.columns.image, _USES_COLUMNS),
         "--caption-column": (options.columns.caption, _USES_COLUMNS),
         "--label-column": (options.columns.label, _USES_COLUMNS),

@@ -14,6 +14,7 @@ from data_tools.parallel import SERIAL, Workers
 from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, LABEL_FIELD
 from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.labels import label_in_payload
 
 _GRID_SIDE = 8  # samples
 _MEASURED_IMAGES = 1000
@@ -81,7 +82,7 @@ def _count_shard(job: tuple[ShardIndex, int]) -> tuple[int, Stats]:
                 stats.bytes_of[name].add(size)
         payloads = index.read(sample_id, (LABEL_FIELD, CAPTION_FIELD))
         if LABEL_FIELD in payloads:
-            stats.labels[int(payloads[LABEL_FIELD])] += 1
+            stats.labels[label_in_payload(payloads[LABEL_FIELD])] += 1
         if CAPTION_FIELD in payloads:
             words = len(payloads[CAPTION_FIELD].decode().split())
             stats.caption_words.add(words)

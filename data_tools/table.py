@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from data_tools.source import IMAGE, BadItemError, caption_payloads, label_payload, read_file
+from data_tools.labels import number_labels
+from data_tools.source import IMAGE, BadItemError, Strings, caption_payloads, read_file
+from data_tools.table_files import UnreadableCell, is_missing, open_table
 from diffmoe_dist.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _PATHS = ("path", "file_name", "filename", "file", "image_path", "image")
 CAPTIONS = ("caption", "captions", "text", "prompt")
 LABELS = ("label", "labels", "cls", "class")
+
+logger = logging.getLogger("diffmoe_data")
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class TableSource:
     channels = 3
     image_size = None
 
-    def __init__(self, path: Path, images: Path | None, columns: Columns) -> None:
+    def __init__(self, path: Path, images: Path | None, columns: Columns, max_label: int | None = None) -> None:
         self._root = images or path.parent
-        table = _read_table(path)
-        names = table.column_names
+        table = open_table(path)
+        names = table.names
         image = choose_column(path, names, "image", columns.image, _PATHS)
         caption = choose_column(path, names, "caption", columns.caption, CAPTIONS)
         label = choose_column(path, names, "label", columns.label, LABELS)
@@ -51,98 +54,91 @@ class TableSource:
             raise UserError(
                 f"SOURCE={path}: neither captions nor labels among {', '.join(names)}; use --caption-column"
             )
-        self._caption = caption
-        self._rows = table.select([image] if caption is None else [image, caption])
-        self.class_names: Sequence[str] = ()
-        self.labels: np.ndarray | None = None
-        if label is not None:
-            self.class_names, self.labels = number_labels(path, table[label].to_pylist())
+        self._has_captions = caption is not None
+        chosen = [image, *([caption] if caption is not None else []), *([label] if label is not None else [])]
+        values: list[Any] = []
+        self._items = Strings(_items(table.rows(chosen), caption is not None, values if label is not None else None))
+        self._labels = None if label is None else number_labels(values, largest=max_label)
+        if label is not None and self._labels is None:
+            tell_unlabelled(path, label, len(values), needed=caption is None)
+        self.class_names: Sequence[str] = () if self._labels is None else self._labels.class_names
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self._labels is None else self._labels.numbers
 
     def __len__(self) -> int:
-        return int(self._rows.num_rows)
+        return len(self._items)
 
     def item_name(self, item: int) -> str:
-        return str(self._rows[0][item].as_py())
+        return str(json.loads(self._items[item])[0])
 
     def part(self, items: np.ndarray) -> TableSource:
         part = copy.copy(self)
-        part._rows = self._rows.take(items).combine_chunks()
-        part.labels = None if self.labels is None else self.labels[items]
+        part._items = self._items.take(items)
+        part._labels = None if self._labels is None else self._labels.part(items)
         part.class_names = ()
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
-        path = self._rows[0][item].as_py()
-        if not path:
-            raise BadItemError("no path")
-        payloads = {IMAGE: read_file(self._root / str(path))}
-        if self.labels is not None:
-            payloads["cls"] = label_payload(self.labels[item])
-        if self._caption is not None:
-            payloads.update(caption_payloads(as_captions(self._rows[1][item].as_py()), path=path))
+        path, problem, captions = json.loads(self._items[item])
+        if problem is not None:
+            raise BadItemError(problem)
+        payloads = {IMAGE: read_file(self._root / path)}
+        if self._labels is not None:
+            payloads["cls"] = self._labels.payload(item)
+        if self._has_captions:
+            payloads.update(caption_payloads(captions, path=path))
         return payloads
 
 
-def import_pyarrow() -> Any:
-    """Raises UserError where pyarrow is not installed; only tables need it."""
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise UserError("SOURCE: tables and Parquet files need pyarrow; run: pip install pyarrow") from error
-    return pyarrow
+def _items(rows: Iterable[list[Any]], has_captions: bool, labels: list[Any] | None) -> Iterable[str]:
+    """(path or number of the row, problem, captions) of each row, as JSON; its label is added to `labels`."""
+    for number, row in enumerate(rows):
+        path, problem, captions = row[0], None, []
+        if is_missing(path) or path == "":
+            path, problem = f"row {number}", "no path"
+        elif isinstance(path, (UnreadableCell, list, dict)):
+            path, problem = f"row {number}", "its path is no text"
+        try:
+            captions = as_captions(row[1]) if has_captions else []
+        except BadItemError as error:
+            problem = problem or str(error)
+        if labels is not None:
+            labels.append(row[-1])
+        yield json.dumps([str(path), problem, captions])
 
 
 def choose_column(path: Path, names: Sequence[str], what: str, given: str | None, usual: Iterable[str]) -> str | None:
-    """The column that is given, or the first of the usual ones that is there. Raises UserError."""
+    """The column that is given, or the first of the usual ones that is there, however capital. Raises UserError."""
     if given is not None and given not in names:
         raise UserError(f"--{what}-column={given}: not a column of {path}; there are {', '.join(names)}")
-    return given or next((name for name in usual if name in names), None)
+    wanted = [given] if given is not None else usual
+    for one in wanted:
+        found = [name for name in names if (name == given if given is not None else name.strip().lower() == one)]
+        if len(found) > 1:
+            raise UserError(
+                f"SOURCE={path}: {len(found)} columns for the {what}: {', '.join(found)}; rename all but one"
+            )
+        if found:
+            return found[0]
+    return None
 
 
-def number_labels(path: Path, values: Sequence[Any]) -> tuple[list[str], np.ndarray]:
-    """Names and (items,) int64 labels: numbers from 0 are taken as they are, other values by their rank."""
-    missing = sum(value is None or value == "" for value in values)
-    if missing:
-        raise UserError(f"SOURCE={path}: {missing} rows have no label; complete or remove them")
-    texts = [str(value) for value in values]
-    if all(text.isascii() and text.isdigit() for text in texts):
-        labels = np.array([int(text) for text in texts], dtype=np.int64)
-        return [str(label) for label in range(labels.max(initial=0) + 1)], labels
-    names = sorted(set(texts))
-    rank = {name: number for number, name in enumerate(names)}
-    return names, np.array([rank[text] for text in texts], dtype=np.int64)
+def tell_unlabelled(path: Path, column: str, num_items: int, *, needed: bool) -> None:
+    """No row has a label: a warning, or a UserError where the labels are all there is."""
+    problem = f"SOURCE={path}: no row has a label from 0 in the column {column} ({num_items} rows)"
+    if needed:
+        raise UserError(f"{problem}; use --label-column")
+    logger.warning("%s: packed without labels", problem)
 
 
 def as_captions(value: Any) -> list[str]:
-    """A caption or several."""
-    if value is None:
-        return []
-    return [str(caption) for caption in value] if isinstance(value, list) else [str(value)]
-
-
-def _read_table(path: Path) -> pyarrow.Table:
-    pyarrow = import_pyarrow()
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path)
-        if path.suffix == ".jsonl":
-            from pyarrow import json
-
-            return json.read_json(path)
-        return _read_csv(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"SOURCE={path}: cannot be read as a table ({error}); repair it") from error
-
-
-def _read_csv(path: Path) -> pyarrow.Table:
-    """All columns as text: a class named 007 is not the number 7."""
-    import pyarrow
-    from pyarrow import csv
-
-    parse = csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True)
-    with csv.open_csv(path, parse_options=parse) as reader:
-        names = reader.schema.names
-    convert = csv.ConvertOptions(column_types={name: pyarrow.string() for name in names}, strings_can_be_null=False)
-    return csv.read_csv(path, parse_options=parse, convert_options=convert)
+    """A caption or several. Raises BadItemError for what is no text."""
+    if isinstance(value, (list, tuple)):
+        return [caption for one in value for caption in as_captions(one)]
+    if isinstance(value, UnreadableCell):
+        raise BadItemError(f"caption: {value}")
+    if isinstance(value, dict):
+        raise BadItemError(f"caption {str(value)[:40]} is no text")
+    return [] if is_missing(value) else [str(value)]

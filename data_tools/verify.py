@@ -10,6 +10,7 @@ from data_tools.tars import TarDamageError, TarFile
 from diffmoe_dist.data.format import ABSENT, INDEX_NAME, LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, decode_image
 from diffmoe_dist.data.index import CorruptShardError, ShardIndex
+from diffmoe_dist.data.labels import label_in_payload
 from diffmoe_dist.files import file_sha256
 
 _MAX_PROBLEMS = 20  # of one shard that are named
@@ -121,6 +122,8 @@ def _check_sample(index: ShardIndex, sample_id: int) -> None:
         if index.image_size is not None and size != (index.image_size, index.image_size):
             raise index.corrupt(sample_id, f"{size[0]}x{size[1]} pixels, the index says {index.image_size}")
     if LABEL_FIELD in index.fields:
-        label = payloads.get(LABEL_FIELD, b"").strip()
-        if not label.isdigit() or int(label) >= index.num_classes:
-            raise index.corrupt(sample_id, f"label {label[:20]!r} is not a number below {index.num_classes}")
+        try:
+            label_in_payload(payloads.get(LABEL_FIELD, b""), index.num_classes - 1)
+        except ValueError:
+            label = payloads.get(LABEL_FIELD, b"")[:20]
+            raise index.corrupt(sample_id, f"label {label!r} is not a number below {index.num_classes}") from None

@@ -15,12 +15,13 @@ import numpy as np
 
 from data_tools.source import IMAGE, BadItemError, Strings, label_payload
 from data_tools.tars import Member, TarFile
+from diffmoe_dist.data.captions import captions_in
 from diffmoe_dist.data.format import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD, METADATA_FIELD, split_name
+from diffmoe_dist.data.labels import MAX_LABEL, label_in_payload
 from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("data_tools")
 _SAMPLE_FIELDS = (LABEL_FIELD, CAPTION_FIELD, METADATA_FIELD)
-_LABEL_DIGITS = 6  # more classes than 10**6 are a mistake
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class WebDatasetSource:
     image_size = None
     labels = None
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_label: int | None = None) -> None:
+        self._max_label = max_label or MAX_LABEL
         self._tars = [TarFile(path) for path in list_tars(root)]
         found = Found()
         self._items = Strings(  # tar, key, and (field, offset, size) of each member
@@ -67,8 +69,10 @@ class WebDatasetSource:
         tar = self._tars[number]
         used = used_fields(self._required)
         payloads = {field: tar.read(offset, size) for field, offset, size in members if field in used}
-        check_payloads(payloads, self._required)
+        check_payloads(payloads, self._required, self._max_label)
         image = next(field for field in payloads if field in IMAGE_FIELDS)
+        if captions := captions_in(payloads):
+            payloads[CAPTION_FIELD] = captions[0].strip().encode()
         return {IMAGE: payloads.pop(image), **payloads}
 
 
@@ -159,24 +163,16 @@ def group_members(members: Iterator[Member]) -> Iterator[Group]:
         yield group
 
 
-def check_payloads(payloads: dict[str, bytes], required: Sequence[str]) -> None:
+def check_payloads(payloads: dict[str, bytes], required: Sequence[str], max_label: int = MAX_LABEL) -> None:
     """Whether one image and the required fields are there and readable; normalises the label. Raises BadItemError."""
     images = [field for field in payloads if field in IMAGE_FIELDS]
     missing = [field for field in required if field not in payloads]
     if len(images) != 1 or missing:
         problem = "several images" if len(images) > 1 else f"no {missing[0] if images else 'image'}"
         raise BadItemError(f"{problem} among its members ({', '.join(payloads) or 'none of use'})")
-    if LABEL_FIELD in payloads:
-        label = payloads[LABEL_FIELD].strip()
-        if not label.isdigit():
-            raise BadItemError(f"label {label[:20]!r} is not a number")
-        if len(label.lstrip(b"0")) > _LABEL_DIGITS:
-            raise BadItemError(f"label {label[:20]!r} is not below {10**_LABEL_DIGITS}")
-        payloads[LABEL_FIELD] = label_payload(int(label))
     try:
-        payloads.get(CAPTION_FIELD, b"").decode()
-        json.loads(payloads.get(METADATA_FIELD, b"{}"))
-    except UnicodeDecodeError:
-        raise BadItemError("its text is not UTF-8") from None
-    except (RecursionError, ValueError):
-        raise BadItemError("its json does not parse") from None
+        if LABEL_FIELD in payloads:
+            payloads[LABEL_FIELD] = label_payload(label_in_payload(payloads[LABEL_FIELD], max_label))
+        captions_in(payloads)
+    except ValueError as error:
+        raise BadItemError(str(error)) from None

@@ -16,6 +16,7 @@ from diffmoe_dist.data.batch import Batch, BatchBuffer
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.format import LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, crop_image, decode_image
+from diffmoe_dist.data.labels import label_in_payload
 from diffmoe_dist.data.latents import FLIP_VIEW
 from diffmoe_dist.data.online import OnlineEncoders
 from diffmoe_dist.data.order import BatchSplit, MixtureOrder
@@ -44,11 +45,8 @@ def read_pixels(payload: bytes, channels: int, flip: bool, out_CHW: np.ndarray) 
 
 def parse_label(payload: bytes, num_classes: int) -> int:
     """The class of a `cls` payload. Raises ValueError where it is none."""
-    try:
-        label = int(payload)
-    except ValueError:
-        raise ValueError(f"label {payload[:20]!r} is not a number") from None
-    if not 0 <= label < num_classes:
+    label = label_in_payload(payload)
+    if label >= num_classes:
         raise ValueError(f"label {label} is outside 0..{num_classes - 1}")
     return label
 

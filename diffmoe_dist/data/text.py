@@ -6,18 +6,18 @@ Shape legend: B samples, T tokens of one caption, L tokens after padding, D hidd
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from diffmoe_dist.data.captions import captions_in
 from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, METADATA_FIELD, POOLED_TEXT_FIELD, TEXT_FIELD, File
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import read_fp16
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, is_utf8
+from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.condition import TextCondition
 
 
@@ -44,14 +44,10 @@ def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
 
     Raises CorruptShardError for a `json` that is none.
     """
-    payloads = base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD))
     try:
-        described = json.loads(payloads.get(METADATA_FIELD, b"{}"))
-        listed = described.get("captions") if isinstance(described, dict) else None
-        captions = listed if isinstance(listed, list) else [payloads.get(CAPTION_FIELD, b"").decode()]
+        return captions_in(base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD)))
     except ValueError as error:
         raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
-    return [caption for caption in captions if isinstance(caption, str) and caption.strip() and is_utf8(caption)]
 
 
 def choose_caption(captions: Sequence[str], uniform: float) -> str:

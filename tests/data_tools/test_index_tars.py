@@ -123,7 +123,7 @@ def test_labels_of_foreign_tars_must_be_numbers_and_be_there(tmp_path: Path) -> 
     assert [index.key(sample) for sample in range(3)] == ["a", "b", "e"]
     assert (index.num_classes, index.class_names) == (3, ["0", "1", "2"])
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert [line["reason"] for line in lines] == ["label b'cat' is not a number", "no cls among its members (jpg)"]
+    assert [line["reason"] for line in lines] == ["label 'cat' is not a number", "no cls among its members (jpg)"]
     assert index.read(0)["cls"] == b"2\n" and verify(ShardIndex.open(tmp_path), full=True).problems == []
 
 

@@ -97,11 +97,11 @@ def _write_table(folder: Path, kind: str) -> Path:
         else:
             from pyarrow import csv
 
-            csv.write_csv(table, path, csv.WriteOptions(delimiter="," if kind == "csv" else "\t"))
+            csv.write_csv(table, path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_tables_give_captions_and_labels_by_the_rank_of_their_names(tmp_path: Path, kind: str) -> None:
     _write_images(tmp_path, ["a.jpg", "b.jpg"])
     path = _write_table(tmp_path, kind)
@@ -129,8 +129,12 @@ def test_a_table_with_numbers_for_labels_takes_them_as_they_are(tmp_path: Path) 
         ("a,b\n1,2\n", Columns(), "no column of paths among a, b"),
         ("path\nx\n", Columns(), "neither captions nor labels among path"),
         ("path,label\nx,1\n", Columns(caption="text"), "--caption-column=text: not a column"),
-        ("path,label\nx,1\ny,\n", Columns(), "1 rows have no label"),
-        ("path,label\nx,1,2\n", Columns(), "cannot be read as a table"),
+        ("path,label\nx,\ny,-1\n", Columns(), r"no row has a label from 0 in the column label \(2 rows\)"),
+        ("path,label\nx,1,2\n", Columns(), "line 2 has 3 cells, the first one 2"),
+        ('path,caption\nx,"5 inch\ny,cat\n', Columns(), "line 3 or a quotation mark before it is wrong"),
+        ("path,caption,caption\nx,a,b\n", Columns(), "2 columns for the caption: caption, caption; rename all but one"),
+        ("path,caption,Caption\nx,a,b\n", Columns(), "2 columns for the caption"),
+        ("", Columns(), "is empty"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, text: str, columns: Columns, said: str) -> None:
