@@ -29,6 +29,7 @@ from diffmoe_dist.data.format import QUARANTINE_NAME
 from diffmoe_dist.data.images import Crop
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import format_bytes
 
 _SECONDS_BETWEEN_LINES = 5.0
 _THUMBNAIL = 96  # pixels
@@ -245,8 +246,8 @@ def _plan(arguments: argparse.Namespace, workers: Workers) -> None:
     plan = plan_pack(source, settings)
     lines = [
         f"{source.name}: {plan.num_items} items, {plan.num_shards} shards of at most {settings.samples_per_shard}",
-        f"about {plan.num_bytes / 1e9:.2f} GB, {plan.bytes_per_sample / 1e3:.1f} kB a sample",
-        f"about {plan.seconds(1) / 60:.1f} minutes in one process, {plan.seconds(16) / 60:.1f} in 16 "
+        f"about {format_bytes(plan.num_bytes)}, {format_bytes(plan.bytes_per_sample)} a sample",
+        f"about {_duration(plan.seconds(1))} in one process, {_duration(plan.seconds(16))} in 16 "
         f"({1 / plan.seconds_per_item:.0f} items/s each)",
     ]
     if plan.smallest_class is not None and plan.largest_class is not None:
@@ -257,6 +258,13 @@ def _plan(arguments: argparse.Namespace, workers: Workers) -> None:
     if plan.num_bad > arguments.max_bad:
         lines.append(f"expect about {plan.num_bad} bad items: more than --max-bad={arguments.max_bad} allows")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
 
 def _pack(arguments: argparse.Namespace, workers: Workers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +41,14 @@ Files are read without executing anything in them.
 
 
 def main() -> None:
+    arguments = _parse()
+    if arguments.published is None:
+        _export(arguments)
+    else:
+        _convert(arguments)
+
+
+def _parse() -> argparse.Namespace:
     parser = CommandParser(prog="diffmoe_dist.convert", description=DESCRIPTION)
     parser.add_argument(
         "--from", dest="published", nargs=2, metavar=("LAYOUT", "FILE"), help="dit, diffmoe or promoe, and the file"
@@ -54,25 +63,30 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet, or an empty one")
     arguments = parser.parse_intermixed_args()
-    published, out = arguments.published, Path(arguments.out)
-    if (published is None) == (arguments.to is None):
+    if (arguments.published is None) == (arguments.to is None):
         raise UserError(
             "give one of --from {dit,diffmoe,promoe} FILE and --to safetensors; see diffmoe_dist.convert --help"
         )
-    if published is None:
-        for name, given in {"--config": arguments.config, "--upcycle": arguments.upcycle}.items():
-            if given:
-                raise UserError(f"{name} has no effect with --to, whose checkpoint has its settings; leave it out")
-        if arguments.overrides:
-            raise UserError(f"{arguments.overrides[0]} has no effect with --to; leave it out")
-        if arguments.checkpoint is None:
-            raise UserError("--to safetensors needs --checkpoint DIR, a run folder or a step folder")
-        from diffmoe_dist.engine.conversion import export_checkpoint
+    return arguments
 
-        source = export_checkpoint(arguments.checkpoint, out, arguments.weights)
-        sys.stdout.write(f"{source} ({arguments.weights or 'ema'}) is now in {out}\n")
-        return
-    layout, file = published
+
+def _export(arguments: argparse.Namespace) -> None:
+    for name, given in {"--config": arguments.config, "--upcycle": arguments.upcycle}.items():
+        if given:
+            raise UserError(f"{name} has no effect with --to, whose checkpoint has its settings; leave it out")
+    if arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]} has no effect with --to; leave it out")
+    if arguments.checkpoint is None:
+        raise UserError("--to safetensors needs --checkpoint DIR, a run folder or a step folder")
+
+    from diffmoe_dist.engine.conversion import export_checkpoint
+
+    source = export_checkpoint(arguments.checkpoint, Path(arguments.out), arguments.weights)
+    sys.stdout.write(f"{source} ({arguments.weights or 'ema'}) is now in {arguments.out}\n")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    layout, file = arguments.published
     if arguments.checkpoint is not None:
         raise UserError("--checkpoint has no effect with --from, which names its file; leave it out")
     if arguments.config is None:
@@ -81,8 +95,8 @@ def main() -> None:
 
     from diffmoe_dist.engine.conversion import convert_published
 
-    taken = convert_published(layout, Path(file), config, out, arguments.weights, arguments.upcycle)
-    sys.stdout.write(f"{file}{'' if taken == 'only' else f' ({taken})'} is now in {out}\n")
+    taken = convert_published(layout, Path(file), config, Path(arguments.out), arguments.weights, arguments.upcycle)
+    sys.stdout.write(f"{file}{'' if taken == 'only' else f' ({taken})'} is now in {arguments.out}\n")
 
 
 def run() -> NoReturn:

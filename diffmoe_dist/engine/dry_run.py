@@ -25,6 +25,7 @@ from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
 from diffmoe_dist.engine.resume import progress_from
+from diffmoe_dist.files import format_bytes
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT
@@ -71,8 +72,9 @@ def _check_experts_cover(whole: DiT, config: Config, topology: Topology) -> None
         for layer, other in zip(whole.moe_layers, model.moe_layers, strict=True):
             shard: Any = other.experts
             assert isinstance(shard, ExpertShard)
-            assert shard.first == rank * shard.num_local_experts
-            assert (rank == topology.expert - 1) == (shard.first + shard.num_local_experts == len(layer.experts.w1))
+            assert shard.first == rank * shard.num_local_experts, "shards follow each other"
+            is_last = shard.first + shard.num_local_experts == len(layer.experts.w1)
+            assert (rank == topology.expert - 1) == is_last, "the last shard ends with the last expert"
             for name, parameter in layer.experts.named_parameters():
                 assert shard.get_parameter(name).shape == (shard.num_local_experts, *parameter.shape[1:]), name
 
@@ -85,7 +87,8 @@ def _check_batches(config: Config, progress: Progress, world_size: int) -> None:
         split = BatchSplit(config.train.global_batch_size, micro, rank, world_size)
         positions += itertools.chain.from_iterable(split.positions(progress.images_seen))
     first = progress.images_seen
-    assert sorted(positions) == list(range(first, first + config.train.global_batch_size))
+    batch = list(range(first, first + config.train.global_batch_size))
+    assert sorted(positions) == batch, "each sample of the global batch once"
 
 
 def _check_forward(model: DiT, config: Config) -> None:
@@ -138,7 +141,7 @@ def _report(
     total = sum(parameter.numel() for parameter in whole.parameters())
     held = sum(parameter.numel() for parameter in model.parameters())
     yield "model", f"{total / 1e6:,.2f} M parameters, {held / 1e6:,.2f} M of them on a rank"
-    if config.experts is not None and config.experts.num_experts is not None:
+    if config.experts is not None:
         yield (
             "experts",
             f"{config.experts.num_experts} in {len(config.moe_blocks)} layers; {ranks // topology.expert} groups of "
@@ -151,15 +154,18 @@ def _report(
     )
     yield "data", _data(data, config)
     sizes = persistent_bytes(config, ranks)
-    parts = ", ".join(f"{name} {_size(number)}" for name, number in sizes.items())
-    yield "memory", f"{_size(sum(sizes.values()))} a rank, gradients and activations apart: {parts}"
+    parts = ", ".join(f"{name} {format_bytes(number)}" for name, number in sizes.items())
+    yield "memory", f"{format_bytes(sum(sizes.values()))} a rank, gradients and activations apart: {parts}"
     if isinstance(data, TrainingData) and data.encoders is not None:
-        yield "encoders", f"{_size(data.encoders.num_bytes)} more on every rank, for what is encoded as it is read"
+        yield (
+            "encoders",
+            f"{format_bytes(data.encoders.num_bytes)} more on every rank, for what is encoded as it is read",
+        )
     written = 4 * 4 * total  # weights, two moments and their average, fp32
     yield (
         "checkpoint",
-        f"{_size(written)}, {_size(written // ranks)} of it copied to host memory by a rank; "
-        f"{_size(shutil.disk_usage(_existing(Path(config.run_dir))).free)} are free at run_dir",
+        f"{format_bytes(written)}, {format_bytes(written // ranks)} of it copied to host memory by a rank; "
+        f"{format_bytes(shutil.disk_usage(_existing(Path(config.run_dir))).free)} are free at run_dir",
     )
     yield "start", f"step {progress.step}" + (f", from {found[-1]}" if found else ", there is no checkpoint")
 
@@ -174,14 +180,6 @@ def _data(data: TrainingData | StreamedData, config: Config) -> str:
         f"{samples} samples in {shards} shards, all there; an epoch is {samples / batch:,.1f} steps, "
         f"the run {config.train.steps * batch / samples:,.1f} epochs"
     )
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"
 
 
 def _existing(path: Path) -> Path:

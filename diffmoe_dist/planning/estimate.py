@@ -71,7 +71,7 @@ class Plan:
 
 
 def make_plan(config: Config, cluster: Cluster, capacity: float | None = None) -> Plan:
-    """Plan a run; fills in `train.micro_batch_size` of the config.
+    """Plan a run of these settings on a cluster.
 
     Args:
         capacity: C, experts per token, measured on a run; by default what the settings make it in training.

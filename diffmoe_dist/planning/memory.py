@@ -132,8 +132,7 @@ def _text_activation_bytes(config: Config, work: Workload) -> float:
 def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
     """Of one mixture-of-experts layer, beyond its input and output."""
     D, e = config.model.hidden_size, element_bytes(config)
-    assert D is not None
-    N, H = int(experts.num_experts or 0), int(D * experts.expert_mlp_ratio)
+    N, H = experts.num_experts, int(D * experts.expert_mlp_ratio)
     hidden = (4 if experts.activation == "swiglu" else 2) * H * e
     fp32_copy = 4 * D if e < 4 else 0
     router = work.tokens * (4 * N + fp32_copy + experts.saved_bytes(D, e))
@@ -145,7 +144,6 @@ def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workloa
 def _largest_backward(config: Config, work: Workload) -> float:
     """Gradients of activations in the backward pass of one feed-forward layer."""
     D, e = config.model.hidden_size, element_bytes(config)
-    assert D is not None
-    expert_ratio = 0.0 if config.experts is None else float(config.experts.expert_mlp_ratio or 0.0)
+    expert_ratio = 0.0 if config.experts is None else config.experts.expert_mlp_ratio
     rows = max(work.tokens * config.model.mlp_ratio, work.assignments * expert_ratio)
     return (2 * rows + 4 * work.tokens) * D * e

@@ -58,7 +58,7 @@ def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Tran
 
 
 def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups, work: Workload) -> list[Transfer]:
-    N, D = int(experts.num_experts or 0), int(config.model.hidden_size or 0)
+    N, D = experts.num_experts, config.model.hidden_size
     times = len(config.moe_blocks) * work.micro_steps
     rows = work.assignments * D * element_bytes(config)
     transfers = [
@@ -93,8 +93,7 @@ def _report_bytes(config: Config) -> int:
     # The loss, its parts, bad samples, and whether a rank was asked to stop.
     numbers, experts = 3 + len(losses), config.experts
     if experts is not None:
-        N = int(experts.num_experts or 0)
-        numbers += len(config.moe_blocks) * (N * (2 if experts.has_predictor() else 1) + 1)
+        numbers += len(config.moe_blocks) * (experts.num_experts * (2 if experts.has_predictor() else 1) + 1)
     return 8 * numbers
 
 

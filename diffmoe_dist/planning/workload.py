@@ -38,7 +38,7 @@ class Workload:
 
 
 def workload(config: Config, ranks: int, capacity: float | None = None) -> Workload:
-    """What a rank computes in a micro-step; `for_world` has filled in the micro-batch size.
+    """What a rank computes in a micro-step; `config` is one of `for_world`, with its micro-batch size.
 
     Args:
         capacity: C, experts per token; by default what the settings make it in training.

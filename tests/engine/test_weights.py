@@ -251,3 +251,14 @@ def test_a_folder_of_weights_has_every_tensor_of_its_model_and_no_other(folder: 
     with torch.device("meta"):
         expected = {name: value.shape for name, value in DiT(config).state_dict().items()}
     assert {name: value.shape for name, value in load_file(folder / "model.safetensors").items()} == expected
+
+
+def test_opening_a_folder_of_weights_draws_no_random_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a random number was asked for")
+
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, refuse)
+    state = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), state)
