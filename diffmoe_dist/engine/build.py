@@ -17,12 +17,13 @@ from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.fragment_io import load_fragments
-from diffmoe_dist.engine.resume import Start
+from diffmoe_dist.engine.resume import Start, changed_settings
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import Periodic, RunGuards, Trainer
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import fill_fragments
+from diffmoe_dist.files import write_atomically
 from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
@@ -48,6 +49,8 @@ def build_trainer(
     set_up_logging(run_dir, topology.rank)
     _load(start, config, state)
     if topology.rank == 0:
+        if start.checkpoint is not None:
+            _keep_changed_settings(start.checkpoint, config, run_dir)
         save_config(config, run_dir / "config.yaml")
     logger.info(_summary(config, topology, engine.module, start.progress))
     loader = _open_loader(config, topology, data, start.progress)
@@ -70,6 +73,15 @@ def _load(start: Start, config: Config, state: ShardedState) -> None:
         fill_fragments(Path(initial_weights), fragments)
         state.after_load(progress.step)
         logger.info("started from the weights in %s", initial_weights)
+
+
+def _keep_changed_settings(checkpoint: Path, config: Config, run_dir: Path) -> None:
+    """Say which settings a resume changes, and keep those until here as config-until-step-N.yaml."""
+    changed = changed_settings(checkpoint, config)
+    if changed:
+        kept = run_dir / f"config-until-{checkpoint.name}.yaml"
+        write_atomically(kept, (checkpoint / "config.yaml").read_bytes())
+        logger.warning("settings change after %s: %s; the old ones stay in %s", checkpoint.name, changed, kept)
 
 
 def _open_loader(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe_dist.config import Config, load_config, model_settings, pool_samples
+from diffmoe_dist.config import Config, flat_settings, load_config, model_settings, pool_samples
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, read_progress
@@ -82,6 +82,14 @@ def check_initial_weights(config: Config) -> None:
         model = DiT(config)
     with open_tensors(folder, model.state_dict()):
         pass
+
+
+def changed_settings(checkpoint: Path, config: Config) -> str:
+    """What a run that continues a checkpoint changes in its settings: `optim.lr 0.001 -> 0.0005, ...`; else empty."""
+    saved = flat_settings(load_config(checkpoint / "config.yaml", training=False))
+    now = flat_settings(config)
+    names = [*now, *(saved.keys() - now.keys())]
+    return ", ".join(f"{n} {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n))
 
 
 def _check_same_model(checkpoint: Path, config: Config) -> None:

@@ -147,7 +147,9 @@ class Trainer:
         self.save_now()
         step = self.progress.step
         if step < steps:
-            logger.info("stopped at step %d of %d, as asked; everything is saved", step, steps)
+            claim = self.guards.claim
+            why = f"{self.run_dir}/STOP asks: remove it before the next start" if claim.stop_asked() else "asked"
+            logger.info("stopped at step %d of %d, everything is saved, as %s", step, steps, why)
             return False
         self.guards.claim.mark_done(step)
         return True
