@@ -62,7 +62,7 @@ class ShardSlot:
         """The record of a shard that is written; None where there is none that can be read."""
         try:
             return load_record(self._record_path)
-        except (FileNotFoundError, KeyError, TypeError, ValueError):
+        except (AttributeError, FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
             return None
 
     def finished(self) -> ShardRecord | None:
@@ -168,7 +168,7 @@ class ShardFolder:
             files = [meta.offsets, meta.keys, *([meta.quarantine] if meta.quarantine else [])]
             if any(file_sha256(self.out / file.name) != file.sha256 for file in files):
                 return
-        except (FileNotFoundError, KeyError, TypeError, ValueError):
+        except (AttributeError, FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
             return
         for slot, record in zip(self.slots, _split(self.out, meta), strict=True):
             slot.save(record)
@@ -228,7 +228,11 @@ def _write_rows(out: Path, records: Callable[[], Iterator[ShardRecord]], summary
         kind, shape = f"|S{summary.longest_key}", (summary.num_samples,)
         np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
         for record in records():
-            file.write(np.array([key.encode() for key in record.keys], dtype=kind).tobytes())
+            file.write(np.array([_encode_key(key) for key in record.keys], dtype=kind).tobytes())
+
+
+def _encode_key(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")  # the name of a foreign tar's member need not be text
 
 
 def _file_entry(path: Path) -> dict[str, str]:
@@ -256,7 +260,7 @@ class _Summary:
             return
         self.num_samples += len(record.keys)
         self.num_classes = max(self.num_classes, record.num_classes)
-        self.longest_key = max(self.longest_key, *(len(key.encode()) for key in record.keys))
+        self.longest_key = max(self.longest_key, *(len(_encode_key(key)) for key in record.keys))
         self.fields.update(record.fields)
         self.image_sizes.add(record.image_size)
 
@@ -301,7 +305,7 @@ def _split(out: Path, meta: FolderMeta) -> Iterator[ShardRecord]:
         yield ShardRecord(
             shard=shard,
             fields=meta.fields,
-            keys=[bytes(key).decode() for key in keys[rows]],
+            keys=[bytes(key).decode("utf-8", "surrogateescape") for key in keys[rows]],
             entries=offsets[rows].tolist(),
             bad=bad.get(shard.name, []),
             image_size=meta.image_size,

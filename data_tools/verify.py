@@ -68,6 +68,8 @@ def _check_other_files(index: ShardIndex) -> list[str]:
                 problems.append(f"{path}: not the one that {INDEX_NAME} records")
         except FileNotFoundError:
             problems.append(f"{path}: missing")
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror})")
     return problems
 
 

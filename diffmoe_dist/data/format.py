@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,10 @@ class FolderMeta:
 
 def parse_meta(meta: dict[str, Any]) -> FolderMeta:
     """Check the type of every entry. Raises KeyError, TypeError or ValueError for one that is missing or wrong."""
+    fields, shards = _list(meta, "fields", str), tuple(_shard(entry) for entry in _list(meta, "shards", dict))
+    for what, names in (("fields", fields), ("shards", [shard.name for shard in shards])):
+        if len(set(names)) != len(names):
+            raise ValueError(f"{what} has an entry twice")
     return FolderMeta(
         packing=_optional(meta, "packing", lambda _: _entry(meta, "packing", dict)),
         num_samples=_count(meta, "num_samples"),
@@ -133,8 +138,8 @@ def parse_meta(meta: dict[str, Any]) -> FolderMeta:
         class_names=_list(meta, "class_names", str),
         image_size=_optional(meta, "image_size", lambda _: _count(meta, "image_size")),
         channels=_optional(meta, "channels", lambda _: _count(meta, "channels")),
-        fields=_list(meta, "fields", str),
-        shards=tuple(_shard(entry) for entry in _list(meta, "shards", dict)),
+        fields=fields,
+        shards=shards,
         offsets=_file(_entry(meta, "offsets", dict)),
         keys=_file(_entry(meta, "keys", dict)),
         quarantine=_optional(meta, "quarantine", _file),
@@ -163,7 +168,9 @@ def _list(meta: dict[str, Any], name: str, kind: type[_T]) -> tuple[_T, ...]:
 
 
 def _floats(meta: dict[str, Any], name: str, length: int) -> tuple[float, ...]:
-    values = tuple(float(value) for value in _entry(meta, name, list))
+    values = tuple(float(value) for value in _entry(meta, name, list) if not isinstance(value, str | bool))
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name} has a number that is not finite")
     if len(values) != length:
         raise ValueError(f"{name} has {len(values)} numbers, not {length}")
     return values
@@ -219,6 +226,6 @@ def _text(entry: dict[str, Any]) -> TextSpec:
 
 
 def _plain_name(name: str) -> str:
-    if not name or name != Path(name).name:
+    if name in ("", ".", "..") or name != Path(name).name or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file in the folder")
     return name

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import struct
+import tokenize
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
 
 _MAX_OPEN_FILES = 64  # a large set has more shards than a process may open files
+_SHORT_NAME = 100  # bytes of a member's name at the start of its header
 _PACK = "python -m data_tools pack SOURCE OUT"
 _T = TypeVar("_T")
 
@@ -80,7 +82,7 @@ class ShardIndex:
         named = f"data.shards={path}" if named is None else named
         if not path.is_dir():
             _refuse(named, "no such folder", f"pack the data there: {_PACK}")
-        raw = _load(named, INDEX_NAME, (path / INDEX_NAME).read_bytes)
+        raw = _load(named, INDEX_NAME, lambda: _check_regular(path / INDEX_NAME).read_bytes())
         meta = _load(named, INDEX_NAME, lambda: json.loads(raw))
         known = isinstance(meta, dict) and meta.get("format") == FORMAT
         if not known or meta.get("version") != VERSION:
@@ -99,11 +101,14 @@ class ShardIndex:
         Raises IndexError for an id outside 0..num_samples-1, CorruptShardError where the bytes are not those packed.
         """
         payloads = {}
+        shard = self.shard_of(sample_id) if 0 <= sample_id < self.num_samples else 0
         for field, offset, size, crc32 in self.entries(sample_id):
             if size == ABSENT or (fields is not None and field not in fields):
                 continue
+            if size < 0 or not TAR_BLOCK <= offset <= self.shards[shard].num_bytes - size:
+                raise self.corrupt(sample_id, f"{field} lies outside the shard: {size} bytes from {offset} on")
             try:
-                descriptor = self._shard_file(self.shard_of(sample_id)).fileno()
+                descriptor = self._shard_file(shard).fileno()
                 member = os.pread(descriptor, TAR_BLOCK + size, offset - TAR_BLOCK)
             except OSError as error:
                 raise self.corrupt(sample_id, f"cannot be read ({error})") from error
@@ -112,6 +117,9 @@ class ShardIndex:
             payload = member[TAR_BLOCK:]
             if member_crc32(member[:TAR_BLOCK], payload) != crc32:
                 raise self.corrupt(sample_id, f"{field} is damaged: its CRC-32 is not the one recorded")
+            name = member[:_SHORT_NAME].rstrip(b"\0").lower()  # a longer one stands, cut, before the header
+            if len(name) < _SHORT_NAME and field.isascii() and not name.endswith(f".{field}".encode()):
+                raise self.corrupt(sample_id, f"{field} is {name.decode(errors='replace')} in the tar")
             payloads[field] = payload
         return payloads
 
@@ -129,7 +137,7 @@ class ShardIndex:
         """The WebDataset key of a sample: the name of its members up to the first dot."""
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample {sample_id} of {self.num_samples}")
-        return self._keys.read(sample_id).rstrip(b"\0").decode()
+        return self._keys.read(sample_id).rstrip(b"\0").decode("utf-8", "surrogateescape")
 
     def shard_of(self, sample_id: int) -> int:
         """The number of the shard that holds a sample."""
@@ -190,7 +198,7 @@ class ShardIndex:
         self._check_array(self._keys, self.meta.keys, (self.num_samples,), "|S")
 
     def _check_array(self, rows: _Rows, file: File, shape: tuple[int, ...], dtype: str) -> None:
-        found = _load(self.named, file.name, lambda: file_sha256(self.folder / file.name))
+        found = _load(self.named, file.name, lambda: file_sha256(_check_regular(self.folder / file.name)))
         if found != file.sha256:
             problem = f"{file.name} has SHA-256 {found[:12]}..., {INDEX_NAME} records {file.sha256[:12]}..."
             _refuse(self.named, problem, "restore both or pack again")
@@ -223,7 +231,10 @@ class _Rows:
 
     def find(self) -> np.ndarray:
         """Learn from the header where the rows lie. Returns the array, mapped, for a look at its shape and dtype."""
-        array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        try:
+            array = np.lib.format.open_memmap(self.path, mode="r")
+        except (ArithmeticError, MemoryError, RecursionError, SyntaxError, tokenize.TokenError) as error:
+            raise ValueError(f"its header cannot be read: {type(error).__name__}") from error
         if array.flags.f_contiguous and array.ndim > 1 and not array.flags.c_contiguous:
             raise ValueError("its rows are not contiguous")
         self._start, self._row_bytes = array.offset, array.strides[0]
@@ -251,6 +262,13 @@ def text_sha256(parts: Iterator[str]) -> str:
     return digest.hexdigest()
 
 
+def _check_regular(path: Path) -> Path:
+    """Raises ValueError for a pipe, which would be waited for, and for a device."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a regular file")
+    return path
+
+
 def _refuse(named: str, problem: str, remedy: str) -> NoReturn:
     raise UserError(f"{named}: {problem}; {remedy}")
 
@@ -259,6 +277,8 @@ def _load(named: str, name: str, action: Callable[[], _T]) -> _T:
     """Do one step of opening a file of the folder, and refuse the folder where it fails."""
     try:
         return action()
+    except RecursionError:
+        _refuse(named, f"{name} is damaged (nested too deeply)", "restore or pack it again")
     except FileNotFoundError:
         _refuse(named, f"{name} is missing", f"restore it or finish packing: {_PACK}")
     except OSError as error:
