@@ -15,6 +15,7 @@ from data_tools.labels import number_labels
 from data_tools.source import IMAGE, BadItemError, caption_payloads
 from data_tools.table import CAPTIONS, LABELS, Columns, as_captions, choose_column, tell_unlabelled
 from data_tools.table_files import column_cells, import_pyarrow, open_parquet
+from diffmoe_dist.data.format import is_hidden
 from diffmoe_dist.errors import UserError
 
 
@@ -114,6 +115,10 @@ def _files_of(root: Path, split: str | None) -> list[Path]:
     """The files of one split, by name: `train-00000-of-00004.parquet`, or `train/0000.parquet`."""
     files: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*.parquet")):
+        if is_hidden(str(path.relative_to(root))):
+            continue
+        if not path.is_file():
+            raise UserError(f"SOURCE={path}: not a regular file; remove it")
         numbered = re.match(r"(.+?)-\d", path.name)
         files.setdefault(numbered[1] if numbered else path.parent.name, []).append(path)
     if not files:

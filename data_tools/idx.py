@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.arrays import ArraySource
+from data_tools.source import BadItemError, read_file
 from diffmoe_dist.errors import UserError
 
 _UNSIGNED_BYTES = 0x08
@@ -35,9 +36,10 @@ class IdxSource(ArraySource):
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """An IDX file: two zero bytes, the type, the number of dimensions, their sizes (big-endian), the values."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"SOURCE={path}: no such file; images and labels belong side by side") from None
+        content = read_file(path)
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except BadItemError as error:
+        raise UserError(f"SOURCE={path}: {error}; images and labels belong side by side") from None
     except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"SOURCE={path}: cannot be read ({error}); restore it") from error
     start = 4 + 4 * dimensions

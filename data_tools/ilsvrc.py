@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data_tools.source import IMAGE, Strings, label_payload
+from data_tools.source import IMAGE, BadItemError, Strings, label_payload, read_file
 from data_tools.tars import Member, TarFile
 from diffmoe_dist.errors import UserError
 
@@ -139,13 +140,15 @@ def _read_synsets(content: bytes) -> dict[int, str]:
 
 def _devkit_file(devkit: Path, name: str) -> bytes | None:
     """A file of the devkit, wherever in it."""
-    if devkit.is_dir():
-        found = sorted(devkit.rglob(name))
-        return found[0].read_bytes() if found else None
     try:
+        if devkit.is_dir():
+            found = sorted(devkit.rglob(name))
+            return read_file(found[0]) if found else None
+        if devkit.exists() and not devkit.is_file():
+            raise BadItemError("not a regular file")
         with tarfile.open(devkit) as tar:
             members = [member for member in tar if member.isreg() and Path(member.name).name == name]
             file = tar.extractfile(members[0]) if members else None
             return file.read() if file else None
-    except (OSError, tarfile.TarError) as error:
+    except (BadItemError, EOFError, OSError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"--devkit={devkit}: cannot be read ({error}); name the devkit's folder or .tar.gz") from error

@@ -21,7 +21,7 @@ from diffmoe_dist.errors import UserError
 from tests.data.folders import png, random_images, write_folder
 
 Edit = Callable[[Path], None]
-FUZZ = settings(derandomize=True, deadline=None, max_examples=150)
+FUZZ = settings(derandomize=True, deadline=None, max_examples=60)
 NUMBERS = st.one_of(
     st.integers(-3, 15),
     st.sampled_from([2**31, 2**62, 2**63 - 1, -(2**63), 10**12]),

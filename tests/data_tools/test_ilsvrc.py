@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -142,6 +143,27 @@ def test_a_ground_truth_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"--devkit=.*{said}"):
         validation_source(validation, _make_devkit(tmp_path, truth))
+
+
+def test_a_devkit_that_is_cut_or_a_pipe_is_refused(validation: Path, tmp_path: Path) -> None:
+    devkit = _make_devkit(tmp_path, TRUTH)
+    archive = tmp_path / "devkit.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(devkit, arcname=devkit.name)
+    archive.write_bytes(archive.read_bytes()[:-300])
+    os.mkfifo(tmp_path / "pipe.tar.gz")
+    for path in (archive, tmp_path / "pipe.tar.gz"):
+        with pytest.raises(UserError, match="--devkit=.*cannot be read"):
+            validation_source(validation, path)
+
+
+def test_hidden_tars_in_the_train_tar_are_no_classes(train: Path, tmp_path: Path) -> None:
+    with tarfile.open(train) as old:
+        members = {member.name: old.extractfile(member) for member in old}
+        contents = {name: file.read() for name, file in members.items() if file is not None}
+    path = tmp_path / "train.tar"
+    path.write_bytes(_tar({hidden: b"Mac OS X" for hidden in [f"._{name}" for name in contents]} | contents))
+    assert guess_format(path) == "ilsvrc-train" and list(train_source(path).class_names) == sorted(LABEL_OF)
 
 
 def test_a_missing_devkit_is_refused(validation: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -177,6 +178,15 @@ def test_hugging_face_parquet_gives_its_images_labels_and_class_names(tmp_path: 
     assert quarantine["reason"] == "no image bytes in its row" and "row 1 of group 0" in quarantine["item"]
 
 
+def test_hidden_parquet_files_are_skipped_and_pipes_among_them_refused(tmp_path: Path) -> None:
+    _write_hf(tmp_path / "in", 0, 3, captions=False)
+    (tmp_path / "in" / "._train-00000.parquet").write_bytes(b"Mac OS X")
+    assert len(_open(tmp_path / "in")) == 3
+    os.mkfifo(tmp_path / "in" / "train-00001.parquet")
+    with pytest.raises(UserError, match="train-00001.parquet: not a regular file"):
+        _open(tmp_path / "in")
+
+
 def test_splits_of_hugging_face_parquet_are_not_mixed(tmp_path: Path) -> None:
     _write_hf(tmp_path / "in", 0, 3, captions=False)
     _write_hf(tmp_path / "in", 3, 6, captions=False)
@@ -219,6 +229,10 @@ def test_idx_files_that_are_cut_or_alone_are_refused(tmp_path: Path) -> None:
         _open(path)
     (tmp_path / "train-labels-idx1-ubyte").unlink()
     path.write_bytes(path.read_bytes() + b"\0")
+    os.mkfifo(tmp_path / "train-labels-idx1-ubyte")
+    with pytest.raises(UserError, match="labels-idx1-ubyte: not a regular file"):
+        _open(path)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match="labels-idx1-ubyte: no such file"):
         _open(path)
 

@@ -21,7 +21,7 @@ from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import encoded, picture
 from tests.data_tools.tar_files import write_tar
 
-FUZZ = settings(derandomize=True, deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(derandomize=True, deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 JPEG, PNG = encoded(picture(8, 8)), encoded(picture(8, 8), "PNG")
 KEYS = st.sampled_from(
     ["a", "b", "c", "d/a", "./a", "._a", ".a", "__MACOSX/a", "__meta__", "é", "n\udcff", "k" * 120, ""]
