@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,11 +27,35 @@ from diffmoe_dist.data.format import (
     parse_meta,
 )
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import PARTIAL, atomic_file, file_sha256, write_atomically, write_json
+from diffmoe_dist.files import PARTIAL, atomic_file, file_sha256, lock_file, write_atomically, write_json
 
 PROGRESS_NAME = ".progress"  # a folder: the records of finished shards, until the index is there
 INDEX_FILES = (INDEX_NAME, OFFSETS_NAME, KEYS_NAME, QUARANTINE_NAME)
 _IDENTITY_NAME = "pack.json"
+_LOCK_NAME = "lock"
+
+
+def lock_progress(folder: Path, named: str) -> int | None:
+    """Take the folder's work for this process, until `release_progress` or its end; None where there are no locks.
+
+    Raises UserError, which names the other, where another process does this work now.
+    """
+    path = folder / PROGRESS_NAME / _LOCK_NAME
+    try:
+        lock = lock_file(path)
+    except BlockingIOError:
+        other = path.read_text(errors="replace").strip() or "another process"
+        raise UserError(f"{named}: {other} writes it now; wait for its end, or name another folder") from None
+    if lock is not None:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def release_progress(lock: int | None) -> None:
+    """Give the lock back that `lock_progress` took."""
+    if lock is not None:
+        os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -119,12 +145,14 @@ class ShardFolder:
             )
         if found and not self._is_same():
             raise UserError(
-                f"OUT={self.out}: packed before with other arguments or by an older version; name a new or empty folder"
+                f"OUT={self.out}: packed before with other arguments or by an older version{self._difference()}; "
+                "name a new or empty folder"
             )
+        self._progress.mkdir(exist_ok=True)
+        weakref.finalize(self, release_progress, lock_progress(self.out, f"OUT={self.out}"))
         for name in found:
             if name.endswith(PARTIAL):  # left by a command that was killed
-                (self.out / name).unlink()
-        self._progress.mkdir(exist_ok=True)
+                (self.out / name).unlink(missing_ok=True)
         write_atomically(self._progress / _IDENTITY_NAME, json.dumps(self.identity))
         if INDEX_NAME in found:
             self._records_from_index()
@@ -149,13 +177,24 @@ class ShardFolder:
     def _records(self) -> Iterator[ShardRecord]:
         return (record for slot in self.slots if (record := slot.load()) is not None)
 
+    def _difference(self) -> str:
+        """What is other in the pack that is there, where that can be read."""
+        begun, index = self._progress / _IDENTITY_NAME, self.out / INDEX_NAME
+        try:
+            found = json.loads(begun.read_bytes()) if begun.exists() else json.loads(index.read_bytes())["packing"]
+            pairs = [(name, value, found.get(name)) for name, value in self.identity.items()]
+        except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError):
+            return ""
+        other = [f"{name}={there}, now {here}" for name, here, there in pairs if there != here]
+        return f" ({other[0]})" if other else ""
+
     def _is_same(self) -> bool:
         begun, index = self._progress / _IDENTITY_NAME, self.out / INDEX_NAME
         try:
             if begun.exists():
                 return bool(json.loads(begun.read_bytes()) == self.identity)
             if not index.exists():
-                return not os.listdir(self._progress)  # stopped between making the folder and naming it
+                return {*os.listdir(self._progress)} <= {_LOCK_NAME}  # stopped between making the folder and naming it
             meta = json.loads(index.read_bytes())
             return isinstance(meta, dict) and meta.get("version") == VERSION and meta.get("packing") == self.identity
         except ValueError:

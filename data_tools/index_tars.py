@@ -7,7 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.folder import PROGRESS_NAME, PackedFolder, ShardSlot, write_index, write_quarantine
+from data_tools.folder import (
+    PROGRESS_NAME,
+    PackedFolder,
+    ShardSlot,
+    lock_progress,
+    release_progress,
+    write_index,
+    write_quarantine,
+)
 from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, ShardRecord, sort_fields
 from data_tools.source import BadItemError
@@ -52,6 +60,7 @@ def index_tars(
         raise UserError(
             f"FOLDER={folder}: the index cannot be written ({error.strerror}); link the tars in a folder of yours"
         ) from error
+    lock = lock_progress(folder, f"FOLDER={folder}")
     slots = [ShardSlot(folder, path.name) for path in tars]
     found = Found()
     for path in tars:
@@ -74,6 +83,7 @@ def index_tars(
         {"packing": None, "channels": _CHANNELS},
     )
     shutil.rmtree(folder / PROGRESS_NAME)
+    release_progress(lock)
     return packed
 
 

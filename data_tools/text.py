@@ -60,6 +60,10 @@ def encode_text(
         )
     if settings.batch_size < 1:
         raise UserError(f"--batch-size={settings.batch_size}: must be at least 1")
+    if not any(captions_of(base, sample_id) for sample_id in range(base.num_samples)):
+        raise UserError(
+            f"BASE={base.folder}: none of {base.num_samples} samples has a caption; pack a source that has some"
+        )
     spec: dict[str, Any] = describe_encoder(settings)
     identity = {
         "command": "encode-text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import time
@@ -39,6 +40,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: returns the exit code; None is 0.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     try:
         code = main()
     except SystemExit:  # --help

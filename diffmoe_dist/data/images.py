@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 Crop = Literal["adm", "center", "keep-ratio", "none"]
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none of which runs a program or opens another file
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
+_PNG_DEPTH = 24  # where the bits of a channel stand in a PNG
 _MAX_PIXELS = 178_956_970  # what Pillow decodes; a resized image may not be larger either
 
 
@@ -40,14 +43,20 @@ def open_image(payload: bytes) -> Image.Image:
         raise
     except Exception as error:  # on damaged input Pillow's decoders raise nearly anything
         raise ImageError(f"does not decode ({type(error).__name__}: {error})") from error
+    transparent, depth = image.info.get("transparency"), payload[_PNG_DEPTH] if image.format == "PNG" else 8
+    if image.mode == "L" and depth < 8 and isinstance(transparent, int):  # Pillow scales the pixels to 8 bits, not this
+        image.info["transparency"] = transparent * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and depth == 16 and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image
 
 
 def convert_image(image: Image.Image, channels: int, upright: bool = False) -> Image.Image:
     """The second half of `decode_image`. Raises ImageError for pixels that have no meaning as colours."""
+    tags = dict(image.tag_v2) if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     image = ImageOps.exif_transpose(image) if upright else image
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float32) * (255 / 65535)).astype(np.uint8))
+        image = _scale_gray(image, tags)
     elif image.mode in ("I", "F"):
         raise ImageError(f"{image.mode} pixels (32 bits) have no known range")
     elif image.has_transparency_data:
@@ -58,6 +67,19 @@ def convert_image(image: Image.Image, channels: int, upright: bool = False) -> I
         return image if image.mode == mode else image.convert(mode)
     except ValueError:
         raise ImageError(f"mode {image.mode} does not convert to {mode}") from None
+
+
+def _scale_gray(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """More than 8 bits of gray scaled to 8; the one transparent value of a PNG becomes white."""
+    bits = tags.get(_BITS_PER_SAMPLE, (16,))
+    largest = 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
+    values = np.asarray(image)
+    gray = np.rint(values.astype(np.float32) * (255 / largest)).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero, which Pillow heeds for 8 bits only
+        gray = 255 - gray
+    if isinstance(transparent := image.info.get("transparency"), int):
+        gray[values == transparent] = 255
+    return Image.fromarray(gray)
 
 
 def crop_image(image: Image.Image, size: int, crop: Crop) -> Image.Image:

@@ -10,6 +10,7 @@ import torch
 
 from data_tools.text import TextSettings, encode_text
 from diffmoe_dist.data.batch import Batch
+from diffmoe_dist.data.captions import captions_in
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.index import CorruptShardError, ShardIndex
 from diffmoe_dist.data.loader import TrainingDataset
@@ -218,6 +219,29 @@ def test_data_without_captions_are_refused(encoder: Path, tmp_path: Path) -> Non
     base = write_folder(tmp_path / "base", samples, [2])
     with pytest.raises(UserError, match=r"holds no captions \(png, cls\)"):
         encode_text(base, tmp_path / "out", TextSettings(encoder))
+
+
+def test_data_whose_captions_are_all_empty_are_refused(encoder: Path, tmp_path: Path) -> None:
+    samples = [{"png": png(image), "txt": text} for image, text in zip(random_images(2, 8), (b"", b" "), strict=True)]
+    base = write_folder(tmp_path / "base", samples, [2])
+    with pytest.raises(UserError, match="none of 2 samples has a caption"):
+        encode_text(base, tmp_path / "out", TextSettings(encoder))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "captions"),
+    [
+        ({"json": b'{"caption": "a cat", "url": "x"}'}, ["a cat"]),  # img2dataset without a txt
+        ({"json": b'{"caption": "a cat"}', "txt": b"\xef\xbb\xbfa dog"}, ["a dog"]),
+        ({"json": b'{"captions": ["a", 3, "b", " "]}', "txt": b"c"}, ["a", "b"]),
+        ({"json": b'{"captions": [], "caption": NaN}', "txt": b"c"}, ["c"]),
+        ({"json": b'{"captions": "one"}'}, ["one"]),
+        ({"json": b'{"caption": null}', "txt": b""}, []),
+    ],
+)
+def test_captions_are_found_wherever_their_origin_put_them(fields: dict[str, bytes], captions: list[str]) -> None:
+    assert [caption.strip() for caption in captions_in(fields)] == captions
 
 
 def test_a_model_that_is_no_text_encoder_is_refused(base: ShardIndex, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,24 @@ def test_a_source_without_items_is_refused(tmp_path: Path) -> None:
 class _Empty(ImageFolderSource):
     def __len__(self) -> int:
         return 0
+
+
+def test_names_that_are_not_utf8_are_told_by_plan_pack_stats_and_index(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a/x\udcff.jpg", "b\udcfe/y.jpg"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(encoded(one_picture(20, 20)))
+    (folder / "a" / "bad\udcfd.jpg").write_bytes(b"")
+    for arguments, said in [
+        (("plan", str(folder)), "bad: a/bad\\udcfd.jpg: the file is empty"),
+        (("pack", str(folder), str(out)), "packed 2 samples"),
+        (("stats", str(out)), "b\\udcfe"),
+    ]:
+        done = _run(*arguments)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("x\udcff.jpg", "y.jpg"):
+            tar.add(folder / "b\udcfe" / "y.jpg", name)
+    done = _run("index", str(tmp_path / "tars"))
+    assert done.returncode == 0 and "indexed 2 samples" in done.stdout, done.stderr

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -30,6 +33,56 @@ def test_transparency_is_put_on_white() -> None:
     gray = Image.merge("LA", [Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 51)])  # black, a fifth opaque
     assert _pixels(encoded(gray, "PNG"))[0, 0].tolist() == [204] * 3
     assert _pixels(encoded(gray, "PNG"), channels=1)[0, 0] == 204
+
+
+def _png(depth: int, kind: int, row: bytes, transparent: bytes) -> bytes:
+    """Four pixels in a row, of which one value is transparent."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, kind, 0, 0, 0)), (b"tRNS", transparent)]
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _tiff(bits: int, photometric: int, data: bytes, orientation: int = 1) -> bytes:
+    """Four gray pixels in a row."""
+    tags = {
+        256: 4,
+        257: 1,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        274: orientation,
+        277: 1,
+        278: 1,
+        279: len(data),
+    }
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_transparent_value_of_a_png_is_put_on_white_at_every_depth(upright: bool) -> None:
+    gray16 = _png(16, 0, struct.pack(">4H", 0, 30000, 300, 301), struct.pack(">H", 300))
+    assert _pixels(gray16, 1, upright)[0].tolist() == [0, 117, 255, 1]
+    gray2 = _png(2, 0, bytes([0b00011011]), struct.pack(">H", 1))
+    assert _pixels(gray2, 1, upright)[0].tolist() == [0, 255, 170, 255]
+    colour16 = _png(16, 2, struct.pack(">12H", *[256] * 3, *[512] * 3, *[0] * 6), struct.pack(">3H", *[512] * 3))
+    assert _pixels(colour16, 3, upright)[0, :, 0].tolist() == [1, 255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_tiff_in_which_white_is_zero_and_of_twelve_bits_has_the_right_gray(orientation: int) -> None:
+    ramp16, ramp12 = struct.pack("<4H", 0, 65535, 32768, 65535), bytes([0x00, 0x0F, 0xFF, 0x80, 0x0F, 0xFF])
+    turn = slice(None, None, -1 if orientation == 3 else 1)
+    for bits, photometric, data, expected in [
+        (16, 1, ramp16, [0, 255, 128, 255]),
+        (16, 0, ramp16, [255, 0, 127, 0]),
+        (12, 1, ramp12, [0, 255, 128, 255]),
+        (8, 0, bytes([0, 255, 128, 255]), [255, 0, 127, 0]),
+    ]:
+        pixels = _pixels(_tiff(bits, photometric, data, orientation), 1, upright=True)
+        assert pixels[0, turn].tolist() == expected, (bits, photometric)
 
 
 def test_cmyk_palette_and_gray_become_rgb() -> None:

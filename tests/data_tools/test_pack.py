@@ -200,3 +200,20 @@ def test_a_bad_argument_ends_in_one_line_and_exit_code_2(arguments: tuple[str, .
     done = _run(*arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
+
+
+def test_two_packs_into_one_folder_are_refused_by_naming_the_other(tmp_path: Path) -> None:
+    _pack_few(tmp_path)
+    (tmp_path / ".progress").mkdir()
+    program = "import sys; from pathlib import Path; from data_tools.folder import lock_progress as take; "
+    program += f"take(Path({str(tmp_path)!r}), 'OUT'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"\n"
+        with pytest.raises(UserError, match=f"OUT=.*process {other.pid} on .* writes it now; wait for its end"):
+            _pack_few(tmp_path)
+        other.communicate(timeout=TIME_LIMIT)
+    _pack_few(tmp_path)
+    with pytest.raises(UserError, match=r"packed before with other arguments .*\(seed=0, now 3\)"):
+        _pack_few(tmp_path, seed=3)
