@@ -104,6 +104,14 @@ def test_the_report_of_a_text_run_names_captions(folder: Path) -> None:
     assert "Capacity by caption" in page and "0: a " in page and "classes" not in page.partition("config.yaml")[0]
 
 
+def test_a_report_samples_from_prompts_of_its_own(folder: Path) -> None:
+    report = ["report", "--run", str(folder / "run"), "--images", "2", "--steps", "2", "--device", "cpu"]
+    diffmoe(*report, "--prompt", "a red square", "--encoder", str(folder / "encoder"))
+    page = (folder / "run/report.html").read_text()
+    assert "Capacity by prompt" in page and "0: a red square; 0: a red square" in page
+    assert "--classes (1,): this model is conditioned on captions" in diffmoe(*report, "--classes", "1", code=2)
+
+
 def test_a_text_model_is_converted_and_read_back(folder: Path) -> None:
     diffmoe("convert", "--to", "safetensors", "--checkpoint", str(folder / "run"), "--out", str(folder / "weights"))
     ours, theirs = (load_model(folder / name).state_dict() for name in ("run", "weights"))
