@@ -18,6 +18,7 @@ from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("data_tools")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_TEXTS = (".txt", ".TXT")
 _MAX_NAMED = 5
 
 
@@ -124,17 +125,17 @@ def _enter(root: Path, folder: str, listing: Listing, visited: set[tuple[int, in
     visited.add((status.st_dev, status.st_ino))
     names = sorted(name for name in os.listdir(root / folder) if not name.startswith("."))
     subfolders = {name for name in names if os.path.isdir(root / folder / name)}
-    texts = {name for name in names if name.endswith(".txt")} - subfolders
-    used = set()
+    texts = {name for name in names if name.endswith(_TEXTS)} - subfolders
+    used: set[str] = set()
     for name in names:
         if name in subfolders:
             listing.top_folders += [] if folder else [name]
             yield f"{folder}{name}/"
         elif is_image_name(name):
-            text = os.path.splitext(name)[0] + ".txt"
-            listing.num_texts += text in texts
+            own = texts.intersection(os.path.splitext(name)[0] + suffix for suffix in _TEXTS)
+            listing.num_texts += bool(own)
             listing.num_top += not folder
-            used.add(text)
+            used |= own
             yield f"{folder}{name}"
         elif not folder:
             listing.top_files.append(name)
@@ -152,8 +153,8 @@ def is_image_name(name: str) -> bool:
 
 def read_caption(image: Path) -> str | None:
     """The whole text file beside an image; None where there is none. Raises BadItemError."""
-    text = image.with_suffix(".txt")
-    if not text.is_file():
+    text = next((text for text in map(image.with_suffix, _TEXTS) if text.is_file()), None)
+    if text is None:
         return None
     try:
         return read_file(text).decode("utf-8-sig").strip()

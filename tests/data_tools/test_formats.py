@@ -47,7 +47,8 @@ def _packed(source: Source, out: Path) -> tuple[list[tuple[str | None, str | Non
 
 
 def test_an_image_without_text_at_the_front_does_not_drop_the_captions(tmp_path: Path) -> None:
-    _write(tmp_path / "in", "a.jpg", "b.jpg", "b.txt", "c.jpg", "c.txt")
+    _write(tmp_path / "in", "a.jpg", "b.jpg", "b.txt", "c.JPG", "c.txt")
+    (tmp_path / "in" / "c.txt").rename(tmp_path / "in" / "c.TXT")  # as on Windows
     samples, bad = _packed(_open(tmp_path / "in"), tmp_path / "out")
     assert (samples, bad) == ([(None, "b.txt"), (None, "c.txt")], {"a.jpg": "no text file beside it"})
 
