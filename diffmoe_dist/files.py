@@ -115,6 +115,12 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(40).startswith(b"version https://git-lfs")
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError for a file that is a pointer of Git LFS."""
+    if path.is_file() and is_lfs_pointer(path):
+        raise UserError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull")
+
+
 def is_utf8(text: str) -> bool:
     """Whether a string can be written: JSON and command lines can smuggle in half of a character."""
     try:

@@ -28,7 +28,9 @@ _FORMAT, _VERSION = "diffmoe-prompts", 1
 _KEPT = 1024  # encoded prompts in memory; one of T5-XXL's 120 tokens is a megabyte
 _QUOTED = 60  # characters of a prompt in a message
 # What zipfile, numpy and json raise: OSError where an offset that was damaged leads out of the file.
-_DAMAGE = (ValueError, LookupError, TypeError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (
+    ValueError, LookupError, TypeError, RuntimeError, EOFError, OSError, MemoryError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _UTF8_MARK = b"\xef\xbb\xbf"  # of Windows editors
 
 logger = logging.getLogger("diffmoe_dist.data")
@@ -109,6 +111,8 @@ def read_prompts(path: str | Path, setting: str = "--prompts") -> list[Prompt]:
 def _parse_object(line: str) -> Prompt:
     try:
         found = json.loads(line)
+    except RecursionError:
+        raise ValueError("is JSON that is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is no JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):

@@ -46,7 +46,7 @@ def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
     """
     try:
         return captions_in(base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
 
 

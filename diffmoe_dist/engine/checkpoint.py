@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from diffmoe_dist.config import CheckpointConfig, Config, load_config, save_config
-from diffmoe_dist.engine.fragment_io import check_files, load_fragments, write_fragments
+from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_fragments, write_fragments
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
@@ -225,10 +225,28 @@ def find_checkpoint(directory: str | Path) -> Path:
 
 
 def read_progress(checkpoint: Path) -> Progress:
+    """What state.json holds. Raises UserError where that is damaged, or no progress of this checkpoint."""
     try:
-        return Progress(**json.loads((checkpoint / "state.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint {checkpoint}: state.json is damaged ({error}); remove that folder") from None
+    for name, value in asdict(progress).items():
+        if name == "data_fingerprint":
+            accepted, rule = isinstance(value, str) and value != "", "text"
+        else:
+            least = 1 if name in ("pool_samples", "micro_steps") else 0
+            accepted, rule = type(value) is int and least <= value < 2**63, f"a whole number from {least}"
+        if not accepted:
+            raise UserError(
+                f"checkpoint {checkpoint}: state.json says {name} {value!r:.40}, not {rule}; remove that folder"
+            )
+    named = _STEP_FOLDER.fullmatch(checkpoint.name)
+    if progress.skipped > progress.step or (named and int(named[1]) != progress.step):
+        raise UserError(
+            f"checkpoint {checkpoint}: state.json says step {progress.step}, of which {progress.skipped} were skipped; "
+            "it is of another checkpoint; remove that folder"
+        )
+    return progress
 
 
 def read_checkpoint_model(
@@ -255,6 +273,9 @@ def read_checkpoint_model(
         model = DiT(config)
         if spread is not None:
             spread(model, config)
+    check_stored(
+        checkpoint, [*weights(model, kind), *buffers(model)]
+    )  # before there is memory for sizes in config.yaml
     model.to_empty(device="cpu")
     load_fragments(checkpoint, [*weights(model, kind), *buffers(model)])  # fills every tensor, the position table too
     return model.to(device).eval().requires_grad_(False), config

@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_mode
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
 from diffmoe_dist.engine.weights import CONFIG_NAME, WEIGHTS_NAME, check_out, read_settings, write_weights
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256
+from diffmoe_dist.files import file_sha256, refuse_pointer
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.published import check_tensors, correspondence, fill, threshold_decay
 
@@ -55,6 +56,7 @@ def convert_published(
     parts = correspondence(layout, config, {name: value.shape for name, value in model.state_dict().items()}, upcycle)
     published, taken = read_state_dict(file, weights)
     check_tensors(parts, published, str(file))
+    _refuse_non_finite(published, f"{file}")
     decay = threshold_decay(parts, published, str(file))
     if decay is not None:
         assert isinstance(config.moe, PoolChoiceSettings)  # else there is no such tensor
@@ -100,6 +102,7 @@ def export_checkpoint(directory: str | Path, out: Path, weights: str | None = No
     checkpoint = find_checkpoint(directory)
     taken = weights or "ema"
     model, config = read_checkpoint_model(checkpoint, "cpu", {"ema": EMA, "model": MASTER}[taken])
+    _refuse_non_finite(model.state_dict(), f"checkpoint {checkpoint}")
     progress = read_progress(checkpoint)
     source = {
         "checkpoint": checkpoint.name,
@@ -123,6 +126,7 @@ def read_state_dict(path: Path, weights: str | None = None) -> tuple[dict[str, T
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give one of torch.save or of safetensors")
+    refuse_pointer(path)
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds a {type(content).__name__}, no state dict; save the model's state_dict()")
@@ -169,7 +173,28 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
                 f"{path}: {name} is a {type(value).__name__}, no tensor, and there is no ema or model beside it; save "
                 "the model's state_dict()"
             )
-    return content
+    named = {_without_wrappers(name): value for name, value in content.items()}
+    if len(named) < len(content):
+        raise UserError(f"{path} holds tensors under one name but for module. or _orig_mod.; save one set of them")
+    return named
+
+
+def _without_wrappers(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel and torch.compile put into it."""
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    plain = name.replace("_orig_mod.", "")
+    return plain if plain == name else _without_wrappers(plain)
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise UserError(
+                f"{where}: {name} holds numbers that are not finite, {count} of {tensor.numel()}; its run has diverged "
+                "or the file is damaged: take an older one"
+            )
 
 
 def _folder_sha256(folder: Path) -> str:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -77,17 +77,45 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
         )
     except dcp.CheckpointException as error:
         for failure in error.failures.values():
-            cause = failure[0]
-            if isinstance(cause, UserError):
-                raise cause from None
-            if isinstance(cause, pickle.UnpicklingError):
-                what = str(cause).split(". ")[0]
-                raise UserError(
-                    f"checkpoint {checkpoint} holds more than tensors ({what}); do not use this folder"
-                ) from None
-            reason = f"{type(cause).__name__}: {cause}"
-            raise UserError(f"checkpoint {checkpoint} is damaged ({reason}); remove that folder") from None
+            _refuse(checkpoint, failure[0])
         raise
+
+
+def check_stored(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
+    """Check that a checkpoint has the whole of each fragment's tensor; their data may be on the meta device.
+
+    Raises:
+        UserError: its tensors are not these, or its list of them is damaged.
+    """
+    try:
+        metadata = read_metadata(checkpoint)
+        for fragment in fragments:
+            _stored(checkpoint, metadata, fragment)
+    except Exception as error:  # a damaged pickle can fail in any way
+        _refuse(checkpoint, error)
+
+
+def _refuse(checkpoint: Path, cause: BaseException) -> NoReturn:
+    if isinstance(cause, UserError):
+        raise cause from None
+    if isinstance(cause, pickle.UnpicklingError):
+        what = str(cause).split(". ")[0]
+        raise UserError(f"checkpoint {checkpoint} holds more than tensors ({what}); do not use this folder") from None
+    reason = f"{type(cause).__name__}: {cause}"
+    raise UserError(f"checkpoint {checkpoint} is damaged ({reason}); remove that folder") from None
+
+
+def _stored(checkpoint: Path, metadata: Metadata, fragment: Fragment) -> TensorStorageMetadata:
+    """Where the tensor of a fragment is. Raises UserError if it has another size, RuntimeError if a part is missing."""
+    stored = metadata.state_dict_metadata.get(fragment.name)
+    if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([fragment.total]):
+        what = "nothing" if stored is None else f"{list(getattr(stored, 'size', []))} elements"
+        raise UserError(
+            f"checkpoint {checkpoint} is of another model: this one needs {fragment.total} elements of "
+            f"{fragment.name}, it has {what}; use the settings it was trained with"
+        )
+    _check_whole(fragment.name, stored)
+    return stored
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -109,13 +137,17 @@ def check_coverage(metadata: Metadata) -> None:
     """Every element of every tensor is written once: what a silent loss of experts would break."""
     for name, stored in metadata.state_dict_metadata.items():
         assert isinstance(stored, TensorStorageMetadata)
-        end = 0
-        for start, size in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks):
-            if start != end:
-                raise RuntimeError(f"{name}: elements {end} to {start} are owned by no rank or by two")
-            end = start + size
-        if end != stored.size[0]:
-            raise RuntimeError(f"{name}: elements {end} to {stored.size[0]} are owned by no rank")
+        _check_whole(name, stored)
+
+
+def _check_whole(name: str, stored: TensorStorageMetadata) -> None:
+    end = 0
+    for start, size in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks):
+        if start != end:
+            raise RuntimeError(f"{name}: elements {end} to {start} are owned by no rank or by two")
+        end = start + size
+    if end != stored.size[0]:
+        raise RuntimeError(f"{name}: elements {end} to {stored.size[0]} are owned by no rank")
 
 
 class _SaveFragments(dcp.DefaultSavePlanner):
@@ -157,13 +189,7 @@ class _LoadFragments(dcp.DefaultLoadPlanner):
 
     def _read_items(self, fragment: Fragment) -> list[ReadItem]:
         assert self.metadata is not None
-        stored = self.metadata.state_dict_metadata.get(fragment.name)
-        if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([fragment.total]):
-            what = "nothing" if stored is None else f"{list(getattr(stored, 'size', []))} elements"
-            raise UserError(
-                f"checkpoint {self.checkpoint} is of another model: this one needs {fragment.total} elements of "
-                f"{fragment.name}, it has {what}; use the settings it was trained with"
-            )
+        stored = _stored(self.checkpoint, self.metadata, fragment)
         return create_read_items_for_chunk_list(fragment.name, stored, [_chunk(fragment)])
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:

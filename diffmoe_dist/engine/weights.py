@@ -26,7 +26,7 @@ from diffmoe_dist.config import Config, build_config, load_config
 from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, flush_directory, write_json
+from diffmoe_dist.files import file_sha256, flush_directory, refuse_pointer, write_json
 from diffmoe_dist.model.dit import DiT
 
 FORMAT = "diffmoe-weights"
@@ -175,7 +175,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         found, _ = (record["format"], record["version"]), (record["settings"], record["sha256"][WEIGHTS_NAME])
     except FileNotFoundError:
         raise UserError(f"{path} is missing; convert or copy the weights again") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not the one of a folder of weights ({reason}); convert them again") from None
     if found != (FORMAT, VERSION):
@@ -199,6 +199,7 @@ def _read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
 @contextmanager
 def _open_file(folder: Path) -> Iterator[Any]:
     path = folder / WEIGHTS_NAME
+    refuse_pointer(path)
     try:
         opened = safe_open(path, framework="pt", device="cpu")
     except FileNotFoundError:

@@ -6,7 +6,9 @@ Shape legend: N images, C channels, H, W image size.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffmoe_dist.data.encoding import one_line
 from diffmoe_dist.data.images import ImageError, decode_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
@@ -44,17 +47,20 @@ class NpzImages:
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 shape, fortran_order, dtype = _read_header(file)
+                stored = archive.getinfo("arr_0.npy").file_size - file.tell()
         except OSError as error:
             raise UserError(f"{named}: cannot be read ({error.strerror}); give an npz file") from None
         except KeyError:
             raise UserError(f"{named}: it has no array arr_0; give an npz with images (N, H, W, C)") from None
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise UserError(f"{named}: not an npz file ({error})") from None
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or 0 in shape:
+        except Exception as error:  # encrypted, cut, of unknown compression, no header ...
+            raise UserError(f"{named}: not an npz file ({one_line(error)})") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order or min(shape) < 1:
             order = ", columns first" if fortran_order else ""
             raise UserError(
                 f"{named}: arr_0 is {dtype} {list(shape)}{order}; it must be uint8 (N, H, W, C) with 1 or 3 channels"
             )
+        if math.prod(shape) != stored:
+            raise UserError(f"{named}: arr_0 says {list(shape)}, but holds {stored} bytes; write the file again")
         self.num_images, self.height, self.width, self.channels = shape
 
     def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
@@ -64,7 +70,10 @@ class NpzImages:
             file.seek(rows.start * image_bytes, io.SEEK_CUR)
             for start in range(rows.start, rows.stop, batch_size):
                 count = min(batch_size, rows.stop - start)
-                content = bytearray(file.read(count * image_bytes))
+                try:
+                    content = bytearray(file.read(count * image_bytes))
+                except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    raise UserError(f"{self.path}: arr_0 is damaged ({error}); write the file again") from None
                 if len(content) < count * image_bytes:
                     raise UserError(f"{self.path}: arr_0 ends before image {start + count}; write the file again")
                 images = torch.frombuffer(content, dtype=torch.uint8)

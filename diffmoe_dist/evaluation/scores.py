@@ -235,7 +235,7 @@ def read_sampling_record(samples: NpzImages) -> dict[str, Any]:
     path = samples.path.with_name("sampling.json")
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and record.get("num") == samples.num_images else {}
 

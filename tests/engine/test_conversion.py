@@ -172,6 +172,45 @@ def test_a_file_may_be_in_half_precision_in_the_old_format_or_in_safetensors(
     assert all(torch.equal(value, state[name]) for name, value in load_file(folder / "model.safetensors").items())
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_that_distributed_training_or_compiling_has_put_a_prefix_before_are_read(
+    convert: Any, prefix: str
+) -> None:
+    state = synthetic_state_dict("dit")
+    folder = convert("dit", {"ema": {f"{prefix}{name}": value for name, value in state.items()}})
+    assert all(torch.equal(value, state[name]) for name, value in load_file(folder / "model.safetensors").items())
+
+
+def test_names_that_compiling_has_changed_in_their_middle_are_read(convert: Any) -> None:
+    state = synthetic_state_dict("dit")
+    folder = convert("dit", {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in state.items()})
+    assert all(torch.equal(value, state[name]) for name, value in load_file(folder / "model.safetensors").items())
+
+
+def test_two_tensors_under_one_name_are_refused(convert: Any) -> None:
+    state = synthetic_state_dict("dit")
+    with pytest.raises(UserError, match="tensors under one name but for module"):
+        convert("dit", {**state, "module.x_embedder.proj.bias": state["x_embedder.proj.bias"]})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_written(
+    convert: Any, tmp_path: Path, value: float
+) -> None:
+    state = synthetic_state_dict("dit")
+    state["x_embedder.proj.bias"][1] = value
+    with pytest.raises(UserError, match=r"x_embedder\.proj\.bias holds numbers that are not finite, 1 of "):
+        convert("dit", state, name="diverged")
+    assert not (tmp_path / "diverged").exists()
+
+
+def test_a_file_that_is_a_pointer_of_git_lfs_is_told(convert: Any, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "model.pt"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n")
+        with pytest.raises(UserError, match="is a pointer of Git LFS, not the file itself; run git lfs pull"):
+            convert("dit", None, file=name)
+
+
 def test_the_position_table_of_the_file_is_taken_over(convert: Any) -> None:
     state = synthetic_state_dict("dit")
     torch.testing.assert_close(load_model(convert("dit", state)).pos_embed, state["pos_embed"], atol=0, rtol=0)

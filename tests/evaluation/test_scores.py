@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,51 @@ def test_a_file_that_holds_no_images_is_refused(tmp_path: Path, message: str) ->
     np.savez(tmp_path / "x.npz", **ARRAYS[message])
     with pytest.raises(UserError, match=f"--samples {tmp_path}/x.npz: {message}"):
         NpzImages(tmp_path / "x.npz")
+
+
+def _write_array(path: Path, name: str, header: str, content: bytes = b"") -> None:
+    """An npz whose array has a header of its own."""
+    prefix = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode("latin1")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}.npy", prefix + content)
+
+
+HEADERS = {
+    "10^12 entries": "{'descr': '%s', 'fortran_order': False, 'shape': (%s), }\n",
+    "nested": "(" * 9000 + "\n",
+    "no header": "\n",
+    "an odd type": "{'descr': 'what', 'fortran_order': False, 'shape': (1,), }\n",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_an_array_whose_header_is_not_true_is_refused_at_once(tmp_path: Path, header: str) -> None:
+    text = HEADERS[header]
+    filled = "%s" in text
+    _write_array(tmp_path / "x.npz", "arr_0", text % ("|u1", f"{10**12}, 4, 4, 3") if filled else text, bytes(48))
+    with pytest.raises(UserError, match=f"--samples {tmp_path}/x.npz: "):
+        NpzImages(tmp_path / "x.npz")
+    _write_array(tmp_path / "y.npz", "mu", text % ("<f8", f"{10**12},") if filled else text, bytes(48))
+    with pytest.raises(UserError, match=f"--reference {tmp_path}/y.npz: not an npz file of numbers"):
+        read_reference(tmp_path / "y.npz", stand_in())
+
+
+def test_an_npz_that_is_encrypted_or_damaged_inside_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    images = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images, mu=np.zeros(2), sigma=np.eye(2))
+    content = bytearray(path.read_bytes())
+    for flags in (content.find(b"PK\x03\x04") + 6, content.find(b"PK\x01\x02") + 8):
+        content[flags] |= 1  # the flag of encryption
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not an npz file .*encrypted"):
+        NpzImages(path)
+    np.savez_compressed(path, arr_0=np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="arr_0 is damaged|not an npz file"):
+        list(NpzImages(path).batches(range(4), 4))
 
 
 REFERENCES: dict[str, dict[str, Any]] = {
