@@ -158,6 +158,7 @@ class FidConfig:
 class Config:
     run_dir: str = ""
     seed: int = 0
+    # bf16: a bf16 model, residual stream included, with fp32 master weights; autocast keeps that stream in fp32
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
     device: Literal["auto", "cpu", "cuda"] = "auto"
