@@ -285,5 +285,5 @@ def _load(named: str, name: str, action: Callable[[], _T]) -> _T:
         _refuse(named, f"{name} cannot be read ({error.strerror})", "check the disk and the permissions")
     except KeyError as error:
         _refuse(named, f"{name} has no entry {error}", "restore or pack it again")
-    except (TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         _refuse(named, f"{name} is damaged ({error})", "restore or pack it again")
