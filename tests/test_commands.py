@@ -195,7 +195,7 @@ BAD = {
     "no config": (("diffmoe_dist.train",), "the following arguments are required: --config"),
     "not an override": ((*TRAIN, "steps"), "override 'steps': expected key=value"),
     "not YAML": (("diffmoe_dist.train", "--config", "README.md"), "--config README.md"),
-    "wrong type": ((*TRAIN, "train.steps=many"), "train.steps: "),
+    "wrong type": ((*TRAIN, "train.steps=many"), "train.steps=many: give a whole number"),
     "no such router": ((*TRAIN, "moe.router=global"), "moe.router=global is not a router; did you mean global_pool?"),
     "a setting of another router": ((*TRAIN, "moe.shared=1"), "moe.shared"),
     "no such precision": ((*TRAIN, "precision=fp8"), "precision: "),

@@ -4,6 +4,7 @@ A job that was interrupted samples what is missing; the folder of another job is
 
     OUT/blocks/job.json, block-*.npz    while the job runs
     OUT/samples.npz, grid.png, sampling.json, prompts.jsonl, png/, geneval/
+    OUT/lock                            held by the job that is sampling
 
 Shape legend: N images, H = W image size, C channels.
 """

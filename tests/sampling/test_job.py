@@ -89,7 +89,7 @@ def test_an_interrupted_job_of_a_thousand_images_gives_the_same_npz_when_it_is_r
     assert torn["arr_0"].shape == (1000, 8, 8, 1)
     assert torn["arr_0"].tobytes() == whole["arr_0"].tobytes()
     assert torn["arr_1"].tolist() == whole["arr_1"].tolist()
-    assert {path.name for path in out.iterdir()} == {"samples.npz", "grid.png", "sampling.json"}
+    assert {path.name for path in out.iterdir()} == {"samples.npz", "grid.png", "sampling.json", "lock"}
 
 
 def interrupted_then_resumed(
