@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -106,9 +105,8 @@ def _mpirun(tmp_path: Path, how: str) -> subprocess.CompletedProcess[str]:
 @needs_mpirun
 @pytest.mark.parametrize("how", ["raises", "dies"])
 def test_a_rank_that_fails_ends_the_mpi_job_with_its_error(tmp_path: Path, how: str) -> None:
-    begun = time.monotonic()
-    done = _mpirun(tmp_path, how)
-    assert done.returncode != 0 and time.monotonic() - begun < 30
+    done = _mpirun(tmp_path, how)  # which ends within its time limit
+    assert done.returncode != 0
     assert "sum" not in done.stdout
     assert ("the disk of job 3 is gone" if how == "raises" else "signal 9") in done.stderr
 
