@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from diffmoe_dist.errors import USER_ERROR_EXIT_CODE, UserError
+from diffmoe_dist.files import full_disk_told
 from diffmoe_dist.launch import detect_launch
 
 # Launchers end all processes when one has ended: of a mistake that all make, the first process of a node tells, and the
@@ -43,7 +45,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes need not be text
     try:
-        code = main()
+        with full_disk_told():
+            code = main()
     except SystemExit:  # --help
         raise
     except KeyboardInterrupt:
@@ -51,10 +54,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         if not _is_first_of_node():
             time.sleep(_SECONDS_TO_SPEAK)
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        _tell(error)
         _exit(USER_ERROR_EXIT_CODE)
     except FloatingPointError as error:  # of the model's numbers, not of the program
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        _tell(error)
         _exit(1)
     except BaseException:
         traceback.print_exc()
@@ -97,9 +100,15 @@ def _is_first_of_node() -> bool:
         return True  # a launcher's damaged variable is a mistake to tell, too
 
 
+def _tell(error: Exception) -> None:
+    with contextlib.suppress(OSError):  # standard error on a full disk; the exit code still tells
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+
+
 def _exit(code: int) -> NoReturn:
     # Leaving through os._exit skips the C++ static destructors: gloo's threads may still be unwinding after
     # destroy_process_group, and a std::thread that is destroyed while joinable aborts a finished run.
     sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # as above
+        sys.stderr.flush()
     os._exit(code)

@@ -18,6 +18,8 @@ import numpy as np
 from diffmoe_dist.errors import UserError
 
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PROOF = 1 << 16  # bytes that must fit into a folder that is to be written to
 PARTIAL = ".partial"  # at the end of a file's name while it is written
 
 
@@ -35,6 +37,38 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     flush_directory(path.parent)
+
+
+class AppendedFile:
+    """A file that grows by whole pieces: of one for which there is no space, nothing stays. One process writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, piece: bytes) -> None:
+        """Raises OSError when the piece cannot be written; the file is then as it was."""
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(piece) != len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(before)
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def full_disk_told(named: str = "") -> Iterator[None]:
+    """A disk or quota that is full is no fault of the program: one line, with what the user named."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        what = ": ".join(part for part in (named, error.filename and str(error.filename), error.strerror) if part)
+        raise UserError(f"{what}; make space and run the same command again") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -94,10 +128,13 @@ def make_writable(folder: Path, named: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:  # an empty file also fits on a full disk
+            file.write(bytes(_PROOF))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"{named}: cannot be written ({error.strerror}); choose another") from None
+        remedy = "make space, or choose another" if error.errno in _FULL else "choose another"
+        raise UserError(f"{named}: cannot be written ({error.strerror}); {remedy}") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
 import time
@@ -25,7 +27,7 @@ def set_up_logging(run_dir: Path | None, rank: int) -> None:
     handlers: list[logging.Handler] = []
     if run_dir is not None:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(run_dir / "logs" / f"rank-{rank}.log"))
+        handlers.append(_LogFile(run_dir / "logs" / f"rank-{rank}.log"))
     if rank == 0 and not sys.stderr.isatty():
         handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
@@ -33,6 +35,32 @@ def set_up_logging(run_dir: Path | None, rank: int) -> None:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def failed_log_lines() -> int:
+    """How many lines could not be written to this rank's log file."""
+    return sum(handler.failed for handler in logger.handlers if isinstance(handler, _LogFile))
+
+
+class _LogFile(logging.FileHandler):
+    """Counts the lines that it cannot write, and says so once, on standard error."""
+
+    failed = 0
+
+    def _open(self) -> io.TextIOWrapper:
+        # No buffer: what is left in one after a failure would fail again at the close.
+        raw = open(self.baseFilename, "ab", buffering=0)  # noqa: SIM115
+        return io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.failed += 1
+        if self.failed == 1:
+            with contextlib.suppress(OSError):  # standard error may be a file on the same disk
+                sys.stderr.write(f"{self.baseFilename}: {error.strerror}; lines are lost there until there is space\n")
 
 
 class ProgressLog:

@@ -88,6 +88,7 @@ def train(config: Config, stop: StopSignals) -> int:
     from diffmoe_dist.engine.run_folder import claim_run_dir, prepare_run_dir
     from diffmoe_dist.engine.trainer import RunGuards
     from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, abort_all_on_failure, collective_timeout
+    from diffmoe_dist.files import full_disk_told
     from diffmoe_dist.parallel.agreement import check_agreement
     from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.parallel.topology import from_first_rank, start_process_group, stop_process_group
@@ -100,7 +101,7 @@ def train(config: Config, stop: StopSignals) -> int:
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
     watchdog.set_deadline("start-up", SLOW_FACTOR)
     launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
-    with abort_all_on_failure(watchdog):
+    with abort_all_on_failure(watchdog), full_disk_told(f"run_dir={run_dir}"):
         check_agreement(
             {**flat_settings(config), "the data's fingerprint": data.fingerprint},
             "start all ranks with the same settings, code and data",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.files import write_atomically
+from diffmoe_dist.logs import logger
 
 
 @dataclass(frozen=True, order=True)
@@ -123,6 +124,10 @@ def keep_sample_ids(folder: Path, step: int, what: str, batches: Sequence[Batch]
     dist.all_gather_object(ranks, mine)
     path = folder / f"step-{step:08d}.json"
     if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps({"step": step, "what": what, "micro_steps_of_rank": ranks}, indent=1) + "\n")
+        text = json.dumps({"step": step, "what": what, "micro_steps_of_rank": ranks}, indent=1) + "\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the sample ids are lost", path, error.strerror)
     return path

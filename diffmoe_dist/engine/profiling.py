@@ -97,10 +97,13 @@ class Profiler:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.trace.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"steps-{steps[0]}-{steps[1]}-rank-{self.rank}.json.gz"
-        self.trace.export_chrome_trace(str(path))
-        logger.info("the trace is in %s (chrome://tracing, ui.perfetto.dev)", path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.trace.export_chrome_trace(str(path))
+            logger.info("the trace is in %s (chrome://tracing, ui.perfetto.dev)", path)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the trace is lost", path, error.strerror)
         self.trace = None
 
     def _save_memory(self, step: int) -> None:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from diffmoe_dist.files import write_atomically
-from diffmoe_dist.logs import logger
+from diffmoe_dist.engine.event_file import EventFile
+from diffmoe_dist.files import AppendedFile, atomic_file, write_atomically
+from diffmoe_dist.logs import failed_log_lines, logger
+
+METRICS, LOAD = "metrics.jsonl", "expert_load.jsonl"
 
 
 class Log(Protocol):
@@ -41,10 +45,14 @@ class Log(Protocol):
 
 
 class RunLog:
+    """A line, event or picture that cannot be written is counted and left out: training goes on."""
+
     def __init__(self, run_dir: Path, first_step: int, steps: int) -> None:
-        self.jsonl = _continue_jsonl(run_dir / "metrics.jsonl", first_step)
-        self.load_jsonl = _continue_jsonl(run_dir / "expert_load.jsonl", first_step)
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self.run_dir = run_dir
+        self.jsonl = {name: _continue_jsonl(run_dir / name, first_step) for name in (METRICS, LOAD)}
+        self.tensorboard = EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
+        self.failed = 0  # writes
+        self.failing: set[str] = set()  # what could not be written the last time
         self.watched = sys.stderr.isatty()
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
         self.steps = steps
@@ -55,11 +63,11 @@ class RunLog:
         self.bar.update(1)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        self.jsonl.write(json.dumps(values) + "\n")
-        self.jsonl.flush()
-        for name, value in values.items():
-            if name != "step" and value is not None:
-                self.tensorboard.add_scalar(name, value, values["step"])
+        values = {**values, "failed_log_writes": self.failed + failed_log_lines()}
+        self._append(METRICS, values)
+        scalars = {name: value for name, value in values.items() if name != "step" and value is not None}
+        with self._counted("tensorboard"):
+            self.tensorboard.add_scalars(scalars, values["step"])
         self.bar.set_postfix(loss=f"{values['loss']:.4f}")
         left = (self.steps - values["step"]) * values["step_seconds"]
         logger.info(
@@ -69,22 +77,46 @@ class RunLog:
         )  # fmt: skip
 
     def load(self, values: dict[str, Any]) -> None:
-        self.load_jsonl.write(json.dumps(values) + "\n")
-        self.load_jsonl.flush()
+        self._append(LOAD, values)
 
     def image(self, grid_HWC: np.ndarray, step: int) -> None:
-        self.tensorboard.add_image("samples", grid_HWC, step, dataformats="HWC")
-        Image.fromarray(grid_HWC.squeeze()).save(self.samples / f"step-{step:08d}.png")
+        with self._counted("tensorboard"):
+            self.tensorboard.add_images({"samples": grid_HWC}, step)
+        with self._counted("samples"), atomic_file(self.samples / f"step-{step:08d}.png") as file:
+            Image.fromarray(grid_HWC.squeeze()).save(file, "PNG")
 
     def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None:
-        for name, figure_HWC in figures_HWC.items():
-            self.tensorboard.add_image(f"experts/{name}", figure_HWC, step, dataformats="HWC")
+        with self._counted("tensorboard"):
+            self.tensorboard.add_images({f"experts/{name}": figure for name, figure in figures_HWC.items()}, step)
 
     def close(self) -> None:
         self.bar.close()
-        self.jsonl.close()
-        self.load_jsonl.close()
-        self.tensorboard.close()
+        files: dict[str, AppendedFile | EventFile] = {**self.jsonl, "tensorboard": self.tensorboard}
+        for name, file in files.items():
+            with self._counted(name):
+                file.close()
+        failed = self.failed + failed_log_lines()
+        if failed:
+            logger.warning("%d writes of metrics, pictures and log lines failed; what they held is lost", failed)
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        with self._counted(name):
+            self.jsonl[name].append((json.dumps(values) + "\n").encode())
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed += 1
+            if name not in self.failing:
+                logger.warning(
+                    "%s cannot be written (%s): training goes on, what is written there meanwhile is lost and counted "
+                    "(failed_log_writes)", self.run_dir / name, error.strerror,
+                )  # fmt: skip
+            self.failing.add(name)
+        else:
+            self.failing.discard(name)
 
 
 class NullRunLog:
@@ -112,12 +144,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
-def _continue_jsonl(path: Path, first_step: int) -> Any:
+def _continue_jsonl(path: Path, first_step: int) -> AppendedFile:
     """Open for appending, without the lines of steps that a resume is about to take again."""
     if path.exists():
         kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step]
         write_atomically(path, "".join(kept))
-    return path.open("a")
+    return AppendedFile(path)
 
 
 def _step_of(line: str) -> float:

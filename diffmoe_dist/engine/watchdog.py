@@ -91,14 +91,14 @@ class Watchdog:
     def _end(self) -> None:
         self._leaving.set()
         message = f"{self._what} has not ended after {self._allowed:g} seconds (train.hang_timeout): leaving\n"
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # a full disk must not keep it from leaving
             file = stack.enter_context(open(self.log, "a")) if self.log.parent.is_dir() else sys.stderr
             file.write(message)
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        if file is not sys.stderr:
-            sys.stderr.write(f"{message.rstrip()}; the stacks are in {self.log}\n")
-            sys.stderr.flush()
+            if file is not sys.stderr:
+                sys.stderr.write(f"{message.rstrip()}; the stacks are in {self.log}\n")
+                sys.stderr.flush()
         time.sleep(_GRACE_SECONDS)
         os._exit(HANG_EXIT_CODE)
 

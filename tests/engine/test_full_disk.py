@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.machine import ROOT, TIME_LIMIT
 
@@ -28,7 +29,7 @@ run_command(main)
 "
 echo $? > {out}/code
 {after}
-cp {folder}/run/metrics.jsonl {out}
+cp -r {folder}/run/metrics.jsonl {folder}/run/expert_load.jsonl {folder}/run/tensorboard {out}
 ls -A {folder}/run/checkpoints > {out}/checkpoints
 """
 
@@ -72,6 +73,72 @@ def test_a_disk_that_fills_up_during_a_save_leaves_nothing_unfinished(tmp_path: 
     assert code == 2, errors
     assert (tmp_path / "checkpoints").read_text().split() == ["step-00000002"]
     assert "step-00000004: No space left on device" in errors.splitlines()[-1], errors
+
+
+FILL = """
+def fill():
+    with open('{folder}/filler', 'ab', 0) as filler:
+        try:
+            while True:
+                filler.write(bytes(4096))
+        except OSError:
+            pass
+"""
+FULL_FROM_3_TO_60 = """
+import os
+from diffmoe_dist.engine.run_log import RunLog
+moved = RunLog.step
+def step(self, number):
+    moved(self, number)
+    if 3 <= number < 60:  # again: a save that fails gives back what it had taken
+        fill()
+    if number == 60:
+        os.unlink('{folder}/filler')
+RunLog.step = step
+"""
+
+
+def test_a_disk_that_is_full_for_a_while_costs_lines_of_the_logs_and_not_the_run(tmp_path: Path, digits: Path) -> None:
+    patch = (FILL + FULL_FROM_3_TO_60).format(folder=tmp_path / "disk")
+    code, errors = train_on_tmpfs(tmp_path, digits, options="size=60m", steps=62, patch=patch)
+    assert code == 0, errors
+    assert "Traceback" not in errors and "Logging error" not in errors
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    of_metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    of_loads = [json.loads(line)["step"] for line in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
+    lost = 0
+    for steps in ([line["step"] for line in of_metrics], of_loads, [event.step for event in events.Scalars("loss")]):
+        assert steps[:2] == [1, 2] and steps[-3:] == [60, 61, 62], "it is written again once there is space"
+        assert steps == sorted(set(steps)) and len(steps) < 62
+        lost += 62 - len(steps)
+    assert of_metrics[-1]["failed_log_writes"] >= lost, "each is counted"
+    assert of_metrics[-1]["failed_checkpoints"] > 0
+    for name in ("metrics.jsonl", "expert_load.jsonl", "tensorboard"):
+        assert errors.count(f"/run/{name} cannot be written (No space left on device): training goes on") == 1
+    assert errors.count("logs/rank-0.log: No space left on device; lines are lost there") == 1
+
+
+def test_a_start_on_a_full_disk_is_refused_in_one_line(tmp_path: Path, digits: Path) -> None:
+    patch = FILL.format(folder=tmp_path / "disk") + "fill()"
+    code, errors = train_on_tmpfs(tmp_path, digits, options="size=20m", steps=4, patch=patch, after="exit 0")
+    assert code == 2
+    assert errors.splitlines() == [
+        f"error: run_dir={tmp_path}/disk/run: cannot be written (No space left on device); make space, or choose "
+        "another"
+    ]
+
+
+@pytest.mark.parametrize("files", [5, 8])
+def test_a_disk_that_is_full_before_the_first_step_ends_the_run_in_one_line(
+    tmp_path: Path, digits: Path, files: int
+) -> None:
+    options = f"size=20m,nr_inodes={files}"  # room for so many files and folders
+    code, errors = train_on_tmpfs(tmp_path, digits, options=options, steps=4, after="exit 0")
+    assert code == 2, errors
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"error: run_dir={tmp_path}/disk/run: "), last
+    assert last.endswith("No space left on device; make space and run the same command again"), last
 
 
 def test_a_read_only_run_dir_is_refused_in_one_line(tmp_path: Path, digits: Path) -> None:
