@@ -148,7 +148,10 @@ def list_tars(root: Path) -> list[Path]:
 
 
 def group_members(members: Iterator[Member]) -> Iterator[Group]:
-    """Neighbours of one key form a sample, as in WebDataset: the key ends at the first dot of the file's name."""
+    """Neighbours of one key form a sample, as in WebDataset: the key ends at the first dot of the file's name.
+
+    At the last dot, where the members can be samples only so: `img_1.3.png`, `img_1.3.cls`.
+    """
     group: Group | None = None
     for member in members:
         key, field = split_name(member.name)
@@ -156,10 +159,34 @@ def group_members(members: Iterator[Member]) -> Iterator[Group]:
             continue
         if group is None or group.key != key or field in group.members:
             if group is not None:
-                yield group
+                yield from _split_dotted(group)
             group = Group(key, {})
         group.members[field] = member
     if group is not None:
+        yield from _split_dotted(group)
+
+
+def _split_dotted(group: Group) -> Iterator[Group]:
+    """The group, or the samples in it whose keys have dots: with an image each, and nothing but such samples.
+
+    `a.jpg`, `a.cls`, `a.mask.png` are one sample with a field more.
+    """
+    if not any("." in field for field in group.members):
+        yield group
+        return
+    parts: dict[str, dict[str, Member]] = {}
+    kinds: dict[str, set[str]] = {}
+    for field, member in group.members.items():
+        last = field.rpartition(".")[2]
+        if last in (*IMAGE_FIELDS, *_SAMPLE_FIELDS):
+            key = member.name[: -len(last) - 1] if "." in field else group.key
+            parts.setdefault(key, {})[last] = member
+            kinds.setdefault(key, set()).add("image" if last in IMAGE_FIELDS else last)
+    plain = kinds.get(group.key)
+    dotted = [found for key, found in kinds.items() if key != group.key and "image" in found]
+    if dotted and (plain is None or (len(plain) > 1 and all(found == plain for found in dotted))):
+        yield from (Group(key, members) for key, members in parts.items())
+    else:
         yield group
 
 

@@ -215,8 +215,8 @@ def _only_batch(out: Path, source: _OneSample, workers: int = 0) -> Batch:
         (_png("L", (8, 8))[:-30], b"0", "does not decode"),
         (b"not an image", b"0", "not an image; so it is with 16 samples tried in its place"),
         (_png("L", (8, 8)), b"2", "label 2 is outside 0..1"),
-        (_png("L", (8, 8)), b"-1", "label -1 is outside 0..1"),
-        (_png("L", (8, 8)), b"cat", "label b'cat' is not a number"),
+        (_png("L", (8, 8)), b"-1", "label -1 is not a whole number from 0"),
+        (_png("L", (8, 8)), b"cat", "label 'cat' is not a number"),
     ],
 )
 def test_a_sample_that_contradicts_the_index_is_reported_with_shard_and_key(

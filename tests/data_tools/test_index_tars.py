@@ -171,3 +171,26 @@ def test_more_bad_samples_than_allowed_are_listed_and_refused(foreign: Path) -> 
         index_tars(foreign, max_bad=1)
     assert len((foreign / "quarantine.jsonl").read_text().splitlines()) == 2
     assert not (foreign / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "keys"),
+    [
+        (["img_1.3.cls", "img_1.3.png", "img_1.V4.cls", "img_1.V4.png"], ["img_1.3", "img_1.V4"]),
+        (["v1.a.png", "v1.b.png", "v1.a.cls", "v1.b.cls"], ["v1.a", "v1.b"]),
+        (["d/a.1.cls", "d/a.1.jpg", "d/a.cls", "d/a.jpg"], ["d/a.1", "d/a"]),
+        (["a.cls", "a.jpg", "a.mask.png"], ["a"]),  # a field more, as WebDataset has it
+    ],
+)
+def test_keys_with_dots_are_read_where_the_members_are_samples_only_so(
+    tmp_path: Path, names: list[str], keys: list[str]
+) -> None:
+    members = [(name, b"1" if name.endswith("cls") else encoded(picture(20, 20), "PNG")) for name in names]
+    _write(tmp_path / "t.tar", members)
+    index_tars(tmp_path)
+    index = ShardIndex.open(tmp_path)
+    assert [index.key(sample) for sample in range(index.num_samples)] == keys
+    assert all(index.read(sample)["cls"] == b"1" for sample in range(index.num_samples))
+    assert verify(index, full=True).problems == []
+    pack(WebDatasetSource(tmp_path), tmp_path / "out")
+    assert ShardIndex.open(tmp_path / "out").num_samples == len(keys)
