@@ -154,6 +154,6 @@ def _continue_jsonl(path: Path, first_step: int) -> AppendedFile:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line torn by a kill
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):  # a line torn by a kill, or edited
         return float("inf")

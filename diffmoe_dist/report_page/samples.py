@@ -51,7 +51,7 @@ class FinishedSamples:
             job = json.loads((folder / "sampling.json").read_text())
             if not {"weights", "overrides"} <= job.keys():
                 raise ValueError("a setting is missing")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             raise UserError(
                 f"--samples {folder}: no readable sampling.json there; give a folder that diffmoe_dist.sample finished"
             ) from None

@@ -232,9 +232,19 @@ def _is_finished(out: Path, job: dict[str, Any], settings: SamplingSettings) -> 
     for name in ("blocks/job.json", "sampling.json"):
         text = from_first_rank((out / name).read_text() if (out / name).is_file() else None)
         if text is not None:
-            found[name] = json.loads(text)
+            found[name] = _parsed(text, out / name)
             _check_same_job(out, found[name], job, settings)
     return "sampling.json" in found
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        job = json.loads(text)
+    except (ValueError, RecursionError):
+        job = None
+    if not isinstance(job, dict):
+        raise UserError(f"{path} is damaged: it describes no job; remove its folder, or give another --out")
+    return job
 
 
 def _check_same_job(out: Path, begun: dict[str, Any], job: dict[str, Any], settings: SamplingSettings) -> None:

@@ -281,3 +281,12 @@ def test_two_jobs_do_not_sample_into_one_folder_at_a_time(trained: Path, tmp_pat
         holder.communicate(b"")
     run_ranks(1, run_jobs, [(settings_for(trained), out)])
     assert (out / "samples.npz").is_file()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000])
+def test_a_damaged_description_of_a_job_is_one_line(trained: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "sampling.json").write_text(text)
+    with pytest.raises(
+        RankError, match="UserError: .*sampling.json is damaged: it describes no job; remove its folder"
+    ):
+        run_ranks(1, run_jobs, [(settings_for(trained), tmp_path)])
