@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +16,10 @@ import torch.distributed as dist
 
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch, detect_launch
+from diffmoe_dist.logs import logger
 
 Group = dist.ProcessGroup
+_SECONDS_BEFORE_A_WORD = 20.0  # that a rank waits for the others without one
 
 # gathered, mine, group: torch renamed it in 2.13.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -130,6 +133,11 @@ def _meet(backend: str, timeout: timedelta) -> None:
         raise UserError(
             f"MASTER_ADDR={address}: this machine does not know that address of rank 0 ({error.strerror}); give another"
         ) from None
+    rank, ranks = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    word = ("rank %s waits for %s ranks to meet at %s:%s", rank, ranks, address, port)
+    waiting = threading.Timer(_SECONDS_BEFORE_A_WORD, logger.warning, word)
+    waiting.daemon = True
+    waiting.start()
     try:
         dist.init_process_group(backend, timeout=timeout)
     except dist.DistNetworkError as error:
@@ -139,6 +147,8 @@ def _meet(backend: str, timeout: timedelta) -> None:
             f"MASTER_PORT={port} is in use on this machine, by another run for example; choose another, by "
             "--master_port of deepspeed or --master-port of torchrun"
         ) from None
+    finally:
+        waiting.cancel()
 
 
 def stop_process_group() -> None:

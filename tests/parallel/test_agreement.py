@@ -148,3 +148,17 @@ def test_a_port_that_is_in_use_and_an_address_that_does_not_resolve_are_told(tmp
             )
             assert done.returncode == 2, done.stderr
             assert done.stderr.splitlines()[-1].startswith(told)
+
+
+def test_a_rank_that_waits_for_others_says_for_whom_and_where(tmp_path: Path, digits: Path) -> None:
+    arguments = ["--config", "configs/debug/global_pool.yaml", f"data.shards={digits}", f"run_dir={tmp_path / 'run'}"]
+    port = str(free_port())
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with subprocess.Popen(
+        [sys.executable, "-m", "diffmoe_dist.train", *arguments, "device=cpu"],
+        cwd=ROOT, env={**ENV, **environment}, stderr=subprocess.PIPE, text=True,
+    ) as waiting:  # fmt: skip
+        assert waiting.stderr is not None
+        lines = iter(waiting.stderr.readline, "")
+        assert any(f"rank 1 waits for 2 ranks to meet at 127.0.0.1:{port}" in line for line in lines)
+        waiting.kill()
