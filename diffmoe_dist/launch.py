@@ -22,14 +22,20 @@ def detect_launch() -> Launch:
     """torchrun and the `deepspeed` launcher set RANK and WORLD_SIZE; mpirun and srun have their own; else one process.
 
     Raises:
-        UserError: a launcher's variable is not a number.
+        UserError: a launcher's variable is missing, is not a number, or says what no launcher says.
     """
     try:
-        return _detect()
-    except ValueError as error:
+        launch = _detect()
+    except (KeyError, ValueError) as error:
         raise UserError(
-            f"a launcher's variable (RANK, WORLD_SIZE, ...) is damaged: {error}; unset or repair it"
+            f"a launcher's variable (RANK, WORLD_SIZE, ...) is missing or damaged: {error}; unset or repair it"
         ) from None
+    if not 0 <= launch.rank < launch.world_size or launch.local_rank < 0 or launch.local_world_size < 1:
+        raise UserError(
+            f"the launcher's variables say rank {launch.rank} of {launch.world_size}, on this node {launch.local_rank} "
+            f"of {launch.local_world_size}: ranks count from 0 and are below their number; unset or repair them"
+        )
+    return launch
 
 
 def _detect() -> Launch:
@@ -63,4 +69,7 @@ def _detect() -> Launch:
         return Launch(
             int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), "slurm", local_size
         )
+    for alone, missing, harmless in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if env.get(alone, harmless) != harmless:  # else every process would be a run of its own
+            raise UserError(f"{alone}={env[alone]} is set, but {missing} is not; set both, or unset it")
     return Launch(0, 1, 0, "single")

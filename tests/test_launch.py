@@ -54,3 +54,28 @@ def test_a_damaged_variable_is_a_users_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK, WORLD_SIZE"):
         detect_launch()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "-1", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        {"RANK": "3", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "-1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+    ],
+    ids=str,
+)
+def test_variables_that_no_launcher_sets_are_a_users_error(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="unset (or repair|it)"):
+        detect_launch()
