@@ -146,9 +146,10 @@ def test_a_signal_before_the_time_limit_costs_no_step_while_in(
     else:
         run.wait_for_log("share one set of experts")  # and the processes are about to start
         time.sleep(0.5)
-        run.set_steps(STEPS)
     # What `--signal=B:USR1@300` does, without Slurm's clock, which looks at time limits every 30 s.
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    run.wait_for_log("requeued after exit code 75")
+    run.set_steps(STEPS)  # not before: ranks that read the settings at two moments would disagree
     cluster.restart(run.job)
     assert run.end() == ("COMPLETED", 1), run.log()
     assert run.curve() == undisturbed.curve(), run.log()
