@@ -30,8 +30,7 @@ _NUMBERS = {
         "a number, such as 0.5 or 1e-4",
     ),
 }
-
-
+_SCALARS = {kind: meant for kind, (_, meant) in _NUMBERS.items()} | {bool: "true or false", str: "one text"}
 _NULL_AND_MERGE = {
     first: [(tag, form) for tag, form in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -120,6 +119,9 @@ def check_scalars(given: Any, hint: Any, name: str = "") -> Any:
     Raises:
         UserError: a number is written otherwise, or a home folder is not known.
     """
+    kind = _without_none(hint)
+    if isinstance(given, (dict, list, tuple)) and isinstance(kind, type) and kind in _SCALARS:
+        raise UserError(f"{name}={given}: give {_SCALARS[kind]}")
     if isinstance(given, dict):
         hints = _hints(hint)
         return {key: check_scalars(value, hints.get(key), f"{name}.{key}".lstrip(".")) for key, value in given.items()}
@@ -129,7 +131,7 @@ def check_scalars(given: Any, hint: Any, name: str = "") -> Any:
             check_scalars(value, item, f"{name}[{n}]") for n, (value, item) in enumerate(zip(given, items, strict=True))
         ]
     if isinstance(given, str) and "${" not in given:  # an interpolation is checked when it is resolved
-        return _check_text(given, _without_none(hint), name)
+        return _check_text(given, kind, name)
     return given
 
 

@@ -11,12 +11,5 @@ from diffmoe_dist.errors import UserError
 def require(section: Any, section_name: str, name: str, accepts: Callable[[Any], bool], rule: str) -> None:
     """Refuse a setting that has a value and not an acceptable one, naming the rule."""
     value = getattr(section, name)
-    if value is not None and not _accepted(accepts, value):
+    if value is not None and not accepts(value):
         raise UserError(f"{section_name}.{name}={value} must be {rule}")
-
-
-def _accepted(accepts: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return accepts(value)
-    except TypeError:  # a list where a number is meant
-        return False
