@@ -88,8 +88,8 @@ def changed_settings(checkpoint: Path, config: Config) -> str:
     """What a run that continues a checkpoint changes in its settings: `optim.lr 0.001 -> 0.0005, ...`; else empty."""
     saved = flat_settings(load_config(checkpoint / "config.yaml", training=False))
     now = flat_settings(config)
-    names = [*now, *(saved.keys() - now.keys())]
-    return ", ".join(f"{n} {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n))
+    # Of one model, by `_check_same_model`: so both know the same settings.
+    return ", ".join(f"{name} {saved[name]} -> {value}" for name, value in now.items() if saved[name] != value)
 
 
 def _check_same_model(checkpoint: Path, config: Config) -> None:

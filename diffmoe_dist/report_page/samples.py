@@ -104,11 +104,16 @@ def _sample(
 ) -> tuple[Tensor, RoutingTrace | None]:
     """The first `num` images of a job, (N, C, H, W), and their routing."""
     objective, numbers, settings = build_objective(config.objective), list(range(num)), sampler_of(job)
-    if not model.moe_layers:
-        return generate(model, objective, numbers, conditions, settings).images, None
-    with recorded(model, objective) as recorder:
-        images = generate(model, objective, numbers, conditions, settings, recorder).images
-    return images, recorder.trace()
+    trace = None
+    if model.moe_layers:
+        with recorded(model, objective) as recorder:
+            sampled = generate(model, objective, numbers, conditions, settings, recorder)
+        trace = recorder.trace()
+    else:
+        sampled = generate(model, objective, numbers, conditions, settings)
+    if sampled.non_finite is not None:  # they would be black images
+        raise FloatingPointError(f"report: {sampled.non_finite}; do the weights come from a run that diverged?")
+    return sampled.images, trace
 
 
 def _wants_captions(asked: SamplingSettings | FinishedSamples, config: Config) -> bool:

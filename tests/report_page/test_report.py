@@ -21,7 +21,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.report import main
-from diffmoe_dist.report_page import figures
+from diffmoe_dist.report_page import figures, samples
 from diffmoe_dist.report_page.page import write_report
 from diffmoe_dist.report_page.samples import FinishedSamples, sample_for_page
 from diffmoe_dist.sampling.conditions import ClassLabels
@@ -247,3 +247,15 @@ def test_names_with_dollars_are_no_formulas() -> None:
     figures.as_pixels(figures.class_figure(passes, [0, 1], name))
     images = np.zeros((2, 8, 8, 3), np.uint8)
     figures.as_pixels(figures.experts_over_images_figure(passes, images, [0, 1], name))
+
+
+def test_a_page_is_not_made_of_images_that_are_not_finite() -> None:
+    model, config = random_model()
+    with torch.no_grad():
+        for parameter in model.final_layer.parameters():
+            parameter.fill_(3e38)
+    job = {"sampler": "euler", "steps": 2, "cfg_scale": 1.0, "cfg_channels": "all", "cfg_interval": None}
+    with pytest.raises(
+        FloatingPointError, match="report: 3 images are not finite, first image 0 at function evaluation"
+    ):
+        samples._sample(model, config, ClassLabels([0], 10), {**job, "one_pass": False, "seed": 0}, 3)
