@@ -150,6 +150,19 @@ def test_the_patch_embedding_and_unpatchify_agree_on_the_order_of_the_patches() 
         assert torch.equal(model._unpatchify(model.x_embedder(x)[..., :12]), x)
 
 
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "global_pool"])
+def test_the_residual_stream_lies_contiguous_in_memory_in_every_block(moe: dict[str, object] | None) -> None:
+    model = make_model(moe)
+    streams: list[Tensor] = []
+    for layer in (*model.blocks, model.final_layer):
+        layer.register_forward_pre_hook(lambda module, inputs: streams.append(inputs[0]))
+
+    model(*make_inputs())
+
+    assert len(streams) == len(model.blocks) + 1
+    assert all(stream.is_contiguous() for stream in streams), [stream.stride() for stream in streams]
+
+
 def test_the_learned_variance_is_the_second_half_of_the_channels() -> None:
     model = make_model(learn_sigma=True)
     with torch.no_grad():
