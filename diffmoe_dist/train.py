@@ -100,7 +100,8 @@ def train(config: Config, stop: StopSignals) -> int:
     run_dir = Path(config.run_dir)
     watchdog = Watchdog(config.train.hang_timeout, run_dir / "logs" / f"rank-{launch.rank}.log")
     watchdog.set_deadline("start-up", SLOW_FACTOR)
-    launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
+    with stop.leaving_at_once():
+        launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
     with abort_all_on_failure(watchdog), full_disk_told(f"run_dir={run_dir}"):
         check_agreement(
             {**flat_settings(config), "the data's fingerprint": data.fingerprint},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,11 @@ def test_a_run_whose_ranks_disagree_takes_no_step(tmp_path: Path, digits: Path, 
 
 
 def test_a_mistake_that_only_another_rank_makes_is_told_and_ends_all(tmp_path: Path, digits: Path) -> None:
+    began = time.monotonic()
     done = train_with_another_rank(tmp_path, digits, "model.depth=0")
     assert done.returncode != 0
+    assert "SIGTERM before the ranks have met: leaving at once" in done.stderr
+    assert time.monotonic() < began + 30, "the launcher's grace before it kills"
     assert "error: model.depth=0 must be from 1 to 1000" in done.stderr
 
 
