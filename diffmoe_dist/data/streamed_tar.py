@@ -13,7 +13,7 @@ from typing import Any
 
 from webdataset.gopen import gopen
 
-from diffmoe_dist.data.format import split_name
+from diffmoe_dist.data.grouping import group_members
 from diffmoe_dist.data.index import CorruptShardError
 
 _CHUNK = 1 << 20
@@ -25,29 +25,21 @@ class TarDamageError(CorruptShardError):
 
 
 def stream_samples(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, payloads by field) of each sample: neighbours of one key, as in WebDataset.
+    """(key, payloads by field) of each sample, grouped as for an index.
 
     Raises:
         TarDamageError: after the samples before the damage, the last of which might not be whole and is left out.
         CorruptShardError: the shard cannot be read at all.
     """
-    key, sample = "", dict[str, bytes]()
+    last = "none"
     try:
-        for name, payload in _members(url):
-            next_key, field = split_name(name)
-            if not next_key:
-                continue
-            if sample and (next_key != key or field in sample):
-                yield key, sample
-                sample = {}
-            key = next_key
-            sample[field] = payload
+        for key, sample in group_members(_members(url)):
+            yield key, sample
+            last = key
     except OSError as error:
         raise CorruptShardError(f"{url}: cannot be read ({error})") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ArithmeticError, LookupError, ValueError) as error:
-        raise TarDamageError(f"{url}: damaged after sample {key or 'none'} ({error}); restore it") from error
-    if sample:
-        yield key, sample
+        raise TarDamageError(f"{url}: damaged after sample {last} ({error}); restore it") from error
 
 
 def _members(url: str) -> Iterator[tuple[str, bytes]]:
