@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.measuring import saved_bytes
 from diffmoe_dist.config import for_world
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT, initialize
@@ -53,24 +51,9 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings: Case)
         condition = TextCondition(
             torch.randn(images, 16, 32).half(), mask, torch.randn(images, 24).half(), labels == 10
         )
-    kept = _saved_bytes(model, torch.randn(images, 1, 16, 16), torch.rand(images), condition)
+    images_NCHW, times = torch.randn(images, 1, 16, 16), torch.rand(images)
+    kept = saved_bytes(model, lambda: model(images_NCHW, times, condition))
     assert activation_bytes(config, work) == pytest.approx(kept, rel=0.03)
-
-
-def _saved_bytes(model: DiT, *inputs: Any) -> int:
-    storages: dict[int, int] = {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor  # which keeps the storage, so that its address stays its own
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(*inputs)
-    del output
-    return sum(storages.values())
 
 
 def test_persistent_memory_shrinks_with_the_ranks_but_for_the_weights() -> None:
