@@ -51,8 +51,23 @@ class LocalDispatcher:
 
 def weighted_sum(y_AD: Tensor, routing: Routing, x_TD: Tensor) -> Tensor:
     """(T, D) in x's type: results times gates, added up by token."""
-    weighted_AD = y_AD * routing.gate[:, None].to(y_AD.dtype)
-    return torch.zeros_like(x_TD).index_add_(0, routing.token_index, weighted_AD)  # in place: spares a copy
+    return _WeightedSum.apply(y_AD, routing.gate.to(y_AD.dtype), routing.token_index, x_TD)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """By the formulas of autograd, which would also keep the products."""
+
+    @staticmethod
+    def forward(ctx: Any, y_AD: Tensor, gate_A: Tensor, token_index: Tensor, x_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(y_AD, gate_A, token_index)
+        return torch.zeros_like(x_TD).index_add_(0, token_index, y_AD * gate_A[:, None])  # in place: spares a copy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_AD, gate_A, token_index = ctx.saved_tensors
+        grad_AD = grad_TD.index_select(0, token_index)
+        return grad_AD * gate_A[:, None], (grad_AD * y_AD).sum(dim=1), None, None
 
 
 class Experts(nn.Module):
@@ -96,32 +111,30 @@ def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
 
 def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     x = x_RD.view(len(w1), rows_per_expert, x_RD.shape[1])
-    h = torch.baddbmm(b1[:, None], x, w1)
-    return _GeluLinear.apply(h, w2, b2).view(x_RD.shape)
+    h = _Gelu.apply(torch.baddbmm(b1[:, None], x, w1))
+    return torch.baddbmm(b2[:, None], h, w2).view(x_RD.shape)
 
 
-class _GeluLinear(torch.autograd.Function):
-    """gelu(h) @ w + b by the formulas of autograd, which would allocate a second gradient of h's size."""
+class _Gelu(torch.autograd.Function):
+    """Tanh-approximated, of a value whose one use is a product: its gradient is written over that of the result."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        activated = F.gelu(h, approximate="tanh")
-        ctx.save_for_backward(h, activated, w)
-        return torch.baddbmm(b[:, None], activated, w)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.gelu(x, approximate="tanh")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, activated, w = ctx.saved_tensors
-        grad_h = grad @ w.mT
-        torch.ops.aten.gelu_backward.grad_input(grad_h, h, approximate="tanh", grad_input=grad_h)  # in place
-        return grad_h, activated.mT @ grad, grad.sum(dim=1)
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
 
 
 def _grouped_mlp(rows: ExpertInput, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     expert_of_row = torch.repeat_interleave(rows.tokens_per_expert, output_size=len(rows.x_RD))
+    bias_RD = b2[expert_of_row]  # what is kept for backward comes before the last product: see model.recompute
     h = F.gelu(_matmul(rows.x_RD, w1, rows) + b1[expert_of_row], approximate="tanh")
-    return _matmul(h, w2, rows) + b2[expert_of_row]
+    return _matmul(h, w2, rows) + bias_RD
 
 
 class MoELayer(nn.Module):
