@@ -8,9 +8,10 @@ and all gradients start as None. Against it, two dense `Mlp`:
 - widened: the hidden width at which its multiply-accumulates, forward and backward, equal those that the MoE layer
   activates for router, predictor and experts together. This is the fair one.
 
-How. The three layers run in turn (A B C A B C ...) in one process after a warm-up; times are medians, and a time ratio
-is the median of the ratios of one round, so that a machine whose speed drifts cancels out. The work column comes from
-torch's FLOP counter over forward and backward and shows how equal the arithmetic is.
+How. The three layers run in turn (A B C A B C ...) in one process after a warm-up; times are medians, on one CPU thread
+of the process's own time, and a time ratio is the median of the ratios of one round, so that a machine whose speed
+drifts cancels out. The work column comes from torch's FLOP counter over forward and backward and shows how equal the
+arithmetic is.
 
 Memory, beyond the parameters:
 
@@ -32,19 +33,19 @@ library keep them, as the caching allocator does on CUDA, and shows how much of 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
+import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import circumstances, free_gradients, in_turn, ratio, saved_bytes, seconds_of, told
+from benchmarks.measuring import peak_bytes as peak_of
 from diffmoe_dist.config.routers.global_pool import Settings
 from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
@@ -116,76 +117,15 @@ def _moe_outputs(layer: MoELayer, x: Tensor) -> list[Tensor]:
     return [y, *routing.losses.values()]
 
 
-def times_in_turn(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-2, repeats):
-        for name, step in steps.items():
-            _synchronize(device)
-            start = time.perf_counter()
-            step()
-            _synchronize(device)
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_bytes(candidate: Candidate, device: torch.device) -> int:
     """The most bytes live at one moment of a step, beyond those before it; parameter gradients freed once complete."""
-    handles = [p.register_post_accumulate_grad_hook(_free_gradient) for p in candidate.module.parameters()]
+    handles = free_gradients(candidate.module)
     candidate.step()
     candidate.clear()
-    peak = _peak_on_cuda(candidate, device) if device.type == "cuda" else _peak_on_cpu(candidate)
+    peak = peak_of(candidate.step, device)
     for handle in handles:
         handle.remove()
     return peak
-
-
-def _free_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _peak_on_cuda(candidate: Candidate, device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    candidate.step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_on_cpu(candidate: Candidate) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        candidate.step()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def saved_bytes(candidate: Candidate) -> int:
-    """Bytes that a forward pass leaves for backward, the input included, parameters left out."""
-    storages: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in candidate.module.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor  # which keeps the storage, so that its address stays its own
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = candidate.forward(candidate.x)
-    del outputs
-    return sum(storages.values())
 
 
 def flops(candidate: Candidate) -> int:
@@ -195,35 +135,36 @@ def flops(candidate: Candidate) -> int:
     return counter.get_total_flops()
 
 
-def measure(width: int, tokens: int, num_experts: int, like: Tensor, repeats: int) -> list[str]:
-    """The table rows of one size: the MoE layer, then each dense layer with the MoE layer's ratio to it."""
+def measure(width: int, tokens: int, num_experts: int, like: Tensor, repeats: int) -> list[dict[str, Any]]:
+    """The rows of one size: the MoE layer, then each dense layer with the MoE layer's ratio to it."""
     layers = candidates(width, tokens, num_experts, like)
-    seconds = times_in_turn({name: layer.step for name, layer in layers.items()}, repeats, like.device)
+    steps = {name: partial(seconds_of, layer.step, like.device) for name, layer in layers.items()}
+    seconds = in_turn(steps, repeats)
     for layer in layers.values():
         layer.clear()
-    figures = {name: (flops(x), peak_bytes(x, like.device), saved_bytes(x)) for name, x in layers.items()}
-    rows = []
-    for name, (work, peak, saved) in figures.items():
-        row = f"{f'{width}x{tokens}x{num_experts}':>16}  {name:8} {statistics.median(seconds[name]) * 1e3:10.2f}"
-        row += f" {work / 1e9:9.1f} {peak / 2**20:9.1f} {saved / 2**20:9.1f}"
+    rows: list[dict[str, Any]] = []
+    for name, layer in layers.items():
+        row: dict[str, Any] = {
+            "size": f"{width}x{tokens}x{num_experts}",
+            "layer": name,
+            "seconds": seconds[name],
+            "flops": flops(layer),
+            "peak_bytes": peak_bytes(layer, like.device),
+            "saved_bytes": saved_bytes(layer.module, partial(layer.forward, layer.x)),
+        }
         if name != "moe":
-            time_ratio = statistics.median(a / b for a, b in zip(seconds["moe"], seconds[name], strict=True))
-            ratios = [of_moe / own for of_moe, own in zip(figures["moe"], figures[name], strict=True)]
-            row += f"   {time_ratio:6.3f} {ratios[0]:6.3f} {ratios[1]:6.2f} {ratios[2]:6.2f}"
+            row["moe_over_this"] = {"time": ratio(seconds["moe"], seconds[name])}
+            row["moe_over_this"] |= {key: rows[0][key] / row[key] for key in ("flops", "peak_bytes", "saved_bytes")}
         rows.append(row)
     return rows
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names) or '?'} cores"
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+def shown(row: dict[str, Any]) -> str:
+    text = f"{row['size']:>16}  {row['layer']:8} {statistics.median(row['seconds']) * 1e3:10.2f}"
+    text += f" {row['flops'] / 1e9:9.1f} {row['peak_bytes'] / 2**20:9.1f} {row['saved_bytes'] / 2**20:9.1f}"
+    if "moe_over_this" in row:
+        text += "   {time:6.3f} {flops:6.3f} {peak_bytes:6.2f} {saved_bytes:6.2f}".format(**row["moe_over_this"])
+    return text
 
 
 def size(text: str) -> tuple[int, int, int]:
@@ -264,6 +205,7 @@ def parse() -> argparse.Namespace:
         default=[(384, 8192, 16), (768, 8192, 16), (1024, 4096, 8)],
         help="width x tokens x experts; default: 384x8192x16 768x8192x16 1024x4096x8",
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured there, too")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not cuda:
         parser.error("--device cuda: torch finds no CUDA device; choose --device cpu")
@@ -276,7 +218,8 @@ def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
-    print(f"{datetime.date.today()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {machine(device)}")
+    found: dict[str, Any] = {"benchmark": "moe_layer", **circumstances(device), "rows": []}
+    print(told(found))
     for name in arguments.dtype or (["bf16", "fp32"] if on_cuda else ["fp32"]):
         print(f"\n{name}: forward and backward; MiB beyond the parameters; ratios are MoE layer / dense layer")
         print(f"{'size DxTxN':>16}  {'layer':8} {'ms':>10} {'GFLOP':>9} {'peak':>9} {'saved':>9}", end="   ")
@@ -284,7 +227,10 @@ def main() -> None:
         like = torch.empty(0, device=device, dtype=DTYPES[name])
         for width, tokens, num_experts in arguments.sizes:
             rows = measure(width, tokens, num_experts, like, arguments.repeats or (50 if on_cuda else 11))
-            print("\n".join(rows), flush=True)
+            print("\n".join(map(shown, rows)), flush=True)
+            found["rows"] += [{"dtype": name, **row} for row in rows]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

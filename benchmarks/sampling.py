@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.moe_layer import machine
+from benchmarks.measuring import machine
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.model.dit import DiT, initialize

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
+import json
+import re
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -17,6 +20,15 @@ from data_tools.tars import Member, TarFile
 from diffmoe_dist.errors import UserError
 
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_SECONDS_TO_READ = 600  # a small file, by a process that imports scipy first
+_PRINT_META = """
+import io, json, sys
+from scipy.io import loadmat  # comes with scikit-learn
+synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
+rows = [(int(one["ILSVRC2012_ID"]), str(one["WNID"])) for one in synsets if int(one["num_children"]) == 0]
+sys.stdout.write(json.dumps(rows))
+"""
+_WNID = re.compile(r"n\d{8}")
 _TABLES = ("meta.mat", "synsets.txt")
 
 
@@ -117,25 +129,33 @@ def _wnid_of_id(devkit: Path) -> dict[int, str]:
     else:
         raise UserError(f"--devkit={devkit}: holds neither {' nor '.join(_TABLES)}; name ILSVRC2012_devkit_t12")
     try:
-        table = _read_meta(content) if name == "meta.mat" else _read_synsets(content)
-    except (ImportError, IndexError, KeyError, TypeError, ValueError) as error:
+        rows = _read_meta(content) if name == "meta.mat" else _read_synsets(content)
+    except (IndexError, ValueError, subprocess.TimeoutExpired) as error:
         raise UserError(
             f"--devkit={devkit}: {name} is not a table of classes ({error}); restore it, or give {_TABLES[1]} "
             "with lines `ILSVRC2012_ID WNID`"
         ) from error
-    return table
+    for column in zip(*rows, strict=True):
+        (value, times), *_ = Counter(column).most_common(1)
+        if times > 1:
+            raise UserError(f"--devkit={devkit}: {name} has {value} in {times} rows; restore it")
+    if strange := [wnid for _, wnid in rows if not _WNID.fullmatch(wnid)]:
+        raise UserError(f"--devkit={devkit}: {name} has {strange[0]!r} for a WordNet id (n01440764); restore it")
+    return dict(rows)
 
 
-def _read_meta(content: bytes) -> dict[int, str]:
-    from scipy.io import loadmat  # comes with scikit-learn
+def _read_meta(content: bytes) -> list[tuple[int, str]]:
+    # In a process of its own: on some damaged files scipy does not raise, it crashes.
+    program = [sys.executable, "-c", _PRINT_META]
+    done = subprocess.run(program, input=content, capture_output=True, timeout=_SECONDS_TO_READ, check=False)
+    if done.returncode:
+        raise ValueError(next(reversed(done.stderr.decode(errors="replace").splitlines()), "scipy crashes on it"))
+    return [(number, wnid) for number, wnid in json.loads(done.stdout)]
 
-    synsets = loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
-    return {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in synsets if int(one["num_children"]) == 0}
 
-
-def _read_synsets(content: bytes) -> dict[int, str]:
+def _read_synsets(content: bytes) -> list[tuple[int, str]]:
     rows = [line.split() for line in content.decode().splitlines() if line.strip()]
-    return {int(row[0]): row[1] for row in rows}
+    return [(int(row[0]), row[1]) for row in rows]
 
 
 def _devkit_file(devkit: Path, name: str) -> bytes | None:

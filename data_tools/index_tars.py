@@ -21,7 +21,7 @@ from data_tools.shards import BadItem, ShardRecord, sort_fields
 from data_tools.source import BadItemError
 from data_tools.stored_images import ImageRules, common_side, store_image
 from data_tools.tars import TarFile
-from data_tools.webdataset_tars import Found, Group, check_payloads, group_members, list_tars, used_fields
+from data_tools.webdataset_tars import TORN, Found, Group, check_payloads, groups_of, list_tars, used_fields
 from diffmoe_dist.data.format import ABSENT, IMAGE_FIELDS, INDEX_NAME, LABEL_FIELD, TAR_BLOCK, Shard
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import member_crc32
@@ -35,6 +35,7 @@ _CHANNELS = 3
 class _Job:
     slot: ShardSlot
     required: tuple[str, ...]
+    torn: frozenset[str]  # keys whose files do not lie side by side
 
 
 def index_tars(
@@ -68,7 +69,7 @@ def index_tars(
             pass
     required = found.required_fields()
     num_bad = 0
-    for num_samples, bad in workers.run(_index_tar, (_Job(slot, required) for slot in slots)):
+    for num_samples, bad in workers.run(_index_tar, (_Job(slot, required, found.torn[slot.path]) for slot in slots)):
         num_bad += len(bad)
         if num_bad > max_bad:
             write_quarantine(folder, (record for slot in slots if (record := slot.load()) is not None))
@@ -90,16 +91,20 @@ def index_tars(
 def _index_tar(job: _Job) -> tuple[int, list[BadItem]]:
     record = job.slot.finished()
     if record is None:
-        record = _scan(job.slot.path, job.required)
+        record = _scan(job.slot.path, job.required, job.torn)
         job.slot.save(record)
     return len(record.keys) + len(record.bad), record.bad
 
 
-def _scan(path: Path, required: tuple[str, ...]) -> ShardRecord:
+def _scan(path: Path, required: tuple[str, ...], torn: frozenset[str]) -> ShardRecord:
     tar = TarFile(path)
     keys, bad, sizes, num_classes = [], [], set(), 0
     rows: list[dict[str, list[int]]] = []
-    for group in group_members(tar.members()):
+    for group in groups_of(tar):
+        if group.key in torn:
+            if group.has_image:
+                bad.append(BadItem(group.key, f"{path.name}:{group.key}", TORN))
+            continue
         try:
             row, label, size = _check_group(tar, group, required)
         except (BadItemError, ImageError) as error:

@@ -16,10 +16,9 @@ import numpy as np
 from data_tools.folder import PackedFolder, ShardFolder
 from data_tools.parallel import SERIAL, Workers
 from data_tools.side import ShardNotes, side_names, worker_device, write_side
-from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import npy_bytes
-from diffmoe_dist.data.text import EncodedText, captions_of, pooled_field, text_field
+from diffmoe_dist.data.text import EncodedText, captions_of, check_captions, pooled_field, text_field
 from diffmoe_dist.data.text_encoder import USUAL_LENGTH, TextEncoder, encoder_kind, encoder_sha256
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256, write_atomically
@@ -54,16 +53,9 @@ def encode_text(
     takes the empty caption, which is encoded once. The vectors are those of the encoder's last layer, after its norm.
     Raises UserError for an encoder that is not known or does not load, and for data without captions.
     """
-    if not {CAPTION_FIELD, METADATA_FIELD} & set(base.fields):
-        raise UserError(
-            f"BASE={base.folder}: holds no captions ({', '.join(base.fields)}); pack a source that has some"
-        )
     if settings.batch_size < 1:
         raise UserError(f"--batch-size={settings.batch_size}: must be at least 1")
-    if not any(captions_of(base, sample_id) for sample_id in range(base.num_samples)):
-        raise UserError(
-            f"BASE={base.folder}: none of {base.num_samples} samples has a caption; pack a source that has some"
-        )
+    check_captions(base, f"BASE={base.folder}")
     spec: dict[str, Any] = describe_encoder(settings)
     identity = {
         "command": "encode-text",

@@ -16,12 +16,13 @@ import numpy as np
 from data_tools.source import IMAGE, BadItemError, Strings, label_payload
 from data_tools.tars import Member, TarFile
 from diffmoe_dist.data.captions import captions_in
-from diffmoe_dist.data.format import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD, METADATA_FIELD, split_name
+from diffmoe_dist.data.format import CAPTION_FIELD, IMAGE_FIELDS, LABEL_FIELD, METADATA_FIELD
+from diffmoe_dist.data.grouping import SAMPLE_FIELDS, group_members
 from diffmoe_dist.data.labels import MAX_LABEL, label_in_payload
 from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("data_tools")
-_SAMPLE_FIELDS = (LABEL_FIELD, CAPTION_FIELD, METADATA_FIELD)
+TORN = "its files do not lie side by side; write the tar again with tar --sort=name"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Group:
 
     key: str
     members: dict[str, Member]
+
+    @property
+    def has_image(self) -> bool:
+        return not self.members.keys().isdisjoint(IMAGE_FIELDS)
 
 
 class WebDatasetSource:
@@ -50,6 +55,11 @@ class WebDatasetSource:
             for number, tar in enumerate(self._tars)
             for group in found.count(tar)
         )
+        self._torn = {number: keys for number, tar in enumerate(self._tars) if (keys := found.torn.get(tar.path))}
+        if self._torn:
+            self._items = self._items.take(
+                np.array([item for item, text in enumerate(self._items) if self._is_kept(text)])
+            )
         self._required = found.required_fields()
 
     def __len__(self) -> int:
@@ -65,7 +75,9 @@ class WebDatasetSource:
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
-        number, _, members = json.loads(self._items[item])
+        number, key, members = json.loads(self._items[item])
+        if key in self._torn.get(number, ()):
+            raise BadItemError(TORN)
         tar = self._tars[number]
         used = used_fields(self._required)
         payloads = {field: tar.read(offset, size) for field, offset, size in members if field in used}
@@ -75,6 +87,11 @@ class WebDatasetSource:
             payloads[CAPTION_FIELD] = captions[0].strip().encode()
         return {IMAGE: payloads.pop(image), **payloads}
 
+    def _is_kept(self, item: str) -> bool:
+        """Whether an item is more than a piece of a sample that is torn apart: of those, the image stands for all."""
+        number, key, members = json.loads(item)
+        return key not in self._torn.get(number, ()) or any(field in IMAGE_FIELDS for field, *_ in members)
+
 
 class Found:
     """What the samples of some tars have, told by looking at all of them."""
@@ -82,31 +99,35 @@ class Found:
     def __init__(self) -> None:
         self.num_samples = self.num_tars = 0  # samples with an image
         self.fields: Counter[str] = Counter()  # label, caption, metadata: how many of the samples have each
+        self.torn: dict[Path, frozenset[str]] = {}  # keys whose files do not lie side by side, by tar
         self._where = ""
 
     def count(self, tar: TarFile) -> Iterator[Group]:
         """The groups of one more tar, as they are counted.
 
-        Raises UserError where the files of one sample do not lie side by side: it would lose its label or caption.
+        Raises UserError where the files of most samples do not lie side by side.
         """
         self.num_tars, self._where = self.num_tars + 1, str(tar.path.parent)
         images: set[int] = set()  # hashes of keys: a tar may hold millions
         alone: set[int] = set()
-        for group in group_members(tar.members()):
-            fields = [name for name in _SAMPLE_FIELDS if name in group.members]
-            has_image = not group.members.keys().isdisjoint(IMAGE_FIELDS)
-            if has_image:
+        torn: dict[str, None] = {}
+        for group in groups_of(tar):
+            fields = [name for name in SAMPLE_FIELDS if name in group.members]
+            if group.has_image:
                 self.num_samples += 1
                 self.fields.update(fields)
-            own, other = (images, alone) if has_image else (alone, images)
-            if has_image or fields:
+            own, other = (images, alone) if group.has_image else (alone, images)
+            if group.has_image or fields:
                 own.add(hash(group.key))
                 if hash(group.key) in other:
-                    raise UserError(
-                        f"{tar.path}: the files of {group.key} do not lie side by side; write it again with "
-                        "tar --sort=name"
-                    )
+                    torn[group.key] = None
             yield group
+        if 2 * len(torn) > len(images):
+            raise UserError(
+                f"{tar.path}: the files of {next(iter(torn))} do not lie side by side; write it again with "
+                "tar --sort=name"
+            )
+        self.torn[tar.path] = frozenset(torn)
 
     def required_fields(self) -> tuple[str, ...]:
         """What a sample must have beside the image: what most samples have. Tells what was found.
@@ -115,8 +136,8 @@ class Found:
         """
         if not self.num_samples:
             raise UserError(f"{self._where}: no sample with an image ({', '.join(IMAGE_FIELDS)}) in its tars")
-        counts = "".join(f", {self.fields[name]} with {name}" for name in _SAMPLE_FIELDS if self.fields[name])
-        required = tuple(name for name in _SAMPLE_FIELDS if 2 * self.fields[name] > self.num_samples)
+        counts = "".join(f", {self.fields[name]} with {name}" for name in SAMPLE_FIELDS if self.fields[name])
+        required = tuple(name for name in SAMPLE_FIELDS if 2 * self.fields[name] > self.num_samples)
         few_labels = self.fields[LABEL_FIELD] and LABEL_FIELD not in required
         aside = f"; left aside: {LABEL_FIELD}, which most samples lack" if few_labels else ""
         logger.info("%s: %d samples in %d tars%s%s", self._where, self.num_samples, self.num_tars, counts, aside)
@@ -147,47 +168,10 @@ def list_tars(root: Path) -> list[Path]:
     return tars
 
 
-def group_members(members: Iterator[Member]) -> Iterator[Group]:
-    """Neighbours of one key form a sample, as in WebDataset: the key ends at the first dot of the file's name.
-
-    At the last dot, where the members can be samples only so: `img_1.3.png`, `img_1.3.cls`.
-    """
-    group: Group | None = None
-    for member in members:
-        key, field = split_name(member.name)
-        if not key:
-            continue
-        if group is None or group.key != key or field in group.members:
-            if group is not None:
-                yield from _split_dotted(group)
-            group = Group(key, {})
-        group.members[field] = member
-    if group is not None:
-        yield from _split_dotted(group)
-
-
-def _split_dotted(group: Group) -> Iterator[Group]:
-    """The group, or the samples in it whose keys have dots: with an image each, and nothing but such samples.
-
-    `a.jpg`, `a.cls`, `a.mask.png` are one sample with a field more.
-    """
-    if not any("." in field for field in group.members):
-        yield group
-        return
-    parts: dict[str, dict[str, Member]] = {}
-    kinds: dict[str, set[str]] = {}
-    for field, member in group.members.items():
-        last = field.rpartition(".")[2]
-        if last in (*IMAGE_FIELDS, *_SAMPLE_FIELDS):
-            key = member.name[: -len(last) - 1] if "." in field else group.key
-            parts.setdefault(key, {})[last] = member
-            kinds.setdefault(key, set()).add("image" if last in IMAGE_FIELDS else last)
-    plain = kinds.get(group.key)
-    dotted = [found for key, found in kinds.items() if key != group.key and "image" in found]
-    if dotted and (plain is None or (len(plain) > 1 and all(found == plain for found in dotted))):
-        yield from (Group(key, members) for key, members in parts.items())
-    else:
-        yield group
+def groups_of(tar: TarFile) -> Iterator[Group]:
+    """The samples of a tar, and what lies between them, in order."""
+    for key, members in group_members((member.name, member) for member in tar.members()):
+        yield Group(key, members)
 
 
 def check_payloads(payloads: dict[str, bytes], required: Sequence[str], max_label: int = MAX_LABEL) -> None:

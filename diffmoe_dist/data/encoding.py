@@ -49,7 +49,13 @@ def load_in_fp32(architecture: Any, folder: str | Path, named: str, **options: A
         raise UserError(f"{named}: does not load ({one_line(error)}); fetch it again") from error
     if report["missing_keys"]:  # would be random numbers
         raise UserError(f"{named}: lacks weights, as {sorted(report['missing_keys'])[0]}; fetch it again")
-    spare = sorted(name for name in report["unexpected_keys"] if _LAYER.search(name) and not _OTHER_TOWER.match(name))
+    own_towers = {tower[0] for name in module.state_dict() if (tower := _OTHER_TOWER.match(name))}
+
+    def is_spare(name: str) -> bool:
+        tower = _OTHER_TOWER.match(name)
+        return _LAYER.search(name) is not None and (tower is None or tower[0] in own_towers)
+
+    spare = sorted(filter(is_spare, report["unexpected_keys"]))
     if spare:
         raise UserError(f"{named}: config.json says a model without {spare[0]}, which is stored; fetch both again")
     for name, tensor in module.state_dict().items():

@@ -8,9 +8,9 @@ import torch
 
 from diffmoe_dist.config import Config, DataConfig, ModelConfig, data_sets
 from diffmoe_dist.data.dataset import DataSet, TrainingData
-from diffmoe_dist.data.format import CAPTION_FIELD, METADATA_FIELD
 from diffmoe_dist.data.online import OnlineEncoders
 from diffmoe_dist.data.stream import StreamedData
+from diffmoe_dist.data.text import check_captions
 from diffmoe_dist.errors import UserError
 
 
@@ -97,8 +97,8 @@ def _check_fit(config: Config, dataset: DataSet, encoders: OnlineEncoders | None
     spec = dataset.latents.spec if dataset.latents else None
     if spec and spec.width != spec.height:
         raise UserError(f"{dataset.where}: latents of {spec.height}x{spec.width}; the model takes squares")
-    if encoders is not None and encoders.text is not None and not {CAPTION_FIELD, METADATA_FIELD} & set(base.fields):
-        raise UserError(f"{base.named}: holds no captions ({', '.join(base.fields)}); pack some with them")
+    if encoders is not None and encoders.text is not None:
+        check_captions(base, base.named)
     if dataset.text is not None:
         text = dataset.text.spec
         stored = (text.encoder_sha256, text.hidden_size, text.max_length, text.pooled_size)

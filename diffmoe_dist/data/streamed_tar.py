@@ -9,15 +9,16 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from webdataset.gopen import gopen
+from webdataset.gopen import Pipe, gopen
 
-from diffmoe_dist.data.format import split_name
+from diffmoe_dist.data.grouping import group_members
 from diffmoe_dist.data.index import CorruptShardError
 
 _CHUNK = 1 << 20
 _END = tarfile.EOFHeaderError  # type: ignore[attr-defined]  # a block of zeros
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ArithmeticError, LookupError, ValueError)
 
 
 class TarDamageError(CorruptShardError):
@@ -25,42 +26,52 @@ class TarDamageError(CorruptShardError):
 
 
 def stream_samples(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, payloads by field) of each sample: neighbours of one key, as in WebDataset.
+    """(key, payloads by field) of each sample, grouped as for an index.
 
     Raises:
-        TarDamageError: after the samples before the damage, the last of which might not be whole and is left out.
+        TarDamageError: after the samples before the damage, the last of which might not be whole and is left out; also
+            where a server breaks off, or a command fails after it has written some.
         CorruptShardError: the shard cannot be read at all.
     """
-    key, sample = "", dict[str, bytes]()
+    last, source = "none", _Source()
     try:
-        for name, payload in _members(url):
-            next_key, field = split_name(name)
-            if not next_key:
-                continue
-            if sample and (next_key != key or field in sample):
-                yield key, sample
-                sample = {}
-            key = next_key
-            sample[field] = payload
-    except OSError as error:
-        raise CorruptShardError(f"{url}: cannot be read ({error})") from error
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ArithmeticError, LookupError, ValueError) as error:
-        raise TarDamageError(f"{url}: damaged after sample {key or 'none'} ({error}); restore it") from error
-    if sample:
-        yield key, sample
+        for key, sample in group_members(_members(url, source)):
+            yield key, sample
+            last = key
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and not source.num_bytes:
+            raise CorruptShardError(f"{url}: cannot be read ({error})") from error
+        raise TarDamageError(f"{url}: damaged after sample {last} ({error}); restore it") from error
 
 
-def _members(url: str) -> Iterator[tuple[str, bytes]]:
-    with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_CheckedHeader) as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it keeps all it has seen
-            if member.isreg():
-                file = tar.extractfile(member)
-                assert file is not None
-                yield member.name, file.read()
-        while chunk := tar.fileobj.read(_CHUNK):
-            if chunk.strip(b"\0"):
-                raise tarfile.ReadError("data after the end")
+class _Source:
+    """Where a tar's bytes come from, and how many came."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.file: Any = None
+
+    def read(self, size: int) -> bytes:
+        chunk: bytes = self.file.read(size)
+        self.num_bytes += len(chunk)
+        return chunk
+
+
+def _members(url: str, source: _Source) -> Iterator[tuple[str, bytes]]:
+    with gopen(url) as stream:
+        # Of a command's output its pipe itself: webdataset's own drops what it has read once the command has failed,
+        # whose exit code is looked at when the stream is closed.
+        source.file = stream.stream if isinstance(stream, Pipe) else stream
+        with tarfile.open(fileobj=cast(Any, source), mode="r|*", tarinfo=_CheckedHeader) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps all it has seen
+                if member.isreg():
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    yield member.name, file.read()
+            while chunk := tar.fileobj.read(_CHUNK):
+                if chunk.strip(b"\0"):
+                    raise tarfile.ReadError("data after the end")
 
 
 class _CheckedHeader(tarfile.TarInfo):

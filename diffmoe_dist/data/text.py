@@ -50,6 +50,14 @@ def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
         raise base.corrupt(sample_id, f"its captions cannot be read ({error})") from error
 
 
+def check_captions(base: ShardIndex, named: str) -> None:
+    """Raises UserError where no sample has a caption; looks no further than to the first that has one."""
+    if not {CAPTION_FIELD, METADATA_FIELD} & set(base.fields):
+        raise UserError(f"{named}: holds no captions ({', '.join(base.fields)}); pack some with them")
+    if not any(captions_of(base, sample_id) for sample_id in range(base.num_samples)):
+        raise UserError(f"{named}: none of {base.num_samples} samples has a caption; pack some with them")
+
+
 def choose_caption(captions: Sequence[str], uniform: float) -> str:
     """One of the captions, each as likely as the others, or the empty one; `uniform` in [0, 1) decides."""
     return captions[int(uniform * len(captions))] if captions else ""

@@ -29,6 +29,8 @@ from diffmoe_dist.model.published import check_tensors, correspondence, fill, th
 
 # Where the code bases keep the two sets of weights in a training checkpoint.
 _KEYS = {"ema": ("ema", "ema_model_state_dict"), "model": ("model", "model_state_dict")}
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COUNT = "n_averaged"  # that torch's AveragedModel keeps beside the weights
 
 
 def convert_published(
@@ -175,15 +177,16 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
             )
     named = {_without_wrappers(name): value for name, value in content.items()}
     if len(named) < len(content):
-        raise UserError(f"{path} holds tensors under one name but for module. or _orig_mod.; save one set of them")
+        raise UserError(
+            f"{path} holds tensors under one name but for module., _orig_mod. or the like; save one set of them"
+        )
+    named.pop(_COUNT, None)
     return named
 
 
 def _without_wrappers(name: str) -> str:
-    """A tensor's name without what DistributedDataParallel and torch.compile put into it."""
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    plain = name.replace("_orig_mod.", "")
+    """A tensor's name without what DistributedDataParallel, FSDP and torch.compile put into it."""
+    plain = _WRAPPERS.sub("", name).removeprefix("module.")
     return plain if plain == name else _without_wrappers(plain)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,9 @@ class StepReport:
 
     losses: dict[str, float]  # `loss`, then its parts, unweighted
     grad_norm: float  # before clipping
-    thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some
-    load_LN: Tensor  # assignments a micro-step and rank
-    capacity_L: Tensor  # C of DiffMoE eq. 8-9
+    thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some; on the device
+    load_LN: Tensor  # assignments a micro-step and rank; on the host
+    capacity_L: Tensor  # C of DiffMoE eq. 8-9; on the host
     bad_samples: int  # did not decode and were passed over
     stop_asked: bool  # of any rank
 
@@ -269,31 +269,37 @@ class Trainer:
         return self._losses(batch.to(self.topology.device), self.model)[0]["loss"]
 
     def _update(self, micro_steps: list[dict[str, Tensor]]) -> StepReport:
-        """Average over micro-steps and ranks, in one reduction, and update the weights if all of it is finite."""
+        """Average over micro-steps and ranks, and update the weights if all of it is finite; collective.
+
+        One reduction, and one copy that the host waits for: before the optimizer, whose passes over the weights then
+        leave it time to prepare the next step.
+        """
         guards = self.guards
         stop_asked = guards.stop_asked() or guards.claim.stop_asked()
-        shapes = {name: value.shape for name, value in micro_steps[0].items()}
+        shapes = {name: value.shape for name, value in micro_steps[0].items()} | dict.fromkeys(
+            ("stop", "squares"), torch.Size()
+        )
         flat = torch.stack([torch.cat([v.double().flatten() for v in step.values()]) for step in micro_steps])
-        flat = torch.cat([flat.mean(dim=0), flat.new_full((1,), float(stop_asked))])
-        *parts, stop = self.topology.mean(flat).split([*(shape.numel() for shape in shapes.values()), 1])
-        means = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        last = [flat.new_full((1,), float(stop_asked)), self.state.gradient_squares().view(1)]
+        on_device = self.topology.mean(torch.cat([flat.mean(dim=0), *last]))
+        here, means = _split(on_device, shapes), _split(on_device.cpu(), shapes)
         losses = {name: float(value) for name, value in means.items() if name.startswith("loss")}
-        with self.timings.part("checkpoint"):
-            self.checkpointer.wait_staged()
-        if not all(math.isfinite(loss) for loss in losses.values()):
-            self.state.discard_gradients()
-        with self.timings.part("optimizer"):
-            self.engine.step()
         nothing = torch.empty(0, 0)
-        return StepReport(
+        report = StepReport(
             losses=losses,
-            grad_norm=float(self.engine.get_global_grad_norm()),
-            thresholds_LN=means["threshold"].float() if "threshold" in means else None,
+            grad_norm=math.sqrt(float(means["squares"]) * self.topology.world_size),
+            thresholds_LN=here["threshold"].float() if "threshold" in here else None,
             load_LN=means.get("load", nothing),
             capacity_L=means.get("capacity", nothing),
             bad_samples=round(float(means["bad"]) * self.topology.world_size * self.progress.micro_steps),
-            stop_asked=bool(stop > 0),
+            stop_asked=bool(means["stop"] > 0),
         )
+        with self.timings.part("checkpoint"):
+            self.checkpointer.wait_staged()
+        self.state.set_norm(report.grad_norm, skip=bool(report.non_finite))
+        with self.timings.part("optimizer"):
+            self.engine.step()
+        return report
 
     def _handle_non_finite(self, report: StepReport, batches: list[Batch]) -> None:
         """Log where it began and keep the batch's sample ids; stop there unless the run skips such steps. Collective.
@@ -354,6 +360,11 @@ class Trainer:
         """Of each layer the capacity, and of each of its experts the tokens over the layer's mean."""
         relative = [[round(value, 4) for value in layer] for layer in _relative(report.load_LN).tolist()]
         return {"step": self.progress.step, "capacity": report.capacity_L.tolist(), "load": relative}
+
+
+def _split(flat: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    parts = flat.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _relative(load_LN: Tensor) -> Tensor:

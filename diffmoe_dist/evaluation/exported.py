@@ -60,7 +60,7 @@ def load_program(path: Path, device: torch.device) -> torch.nn.Module:
 
     Raises:
         UnsafeProgramError: the archive holds more than ATen operators on tensors.
-        OSError, RuntimeError, ValueError, KeyError, AssertionError: it is no such archive, or a damaged one.
+        Exception: of any kind, where it is no such archive, or a damaged one.
     """
     path.open("rb").close()  # an OSError with its reason, where torch's reader has another of its own
     with PT2ArchiveReader(str(path)) as archive:

@@ -114,17 +114,18 @@ def _open_program(path: str, device: torch.device, named: str) -> Extractor:
 
     try:
         program = load_program(Path(path), device)
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
+    except Exception as error:  # torch.export fails in any way on a damaged file
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{named}: not a torch.export program that can be used: {reason}") from None
 
     def function(images: Tensor) -> Features:
         try:
             return Features(program(images))
-        except RuntimeError as error:
+        except Exception as error:  # of operators on tensors, in any way
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"{named}: the program cannot take {images.dtype} {list(images.shape)}: "
-                f"{str(error).splitlines()[0]}; export it for uint8 (N, 3, H, W) with any N"
+                f"{named}: the program cannot take {images.dtype} {list(images.shape)}: {reason}; "
+                "export it for uint8 (N, 3, H, W) with any N"
             ) from error
 
     return Extractor(named, f"program {file_sha256(Path(path))}", device, is_inception=False, function=function)

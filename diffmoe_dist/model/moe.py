@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffmoe_dist.model.precision import fp32_products, product_type
 from diffmoe_dist.model.routing import Router, Routing
 
 
@@ -52,8 +51,23 @@ class LocalDispatcher:
 
 def weighted_sum(y_AD: Tensor, routing: Routing, x_TD: Tensor) -> Tensor:
     """(T, D) in x's type: results times gates, added up by token."""
-    weighted_AD = y_AD * routing.gate[:, None].to(x_TD.dtype)
-    return torch.zeros_like(x_TD).index_add_(0, routing.token_index, weighted_AD)  # in place: spares a copy
+    return _WeightedSum.apply(y_AD, routing.gate.to(y_AD.dtype), routing.token_index, x_TD)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """By the formulas of autograd, which would also keep the products."""
+
+    @staticmethod
+    def forward(ctx: Any, y_AD: Tensor, gate_A: Tensor, token_index: Tensor, x_TD: Tensor) -> Tensor:
+        ctx.save_for_backward(y_AD, gate_A, token_index)
+        return torch.zeros_like(x_TD).index_add_(0, token_index, y_AD * gate_A[:, None])  # in place: spares a copy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_AD, gate_A, token_index = ctx.saved_tensors
+        grad_AD = grad_TD.index_select(0, token_index)
+        return grad_AD * gate_A[:, None], (grad_AD * y_AD).sum(dim=1), None, None
 
 
 class Experts(nn.Module):
@@ -79,16 +93,13 @@ class Experts(nn.Module):
             self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, rows: ExpertInput) -> Tensor:
-        """The results, (R, D), in the order of the rows and in their type, to which the weights are rounded."""
-        kind = rows.x_RD.dtype
-        w1, w2 = self.w1.to(kind), self.w2.to(kind)
+        """The results, (R, D), in the order of the rows."""
         if self.b1 is None or self.b2 is None:
-            gate_RH, up_RH = _matmul(rows.x_RD, w1, rows).chunk(2, dim=-1)
-            return _matmul(F.silu(gate_RH) * up_RH, w2, rows)
-        b1, b2 = self.b1.to(kind), self.b2.to(kind)
+            gate_RH, up_RH = _matmul(rows.x_RD, self.w1, rows).chunk(2, dim=-1)
+            return _matmul(F.silu(gate_RH) * up_RH, self.w2, rows)
         if rows.rows_per_expert is not None:
-            return _batched_mlp(rows.x_RD, rows.rows_per_expert, w1, b1, w2, b2)
-        return _grouped_mlp(rows, w1, b1, w2, b2)
+            return _batched_mlp(rows.x_RD, rows.rows_per_expert, self.w1, self.b1, self.w2, self.b2)
+        return _grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2)
 
 
 def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
@@ -100,54 +111,30 @@ def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
 
 def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     x = x_RD.view(len(w1), rows_per_expert, x_RD.shape[1])
-    h = torch.baddbmm(b1[:, None], x, w1)
-    return _GeluLinear.apply(h, w2, b2).view(x_RD.shape)
+    h = _Gelu.apply(torch.baddbmm(b1[:, None], x, w1))
+    return torch.baddbmm(b2[:, None], h, w2).view(x_RD.shape)
 
 
-class _GeluLinear(torch.autograd.Function):
-    """gelu(h) @ w + b by the formulas of autograd, which would allocate a second gradient of h's size."""
+class _Gelu(torch.autograd.Function):
+    """Tanh-approximated, of a value whose one use is a product: its gradient is written over that of the result."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        activated = F.gelu(h, approximate="tanh")
-        ctx.save_for_backward(h, activated, w)
-        return torch.baddbmm(b[:, None], activated, w)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.gelu(x, approximate="tanh")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, activated, w = ctx.saved_tensors
-        grad_h = grad @ w.mT
-        torch.ops.aten.gelu_backward.grad_input(grad_h, h, approximate="tanh", grad_input=grad_h)  # in place
-        return grad_h, activated.mT @ grad, grad.sum(dim=1)
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
 
 
 def _grouped_mlp(rows: ExpertInput, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     expert_of_row = torch.repeat_interleave(rows.tokens_per_expert, output_size=len(rows.x_RD))
-    h = F.gelu(_AddBias.apply(_matmul(rows.x_RD, w1, rows), b1, expert_of_row), approximate="tanh")
-    return _AddBias.apply(_matmul(h, w2, rows), b2, expert_of_row)
-
-
-class _AddBias(torch.autograd.Function):
-    """x, (R, C), plus the bias of each row's expert, in place.
-
-    The gradient of the biases is a product, which adds up in fp32 whatever the type; that of an index would be rounded
-    at each row.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, b: Tensor, expert_of_row: Tensor) -> Tensor:
-        ctx.save_for_backward(expert_of_row)
-        ctx.experts = len(b)
-        ctx.mark_dirty(x)
-        return x.add_(b[expert_of_row])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (expert_of_row,) = ctx.saved_tensors
-        of_expert_ER = torch.arange(ctx.experts, device=grad.device)[:, None] == expert_of_row
-        return grad, of_expert_ER.to(grad.dtype) @ grad, None
+    bias_RD = b2[expert_of_row]  # what is kept for backward comes before the last product: see model.recompute
+    h = F.gelu(_matmul(rows.x_RD, w1, rows) + b1[expert_of_row], approximate="tanh")
+    return _matmul(h, w2, rows) + bias_RD
 
 
 class MoELayer(nn.Module):
@@ -175,15 +162,12 @@ class MoELayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         null_T = null_B.repeat_interleave(x_BSD.shape[1])
-        with fp32_products(x_TD.device):
-            routing = self.router(x_TD, null_T)
-        low_TD = x_TD.to(product_type(x_TD))  # rounded once, and so sent to the experts
-        rows, plan = self.dispatcher.dispatch(low_TD, routing)
+        routing = self.router(x_TD, null_T)
+        rows, plan = self.dispatcher.dispatch(x_TD, routing)
         y_TD = self.dispatcher.combine(self.experts(rows), x_TD, routing, plan)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(low_TD)
+            y_TD = y_TD + self.shared(x_TD)
         if self.unconditional is not None:
             null_index = null_T.nonzero()[:, 0]
-            of_null = self.unconditional(low_TD.index_select(0, null_index))
-            y_TD = y_TD.index_add(0, null_index, of_null.to(y_TD.dtype))
+            y_TD = y_TD.index_add(0, null_index, self.unconditional(x_TD.index_select(0, null_index)))
         return y_TD.view_as(x_BSD), routing

@@ -3,7 +3,11 @@ from __future__ import annotations
 import logging
 import shutil
 import tarfile
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -199,6 +203,52 @@ def test_a_shard_that_is_gone_since_the_start_ends_the_run_by_name(shards: Path,
         _batches(data, 1)
     with pytest.raises(CorruptShardError, match="false: cannot be read|no sample in the shards"):
         _batches(_data("pipe:false", allow_pipe=True), 1)
+
+
+class _Server(SimpleHTTPRequestHandler):
+    """Of a path under /cut the first half, although the header promises all; under /unsaid without that promise."""
+
+    def log_message(self, *arguments: object) -> None: ...
+
+    def do_GET(self) -> None:
+        kind, _, name = self.path.rpartition("/")
+        path = Path(self.directory) / name
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content = path.read_bytes()
+        self.send_response(200)
+        if kind != "/unsaid":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if kind else content)
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Server, directory=str(shards))) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_address[1]}"
+        serving.shutdown()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads over HTTP with curl, which is not installed")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_are_read_over_http_and_one_that_breaks_off_is_counted_and_told(
+    server: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = _batches(_data(f"{server}/{URLS}"), NUM_SAMPLES // 4, workers=workers)
+    assert set(_visits(batches, 1).values()) == {1} and not any(batch.bad.any() for batch in batches)
+    for kind in ("cut", "unsaid"):
+        urls = f"{server}/test-000000.tar::{server}/{kind}/test-000001.tar"
+        batches = _batches(_data(urls), 10, workers=workers)
+        assert 5 < len(_visits(batches, 2)) < 5 + 9, "the samples before the break are read"
+        assert sum(int(batch.bad.sum()) for batch in batches) == 1 + int(batches[-1].epochs.max())
+        assert "the rest of a shard is lost" in caplog.text
+        if not workers:  # a worker process logs to the same file
+            assert f"{server}/{kind}/test-000001.tar: damaged after sample 0000000" in caplog.text
+    with pytest.raises(CorruptShardError, match="gone.tar: cannot be read"):
+        _batches(_data(f"{server}/gone.tar"), 1, workers=workers)
 
 
 def test_shards_without_samples_end_the_run_and_do_not_hang_it(tmp_path: Path) -> None:

@@ -143,11 +143,24 @@ def test_a_label_that_few_samples_have_is_left_aside_with_a_word(
 
 
 @pytest.mark.parametrize("first", ["jpg", "txt"])
-def test_a_tar_whose_samples_are_torn_apart_is_refused(tmp_path: Path, first: str) -> None:
+def test_a_tar_whose_samples_are_all_torn_apart_is_refused(tmp_path: Path, first: str) -> None:
     write_tar(tmp_path / "t.tar", _members("abc", first) + _members("abc", "txt" if first == "jpg" else "jpg"))
     for action in (lambda: index_tars(tmp_path), lambda: _open(tmp_path)):
         with pytest.raises(UserError, match="t.tar: the files of a do not lie side by side; .*--sort=name"):
             action()
+
+
+@pytest.mark.parametrize("first", ["jpg", "txt"])
+def test_a_sample_that_is_torn_apart_among_whole_ones_is_one_bad_item(tmp_path: Path, first: str) -> None:
+    second = "txt" if first == "jpg" else "jpg"
+    torn = [*_members("t", first), *_members("a", "cls", "jpg", "txt"), *_members("t", second), *_members("t", "cls")]
+    write_tar(tmp_path / "in" / "0.tar", [*torn, *_members("bc", "cls", "jpg", "txt")])
+    samples, bad = _packed(_open(tmp_path / "in"), tmp_path / "out")
+    reason = "its files do not lie side by side; write the tar again with tar --sort=name"
+    assert (samples, bad) == ([("1", "a text")] * 3, {"0.tar:t": reason})
+    assert index_tars(tmp_path / "in").num_samples == 3
+    lines = [json.loads(line) for line in (tmp_path / "in" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["item"], line["reason"]) for line in lines] == [("0.tar:t", reason)]
 
 
 @pytest.mark.parametrize(("name", "said"), [("x.tar", "1 of its 2 files are those of ilsvrc-train")])

@@ -166,6 +166,40 @@ def test_hidden_tars_in_the_train_tar_are_no_classes(train: Path, tmp_path: Path
     assert guess_format(path) == "ilsvrc-train" and list(train_source(path).class_names) == sorted(LABEL_OF)
 
 
+@pytest.mark.parametrize("table", ["meta.mat", "synsets.txt"])
+def test_a_table_of_classes_that_is_damaged_anywhere_is_refused_or_read_in_the_same_form(
+    validation: Path, tmp_path: Path, table: str
+) -> None:
+    devkit = _make_devkit(tmp_path, TRUTH, table)
+    path = devkit / "data" / table
+    whole, labels = path.read_bytes(), validation_source(validation, devkit).labels
+    chance, refused, trials = random.Random(0), 0, 6 if table == "meta.mat" else 100
+    for _ in range(trials):
+        content = bytearray(whole)
+        if chance.random() < 0.2:
+            del content[chance.randrange(len(content)) :]
+        else:
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            found = validation_source(validation, devkit).labels
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"--devkit={devkit}: ")
+        else:
+            assert found is not None and len(found) == len(labels)
+    assert refused > trials // 5
+
+
+@pytest.mark.parametrize("row", ["1 n02119789", "6 n02119789", "1 n09999999"])
+def test_a_class_that_stands_twice_in_the_table_is_refused(validation: Path, tmp_path: Path, row: str) -> None:
+    devkit = _make_devkit(tmp_path, TRUTH, "synsets.txt")
+    with (devkit / "data/synsets.txt").open("a") as file:
+        file.write(f"{row}\n")
+    with pytest.raises(UserError, match="synsets.txt has (1|n02119789) in 2 rows"):
+        validation_source(validation, devkit)
+
+
 def test_a_missing_devkit_is_refused(validation: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--devkit is not set"):
         validation_source(validation, None)

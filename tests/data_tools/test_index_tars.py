@@ -17,6 +17,7 @@ from data_tools.tars import TarDamageError
 from data_tools.verify import verify
 from data_tools.webdataset_tars import WebDatasetSource
 from diffmoe_dist.data.index import ShardIndex
+from diffmoe_dist.data.streamed_tar import stream_samples
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import encoded, picture
 
@@ -182,7 +183,7 @@ def test_more_bad_samples_than_allowed_are_listed_and_refused(foreign: Path) -> 
         (["a.cls", "a.jpg", "a.mask.png"], ["a"]),  # a field more, as WebDataset has it
     ],
 )
-def test_keys_with_dots_are_read_where_the_members_are_samples_only_so(
+def test_keys_with_dots_are_read_where_the_members_are_samples_only_so_also_in_a_stream(
     tmp_path: Path, names: list[str], keys: list[str]
 ) -> None:
     members = [(name, b"1" if name.endswith("cls") else encoded(picture(20, 20), "PNG")) for name in names]
@@ -192,5 +193,9 @@ def test_keys_with_dots_are_read_where_the_members_are_samples_only_so(
     assert [index.key(sample) for sample in range(index.num_samples)] == keys
     assert all(index.read(sample)["cls"] == b"1" for sample in range(index.num_samples))
     assert verify(index, full=True).problems == []
+    streamed = dict(stream_samples(str(tmp_path / "t.tar")))
+    assert list(streamed) == keys
+    for sample, key in enumerate(keys):
+        assert index.read(sample).items() <= streamed[key].items()
     pack(WebDatasetSource(tmp_path), tmp_path / "out")
     assert ShardIndex.open(tmp_path / "out").num_samples == len(keys)

@@ -172,7 +172,10 @@ def test_a_file_may_be_in_half_precision_in_the_old_format_or_in_safetensors(
     assert all(torch.equal(value, state[name]) for name, value in load_file(folder / "model.safetensors").items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.", "module.module."],
+)
 def test_names_that_distributed_training_or_compiling_has_put_a_prefix_before_are_read(
     convert: Any, prefix: str
 ) -> None:
@@ -181,10 +184,20 @@ def test_names_that_distributed_training_or_compiling_has_put_a_prefix_before_ar
     assert all(torch.equal(value, state[name]) for name, value in load_file(folder / "model.safetensors").items())
 
 
-def test_names_that_compiling_has_changed_in_their_middle_are_read(convert: Any) -> None:
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "_fsdp_wrapped_module._orig_mod"])
+def test_names_that_compiling_or_sharding_has_changed_in_their_middle_are_read(convert: Any, wrapper: str) -> None:
     state = synthetic_state_dict("dit")
-    folder = convert("dit", {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in state.items()})
+    folder = convert("dit", {name.replace("blocks.1.", f"blocks.1.{wrapper}."): value for name, value in state.items()})
     assert all(torch.equal(value, state[name]) for name, value in load_file(folder / "model.safetensors").items())
+
+
+def test_the_averages_of_torchs_averaged_model_are_read(convert: Any) -> None:
+    state = synthetic_state_dict("dit")
+    module = torch.nn.Module()
+    averaged = torch.optim.swa_utils.AveragedModel(module).state_dict()
+    averaged.update({f"module.{name}": value for name, value in state.items()})
+    folder = convert("dit", {"ema": averaged})
+    assert load_file(folder / "model.safetensors").keys() == state.keys()
 
 
 def test_two_tensors_under_one_name_are_refused(convert: Any) -> None:

@@ -193,6 +193,9 @@ def test_shards_without_captions_are_refused_and_captions_that_are_no_text_left_
     bare = write_folder(tmp_path / "bare", images, [4], class_names=[])
     with pytest.raises(UserError, match=r"data\.shards=.*bare: holds no captions \(png\); pack some with them"):
         open_data(config_of(folder, online(folder, shards=str(bare.folder))))
+    empty = write_folder(tmp_path / "empty", [{"txt": b" ", "json": b"{}", **image} for image in images], [4])
+    with pytest.raises(UserError, match=r"data\.shards=.*empty: none of \d samples has a caption; pack some with them"):
+        open_data(config_of(folder, online(folder, shards=str(empty.folder))))
     half = json.dumps({"captions": ["a \ud800 circle", "a square"]}).encode()  # half of a character
     odd = write_folder(tmp_path / "odd", [{**image, "json": half} for image in images], [4], class_names=[])
     assert captions_of(odd, 0) == ["a square"]

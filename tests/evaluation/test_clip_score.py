@@ -242,7 +242,13 @@ def test_weights_that_do_not_load_or_fit_are_refused(clip_folder: Path, tmp_path
     text_only = {name: tensor for name, tensor in weights.items() if not name.startswith("vision")}
     save_file(text_only, changed("half") / "model.safetensors", {"format": "pt"})
     (changed("larger") / "preprocessor_config.json").write_text('{"size": 24, "crop_size": 24}')
+    for tower in ("vision", "text"):
+        config = json.loads((changed(f"shallow {tower}") / "config.json").read_text())
+        config[f"{tower}_config"]["num_hidden_layers"] = 1
+        (tmp_path / f"shallow {tower}" / "config.json").write_text(json.dumps(config))
     refusals = {
+        "shallow vision": "config.json says a model without vision_model.encoder.layers.1",
+        "shallow text": "config.json says a model without text_model.encoder.layers.1",
         "broken": "model.safetensors is cut or damaged",
         "empty": "the tokenizer in .* knows no words",
         "half": "lacks weights, as vision_model",

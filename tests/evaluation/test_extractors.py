@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,35 @@ BAD = {
 def test_what_cannot_be_used_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=BAD[name]):
         open_extractor(None, name, CPU)(images(2))
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of every entry of a parsed JSON value, at any depth: the keys and numbers that lead to it."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield (*place, key)
+        yield from places(entry, (*place, key))
+
+
+def test_a_program_that_is_damaged_anywhere_is_refused_in_one_line_or_still_a_program(
+    program: tuple[Path, Colours], tmp_path: Path
+) -> None:
+    records, chance = read(program[0]), random.Random(0)
+    edits = [(name, b"[" * 100_000 + b"]" * 100_000) for name in records if name.endswith(".json")]
+    for name in [name for name, _ in edits for _ in range(30)]:
+        value = json.loads(records[name])
+        *way, last = chance.choice(list(places(value)))
+        reduce(lambda parent, key: parent[key], way, value)[last] = chance.choice([None, [], {}, "x", 10**30, -1, 1.5])
+        edits.append((name, json.dumps(value).encode()))
+    refused = 0
+    for name, content in edits:
+        path = write(tmp_path / "edited.pt2", {**records, name: content})
+        try:
+            open_extractor(None, str(path), CPU)(images(3))
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"--features {path}: ") and "\n" not in str(error)
+    assert refused > len(edits) // 2
 
 
 def test_a_program_tells_which_images_it_cannot_take(program: tuple[Path, Colours], tmp_path: Path) -> None:

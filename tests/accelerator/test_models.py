@@ -1,0 +1,79 @@
+"""Whole models on the simulated device, training and sampling: nothing that CUDA refuses, and no needless wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmoe_dist.model.dit import DiT
+from tests.accelerator.cases import MOE, config, host_model, inputs, model, train
+from tests.accelerator.simulator import Log, simulate, values_of
+from tests.distributed import run_ranks
+
+RULES = ["static", "threshold", "count", "constant"]
+PREDICTS = [moe for moe in MOE if moe.startswith("global_pool") or moe == "expert_choice predictor"]
+TYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("moe", MOE)
+def test_a_training_step_of_a_model_asks_nothing_that_cuda_refuses(moe: str, dtype: torch.dtype) -> None:
+    log = train(model(config(moe), dtype), *inputs())
+    assert log.faults == log.copies == []
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_training_step_of_a_model_of_captions_asks_nothing_that_cuda_refuses(dtype: torch.dtype) -> None:
+    log = train(model(config("global_pool", captions=True), dtype), *inputs(captions=True))
+    assert log.faults == log.copies == log.waits == []
+
+
+def train_on_ranks(rank: int, world_size: int) -> list[Log]:
+    sharded = [config(moe, expert=2) for moe in MOE if moe != "dense"]
+    return [train(model(settings, dtype), *inputs()) for settings in sharded for dtype in TYPES]
+
+
+def test_a_training_step_with_experts_over_two_ranks_asks_nothing_that_cuda_refuses() -> None:
+    for logs in run_ranks(2, train_on_ranks):
+        assert [log.faults + log.copies for log in logs] == [[]] * len(logs)
+
+
+@torch.no_grad()
+def infer(made: DiT) -> Log:
+    given = inputs()
+    with simulate() as log:
+        made.eval()(*given)
+    return log
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("moe", PREDICTS)
+def test_inference_waits_once_a_layer_and_not_at_all_where_counts_are_known(moe: str, rule: str) -> None:
+    constant: dict[str, Any] = {"constant_threshold": 0.4} if rule == "constant" else {}
+    log = infer(model(config(moe, inference=rule, **constant), torch.bfloat16))
+    assert log.faults == log.copies == []
+    assert len(log.waits) == (0 if rule == "static" else 1), log.waits
+
+
+@pytest.mark.parametrize("moe", [moe for moe in MOE if moe not in PREDICTS])
+def test_inference_of_other_routers_waits_as_in_training(moe: str) -> None:
+    made = model(config(moe), torch.bfloat16)
+    training, log = train(made, *inputs()), infer(made)
+    assert log.faults == log.copies == []
+    assert len(log.waits) == len(training.waits), log.waits
+
+
+@pytest.mark.parametrize("moe", ["global_pool", "token_choice", "prototype"])
+def test_the_simulated_device_computes_what_the_cpu_does(moe: str) -> None:
+    # Else its shapes and counts would be those of another model.
+    x, t, y = inputs()
+    assert isinstance(y, Tensor)
+    with simulate():
+        there = model(config(moe), torch.float32)(x, t, y)
+    here = host_model(config(moe))(values_of(x), values_of(t), values_of(y))
+    torch.testing.assert_close(values_of(there.prediction), here.prediction)
+    for name, loss in here.losses.items():
+        torch.testing.assert_close(values_of(there.losses[name]), loss)

@@ -1,0 +1,109 @@
+"""What a layer asks of the accelerator, exactly: a change that adds a kernel, a wait or a copy fails here.
+
+A change that removes one lowers the number in the table, and a change that must add one says why in its message. A
+test that fails shows the row as it is now, and every kernel with its line.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from diffmoe_dist.model.dit import DiT
+from tests.accelerator.cases import MOE, config, model, train_part
+from tests.accelerator.simulator import Log
+from tests.distributed import run_ranks
+
+# Forward and backward in bf16: kernels (aten ops that are no views; collectives among them), times that the host waits
+# for the device, in bf16 and in fp32, and copies from the host. "whole": two ranks, each with all experts; "sharded":
+# two ranks that share them. Everywhere else one device.
+TABLE = """
+layer                                   forward backward collectives waits fp32 copies
+dense MLP                                     3        7           0     0    0      0
+dense block                                  20       41           0     0    0      0
+global_pool layer                            57       36           0     0    0      0
+global_pool block                            74       70           0     0    0      0
+global_pool swiglu layer                     58       37           0     0    0      0
+global_pool sample layer                     58       36           0     0    0      0
+expert_choice layer                          43       22           0     0    0      0
+expert_choice block                          60       56           0     0    0      0
+expert_choice predictor layer                58       36           0     0    0      0
+token_choice layer                           42       28           0     0    6      0
+token_choice block                           59       62           0     0    6      0
+token_choice balanced layer                  42       28           0     0    6      0
+token_choice swiglu layer                    38       27           0     0    6      0
+prototype layer                              81      130           0     2    8      0
+prototype block                              98      164           0     2    8      0
+prototype expert_choice layer               105      122           0     2    8      0
+global_pool layer, whole                     73       38           2     1    7      0
+global_pool swiglu layer, whole              69       37           2     1    7      0
+global_pool sample layer, whole              58       36           0     0    0      0
+expert_choice layer, whole                   43       22           0     0    0      0
+token_choice layer, whole                    44       28           1     0    6      0
+prototype layer, whole                       83      131           1     2    8      0
+prototype expert_choice layer, whole        107      122           1     2    8      0
+global_pool layer, sharded                   86       40           6     2    2      0
+global_pool swiglu layer, sharded            87       41           6     2    2      0
+global_pool sample layer, sharded            80       40           4     1    1      0
+expert_choice layer, sharded                 65       26           4     1    1      0
+expert_choice predictor layer, sharded       80       40           4     1    1      0
+token_choice layer, sharded                  66       32           6     1    7      0
+token_choice swiglu layer, sharded           62       31           6     1    7      0
+prototype layer, sharded                    105      135           6     3    9      0
+prototype expert_choice layer, sharded      129      126           6     3    9      0
+"""
+
+
+def row(name: str, half: Log, full: Log) -> str:
+    forward, backward, waits, copies = half.count(False), half.count(True), len(half.waits), len(half.copies)
+    return f"{name:39}{forward:8}{backward:9}{half.collectives:12}{waits:6}{len(full.waits):5}{copies:7}"
+
+
+def part(made: DiT, name: str) -> nn.Module:
+    return made.get_submodule("blocks.1" if name.endswith("block") else "blocks.1.mlp")
+
+
+def logs(name: str, moe: str, expert: int | None = None) -> tuple[Log, Log]:
+    """In bf16 and in fp32."""
+    types = (torch.bfloat16, torch.float32)
+    half, full = (train_part(part(model(config(moe, expert=expert), t), name), t) for t in types)
+    assert half.faults == full.faults == []
+    return half, full
+
+
+def rows_of_one_rank(rank: int, world_size: int, rows: list[str]) -> list[tuple[Log, Log]]:
+    return [logs(name, *_moe_and_expert(name)) for name in rows]
+
+
+def _moe_and_expert(name: str) -> tuple[str, int]:
+    moe, _, placement = name.partition(", ")
+    return moe.removesuffix(" layer"), {"whole": 1, "sharded": 2}[placement]
+
+
+ROWS = {line[:39].strip(): line for line in TABLE.splitlines()[2:]}
+ON_RANKS = [name for name in ROWS if ", " in name]
+
+
+@cache
+def on_ranks() -> list[list[tuple[Log, Log]]]:
+    return run_ranks(2, rows_of_one_rank, ON_RANKS)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if ", " not in name])
+def test_a_layer_asks_of_one_device_what_the_table_says(name: str) -> None:
+    half, full = logs(name, name.removesuffix(" MLP").removesuffix(" layer").removesuffix(" block"))
+    assert row(name, half, full) == ROWS[name], f"\n{half}\nin fp32 {full.waits}"
+
+
+@pytest.mark.parametrize("name", ON_RANKS)
+def test_a_layer_over_two_ranks_asks_of_each_device_what_the_table_says(name: str) -> None:
+    for found in on_ranks():
+        half, full = found[ON_RANKS.index(name)]
+        assert row(name, half, full) == ROWS[name], f"\n{half}\nin fp32 {full.waits}"
+
+
+def test_the_table_has_every_layer() -> None:
+    assert {f"{moe} {'MLP' if moe == 'dense' else 'layer'}" for moe in MOE} <= ROWS.keys()

@@ -1,0 +1,121 @@
+"""Every benchmark that has no test of its own beside what it measures runs at a tiny size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measuring import in_turn, peak_bytes, ratio, spread
+from benchmarks.train_step import config_for, make_model
+from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.dit import initialize
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(benchmark: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _run_for_json(benchmark: str, file: Path, *arguments: str) -> dict[str, Any]:
+    _run(benchmark, *arguments, "--json", str(file))
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert found["benchmark"] == benchmark
+    assert set(found) >= {"date", "commit", "machine", "torch", "threads", "rows"}
+    return found
+
+
+def test_the_whole_step_is_measured_of_four_models(tmp_path: Path) -> None:
+    models = ["dense", "ours", "published", "deepspeed"]
+    arguments = ("--device", "cpu", "--sizes", "tiny", "--tokens", "64", "--rounds", "2")
+    found = _run_for_json("train_step", tmp_path / "step.json", *arguments)
+    assert [row["model"] for row in found["rows"]] == models
+    for row in found["rows"]:
+        assert len(row["process_seconds"]) == len(row["wall_seconds"]) == 2
+        assert 0 < row["peak_bytes"] < row["step_peak_bytes"] * 10
+    assert found["rows"][0]["process_over_first"] == 1
+
+
+def test_the_layer_is_measured_against_dense_ones(tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--sizes", "64x256x4", "--repeats", "2")
+    rows = _run_for_json("moe_layer", tmp_path / "layer.json", *arguments)["rows"]
+    assert [row["layer"] for row in rows] == ["moe", "ratio 4", "widened"]
+    assert rows[2]["moe_over_this"]["flops"] == pytest.approx(1, abs=0.02)
+
+
+def test_sampling_is_measured_under_three_rules() -> None:
+    shown = _run("sampling", "--device", "cpu", "--size", "64x2x4", "--batch", "1", "--steps", "1", "--rounds", "1")
+    assert all(rule in shown for rule in ("threshold", "count", "static"))
+
+
+@pytest.mark.parametrize("size", ["tiny", "S", "B"])
+def test_the_dense_model_has_the_parameters_that_a_token_of_ours_activates(size: str) -> None:
+    ours, dense = (account(config_for(name, size, 1024, "cpu", "fp32")) for name in ("ours", "dense"))
+    assert dense.activated() == pytest.approx(ours.activated(), rel=1e-3)
+    assert sum(dense.macs().values()) == pytest.approx(sum(ours.macs().values()), rel=0.02)
+
+
+def test_settings_may_follow_the_name_of_a_model() -> None:
+    config = config_for("ours,parallel.zero_stage=2,seed=7", "tiny", 64, "cpu", "fp32")
+    assert (config.parallel.zero_stage, config.seed) == (2, 7)
+
+
+def test_the_published_layer_restated_computes_what_ours_does() -> None:
+    torch.manual_seed(0)
+    config = config_for("ours", "tiny", 64, "cpu", "fp32")
+    ours, published = make_model("ours", config).train(), make_model("published", config).train()
+    initialize(ours, 0)
+    layer: Any = ours.moe_layers[0]
+    other: Any = published.moe_layers[0]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    weights = dict(layer.named_parameters())
+    other.router.weight = weights["router.gate_weight"]
+    other.predictor = layer.router.capacity_predictor
+    for expert, mlp in enumerate(other.mlps):
+        mlp.fc1.weight.data, mlp.fc1.bias.data = weights["experts.w1"][expert].T, weights["experts.b1"][expert]
+        mlp.fc2.weight.data, mlp.fc2.bias.data = weights["experts.w2"][expert].T, weights["experts.b2"][expert]
+    x, null = torch.randn(4, 16, 64), torch.zeros(4, dtype=torch.bool)
+    other._move_thresholds = lambda *_: None  # which is a collective
+    (y, routing), (y_other, routing_other) = layer(x, null), other(x, null)
+    torch.testing.assert_close(y_other, y)
+    torch.testing.assert_close(routing_other.losses["capacity"], routing.losses["capacity"])
+    assert torch.equal(routing_other.stats.tokens_per_expert, routing.stats.tokens_per_expert)
+
+
+def test_steps_take_turns_and_ratios_are_those_of_a_round() -> None:
+    order: list[str] = []
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 10.0, 20.0])  # a machine that slows down
+
+    def step(name: str) -> float:
+        order.append(name)
+        return next(seconds)
+
+    returned = in_turn({"a": lambda: step("a"), "b": lambda: step("b")}, rounds=2, warm_up=1)
+    assert order == ["a", "b"] * 3
+    assert returned == {"a": [1.0, 10.0], "b": [2.0, 20.0]}
+    assert ratio(returned["b"], returned["a"]) == 2
+    assert spread([1.0, 1.0, 1.0]) == 0
+    assert spread([1.0, 2.0, 3.0]) == pytest.approx(0.25)
+
+
+def test_the_peak_of_a_step_is_what_is_live_at_one_moment() -> None:
+    def step() -> None:
+        for _ in range(3):
+            a = torch.ones(1000, 1000)
+            b = a + 1
+            del a, b
+
+    assert peak_bytes(step, torch.device("cpu")) == pytest.approx(2 * 4e6, rel=0.01)
