@@ -19,6 +19,8 @@ __version__ = "0.2.0"
 def load_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT:
     """The averaged (EMA) model of a run, or the model of a folder of weights, in eval mode on one device.
 
+    It has fp32 weights and computes in fp32, whatever the precision of the run.
+
     `model(x, t, y).prediction` has x's shape (N, C, H, W); t is the objective's time as the model is given it:
     `time_scale` * t for a flow, the step 0..999 for DDPM; y are labels, (N,) int64, or what `encode_captions` makes.
 
@@ -28,7 +30,7 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT
     """
     from diffmoe_dist.engine.weights import find_model, read_model
 
-    return read_model(find_model(directory), device)[0]
+    return read_model(find_model(directory), device, ["precision=fp32"])[0]
 
 
 def encode_captions(

@@ -17,6 +17,7 @@ from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.evaluation.scores import add_up, count_name, distance_on_all_ranks
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.precision import tf32_products
 from diffmoe_dist.sampling.conditions import Conditions
 from diffmoe_dist.sampling.generate import Decode, generate, run_sampler, to_uint8
 
@@ -49,7 +50,9 @@ class TrainingScores:
                 logger.warning("scores: %s", sampled.non_finite)
                 bad += sampled.non_finite.images
             images_NCHW = torch.from_numpy(to_uint8(self.decode(sampled.images))).permute(0, 3, 1, 2)
-            moments.add(self.extractor(images_NCHW).pooled_NF[: max(0, num - start)])
+            with tf32_products(self.extractor.device, enabled=False):  # as the reference was made
+                features_NF = self.extractor(images_NCHW).pooled_NF
+            moments.add(features_NF[: max(0, num - start)])
         add_up([moments.sums, bad])
         name = f"{'fid' if self.extractor.is_inception else 'frechet_distance'}_{count_name(num)}"
         if bad:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch, detect_launch
 from diffmoe_dist.logs import logger
+from diffmoe_dist.model.precision import set_tf32
 
 Group = dist.ProcessGroup
 _SECONDS_BEFORE_A_WORD = 20.0  # that a rank waits for the others without one
@@ -74,9 +75,7 @@ def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.dev
             "launch at most that many, or use device=cpu"
         )
     torch.cuda.set_device(launch.local_rank)
-    # The patch embedding is a convolution, which would use TF32 unasked.
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    set_tf32(tf32)
     return torch.device("cuda", launch.local_rank)
 
 

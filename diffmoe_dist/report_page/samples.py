@@ -19,10 +19,11 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.precision import set_weight_type, tf32_products
 from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
 from diffmoe_dist.sampling.conditions import Conditions, job_classes, job_prompts, open_conditions, run_conditions
 from diffmoe_dist.sampling.generate import generate, to_uint8
-from diffmoe_dist.sampling.job import describe_job, sampler_of
+from diffmoe_dist.sampling.job import AS_BEFORE_0_2, describe_job, sampler_of
 from diffmoe_dist.sampling.model import weights_fingerprint
 from diffmoe_dist.sampling.routing_trace import RoutingTrace, recorded
 from diffmoe_dist.sampling.settings import SamplingSettings
@@ -48,10 +49,10 @@ class FinishedSamples:
             UserError: there is none.
         """
         try:
-            job = json.loads((folder / "sampling.json").read_text())
+            job = AS_BEFORE_0_2 | json.loads((folder / "sampling.json").read_text())
             if not {"weights", "overrides"} <= job.keys():
                 raise ValueError("a setting is missing")
-        except (OSError, ValueError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise UserError(
                 f"--samples {folder}: no readable sampling.json there; give a folder that diffmoe_dist.sample finished"
             ) from None
@@ -64,6 +65,10 @@ class FinishedSamples:
     @property
     def recalibrate(self) -> int:
         return int(self.job.get("recalibrate", 0))
+
+    @property
+    def precision(self) -> str:
+        return str(self.job["precision"])
 
 
 @dataclass(frozen=True)
@@ -86,16 +91,19 @@ def sample_for_page(checkpoint: Path, asked: SamplingSettings | FinishedSamples,
     Raises:
         UserError: the samples are of other weights, or a setting is not for this model.
     """
-    model, config = read_checkpoint_model(checkpoint, device, overrides=asked.overrides)
+    precision = [] if asked.precision is None else [f"precision={asked.precision}"]
+    model, config = read_checkpoint_model(checkpoint, device, overrides=[*asked.overrides, *precision])
     weights = weights_fingerprint(model, is_sharded=False)
     if isinstance(asked, FinishedSamples) and asked.job["weights"] != weights:
         raise UserError(f"--samples {asked.folder}: they are of other weights than {checkpoint}; give samples of those")
     data = open_data(config, device) if asked.recalibrate or _wants_captions(asked, config) else None
     conditions = _conditions(asked, config, data, device)
     job = asked.job if isinstance(asked, FinishedSamples) else describe_job(asked, config, weights, conditions)
-    if data is not None and asked.recalibrate:
-        recalibrate_on_training_data(model, config, data, asked.recalibrate, job["batch_size"])
-    images, trace = _sample(model, config, conditions, job, min(asked.num or job["num"], job["num"]))
+    set_weight_type(model, config.precision)
+    with tf32_products(device, job["tf32"]):
+        if data is not None and asked.recalibrate:
+            recalibrate_on_training_data(model, config, data, asked.recalibrate, job["batch_size"])
+        images, trace = _sample(model, config, conditions, job, min(asked.num or job["num"], job["num"]))
     return PageSamples(_visible(images), conditions, _settings_table(job), trace)
 
 
@@ -147,6 +155,7 @@ def _settings_table(job: dict[str, Any]) -> dict[str, Any]:
         "CFG scale": job["cfg_scale"],
         "inference rule": job["inference"] or "none",
         "seed": job["seed"],
+        "precision": job["precision"] + (", TF32" if job["tf32"] else ""),
         "thresholds": "recalibrated for the averaged weights" if job["recalibrate"] else "as trained",
     }
 

@@ -37,6 +37,7 @@ from diffmoe_dist.launch import Launch
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.precision import tf32_products
 from diffmoe_dist.parallel.agreement import check_agreement
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 from diffmoe_dist.sampling.blocks import Block, BlockSampler, join_blocks, sample_missing_blocks
@@ -51,8 +52,10 @@ from diffmoe_dist.sampling.generate import (
     open_decoder,
 )
 from diffmoe_dist.sampling.geneval import check_prompts, write_geneval
-from diffmoe_dist.sampling.model import open_model
+from diffmoe_dist.sampling.model import open_model, uses_tf32
 from diffmoe_dist.sampling.settings import PROMPTS_NAME, SamplingSettings
+
+AS_BEFORE_0_2 = {"precision": "fp32", "tf32": False}  # what jobs of older versions do not say
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def _run_job(settings: SamplingSettings, source: Source, out: Path, launch: Laun
             blocks.mkdir(exist_ok=True)
             write_json(blocks / "job.json", job)
         sampler = _block_sampler(job, source, settings.expert > 1)
-        sample_missing_blocks(sampler, blocks, launch)
+        with tf32_products(source.model.pos_embed.device, job["tf32"]):
+            sample_missing_blocks(sampler, blocks, launch)
         if launch.rank == 0:
             logger.info("writing %s", out / "samples.npz")
             about = {"checkpoint": str(source.checkpoint), "overrides": list(settings.overrides), **job}
@@ -167,6 +171,9 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
     experts = config.experts
     inference = getattr(config.moe, "inference", None)
     alone = experts is None or experts.pool_kind() == "sample" or inference == "threshold"
+    precision = settings.precision or config.precision
+    # In bf16 an image's rounding, and with it the choice of an expert, can depend on how many are computed at once.
+    alone = alone and sampler != ADAPTIVE and precision == "fp32"
     return {
         "weights": weights,
         "num": num,
@@ -185,7 +192,9 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
         "recalibrate": settings.recalibrate,
         "decoder": settings.decoder or config.sample.decoder or config.data.autoencoder,
         "uint8_rule": UINT8_RULE,
-        "reproducible_unit": "image" if alone and sampler != ADAPTIVE else "block of batch_size images",
+        "precision": precision,
+        "tf32": uses_tf32(settings, config),
+        "reproducible_unit": "image" if alone else "block of batch_size images",
     }
 
 
@@ -232,7 +241,7 @@ def _is_finished(out: Path, job: dict[str, Any], settings: SamplingSettings) -> 
     for name in ("blocks/job.json", "sampling.json"):
         text = from_first_rank((out / name).read_text() if (out / name).is_file() else None)
         if text is not None:
-            found[name] = _parsed(text, out / name)
+            found[name] = AS_BEFORE_0_2 | _parsed(text, out / name)
             _check_same_job(out, found[name], job, settings)
     return "sampling.json" in found
 
@@ -264,6 +273,8 @@ def _check_same_job(out: Path, begun: dict[str, Any], job: dict[str, Any], setti
 
 def _remedy(key: str, value: Any, settings: SamplingSettings) -> str:
     """How the command is made to ask for `value` of a job's description, as far as options can."""
+    if key == "tf32":
+        return "leave out --precision, or give " if settings.precision else "give --precision fp32, or "
     if key in ("inference", "constant_threshold"):
         return f"leave out moe.{key}, or give " if value is None else f"give moe.{key}={value}, or "
     if key in ("prompts", "num_prompts", "text_encoder_sha256"):

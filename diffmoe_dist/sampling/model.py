@@ -19,6 +19,7 @@ from diffmoe_dist.engine.weights import read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.precision import set_weight_type, tf32_products
 from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
 from diffmoe_dist.sampling.settings import SamplingSettings
 
@@ -30,7 +31,7 @@ def open_model(
     launch: Launch,
     data: TrainingData | StreamedData | None,
 ) -> tuple[DiT, str]:
-    """The model, and the fingerprint of its weights with the thresholds as they are in the checkpoint.
+    """The model as it is to compute, and the fingerprint of its fp32 weights with the thresholds of the checkpoint.
 
     Args:
         data: of the run, for --recalibrate.
@@ -41,11 +42,19 @@ def open_model(
     shard = None
     if settings.expert > 1:
         shard = partial(shard_experts, expert=settings.expert, device=device, launch=launch)
-    model, config = read_model(checkpoint, device, settings.overrides, shard)
+    precision = [] if settings.precision is None else [f"precision={settings.precision}"]
+    model, config = read_model(checkpoint, device, [*settings.overrides, *precision], shard)
     weights = weights_fingerprint(model, settings.expert > 1)
+    set_weight_type(model, config.precision)
     if data is not None:
-        recalibrate_on_training_data(model, config, data, settings.recalibrate, settings.batch_size)
+        with tf32_products(device, uses_tf32(settings, config)):
+            recalibrate_on_training_data(model, config, data, settings.recalibrate, settings.batch_size)
     return model, weights
+
+
+def uses_tf32(settings: SamplingSettings, config: Config) -> bool:
+    """Whether products of fp32 matrices use TF32 where CUDA has it: as in the run, unless --precision is given."""
+    return config.tf32 and settings.precision is None
 
 
 def shard_experts(model: DiT, config: Config, *, expert: int, device: torch.device, launch: Launch) -> None:

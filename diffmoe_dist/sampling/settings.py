@@ -10,8 +10,9 @@ import argparse
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
+from diffmoe_dist.config import Config
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import is_utf8
 
@@ -20,6 +21,7 @@ OVERRIDABLE = (
     "data.text_encoder", "data.tokenizer",
 )  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"  # beside the images: the prompt of each
+PRECISIONS: tuple[str, ...] = get_args(get_type_hints(Config)["precision"])
 SAMPLERS = ("euler", "heun", "dopri5", "ddpm", "ddim", "dpm-solver++")  # those of diffusion.samplers
 
 
@@ -39,6 +41,7 @@ class SamplingSettings:
     one_pass: bool = False
     labels: Literal["balanced", "random"] | None = None  # None: balanced, for a model conditioned on classes
     classes: tuple[int, ...] | None = None  # None: all
+    precision: str | None = None  # one of PRECISIONS, without TF32; None: the run's precision, and its TF32
     expert: int = 1  # ranks that one set of experts is sharded over
     png: bool = False
     decoder: str | None = None  # of latents; default: the run's own
@@ -141,6 +144,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"choices": ["balanced", "random"], "help": "the classes in turn (default) or random ones"},
     "classes": {"type": read_classes, "metavar": "A,B,...", "help": "only these classes"},
     "batch_size": {"type": int, "metavar": "N", "help": "images sampled together, a block (default 100)"},
+    "precision": {
+        "choices": PRECISIONS,
+        "help": "what the model computes in, without TF32 (default: the run's precision and tf32)",
+    },
     "decoder": {**_FOLDER, "help": "the autoencoder of a model of latents (default: the run's sample.decoder)"},
     "recalibrate": {
         "type": int,
