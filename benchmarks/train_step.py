@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -53,7 +54,7 @@ from benchmarks.measuring import (
     spread,
     told,
 )
-from diffmoe_dist.config import Config, build_config, for_world
+from diffmoe_dist.config import Config, build_config, for_world, pool_samples
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.model.accounting import account
@@ -65,11 +66,11 @@ if TYPE_CHECKING:
 MODELS = ("dense", "ours", "published", "deepspeed")
 EXPERTS = 16
 # Depth, width, heads, input size; two pixels a side make a token.
-SIZES = {"tiny": (2, 64, 1, 8), "S": (12, 384, 6, 32), "B": (12, 768, 12, 32)}
+SIZES = {"tiny": (2, 64, 1, 8), "XS": (4, 256, 4, 32), "S": (12, 384, 6, 32), "B": (12, 768, 12, 32)}
 
 
-def config_for(model: str, size: str, tokens: int, device: str, precision: str) -> Config:
-    """`model` is a name of `MODELS`, and settings after it, each after a comma."""
+def config_for(model: str, size: str, tokens: int, device: str, precision: str, ranks: int = 1) -> Config:
+    """`model` is a name of `MODELS`, and settings after it, each after a comma; `tokens` are those of all ranks."""
     name, *settings = model.split(",")
     depth, width, heads, input_size = SIZES[size]
     shape = {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": 2, "input_size": input_size}
@@ -89,7 +90,7 @@ def config_for(model: str, size: str, tokens: int, device: str, precision: str) 
         missing = activated - account(build_config(*layers)).total
         hidden = 4 * width + round(missing / (depth * (2 * width + 1)))
         layers.append({"model": {"mlp_ratio": (hidden + 0.5) / width}})  # rounded down when the model is built
-    return for_world(build_config(*layers, *map(_setting, settings)), 1)
+    return for_world(build_config(*layers, *map(_setting, settings)), ranks)
 
 
 def tokens_of_image(size: str) -> int:
@@ -153,7 +154,7 @@ def make_model(name: str, config: Config) -> DiT:
 
 
 def make_trainer(name: str, config: Config, folder: Path) -> Trainer:
-    """The trainer of a run, with this model and without data; torch.distributed is set up by it."""
+    """The trainer of a run, with this model and without data; it sets up torch.distributed, as launched. Collective."""
     from diffmoe_dist.parallel.topology import choose_device, start_process_group
 
     device = choose_device(config.device, detect_launch())
@@ -165,9 +166,9 @@ def make_trainer(name: str, config: Config, folder: Path) -> Trainer:
     from diffmoe_dist.engine.resume import Start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 
-    topology = create_topology(launch, device, 1)
-    images = config.train.global_batch_size
-    progress = Progress(0, 0, seed=config.seed, data_fingerprint="", pool_samples=images, micro_steps=1)
+    topology = create_topology(launch, device, config.parallel.expert)
+    pool = pool_samples(config, launch.world_size)
+    progress = Progress(0, 0, seed=config.seed, data_fingerprint="", pool_samples=pool, micro_steps=1)
     patches: dict[str, Any] = {"DiT": partial(make_model, name), "_open_loader": lambda config, *_: SameBatch(config)}
     if name == "deepspeed":
         patches["parameter_groups"] = deepspeed_groups
@@ -214,7 +215,7 @@ def _serve(connection: Connection, model: str, config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(name, config, Path(folder))
         device = trainer.topology.device
-        while (asked := connection.recv()) != "end":
+        while (asked := connection.recv()) != "end":  # EOFError: the benchmark has been stopped
             if asked == "step":
                 connection.send(process_and_wall_seconds(trainer.train_step, device))
             else:
@@ -224,11 +225,20 @@ def _serve(connection: Connection, model: str, config: Config) -> None:
         trainer.close()
 
 
+def processes(device: str) -> Any:
+    """Where new processes come from: forks of one that has imported torch and deepspeed, which takes seconds."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # as `choose_device` would say, too late for the import
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffmoe_dist.engine.build", "benchmarks.other_layers", "deepspeed.moe.layer"])
+    return context
+
+
 class Served:
     """A model in a process of its own."""
 
     def __init__(self, model: str, config: Config) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = processes(config.device)
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, model, config), daemon=True)
         self.process.start()

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from benchmarks.collectives import counted
 from benchmarks.measuring import in_turn, peak_bytes, ratio, spread
 from benchmarks.train_step import config_for, make_model
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import initialize
+from diffmoe_dist.parallel.topology import all_gather
+from tests.distributed import run_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +40,7 @@ def _run_for_json(benchmark: str, file: Path, *arguments: str) -> dict[str, Any]
     return found
 
 
+@pytest.mark.slow
 def test_the_whole_step_is_measured_of_four_models(tmp_path: Path) -> None:
     models = ["dense", "ours", "published", "deepspeed"]
     arguments = ("--device", "cpu", "--sizes", "tiny", "--tokens", "64", "--rounds", "2")
@@ -54,6 +59,43 @@ def test_the_layer_is_measured_against_dense_ones(tmp_path: Path) -> None:
     assert rows[2]["moe_over_this"]["flops"] == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
+def test_scaling_shows_each_collective_with_the_bytes_that_the_planner_says(tmp_path: Path) -> None:
+    arguments = ("--size", "tiny", "--tokens", "64", "--ranks", "1", "2", "--rounds", "1")
+    rows = _run_for_json("scaling", tmp_path / "scaling.json", *arguments)["rows"]
+    assert [(row["scaling"], row["ranks"], row["tokens"]) for row in rows] == [
+        ("strong", 1, 64), ("strong", 2, 64), ("weak", 1, 64), ("weak", 2, 128),
+    ]  # fmt: skip
+    assert rows[0]["collectives"] == []
+    of_two_ranks = rows[1]["collectives"]
+    assert {row["kind"] for row in of_two_ranks} >= {"all-gather", "all-to-all"}
+    for row in of_two_ranks:  # the planner leaves out single numbers
+        assert row["payload"] == pytest.approx(row["planned_payload"], abs=64)
+
+
+def test_collectives_are_counted_whoever_calls_them_and_under_whatever_name() -> None:
+    for counts in run_ranks(2, _collectives_of_a_rank):
+        assert counts == {
+            ("all-reduce", 2): (1, 12), ("all-gather", 2): (1, 16), ("all-to-all", 2): (1, 32), ("broadcast", 2): (1, 4)
+        }  # fmt: skip
+
+
+def _collectives_of_a_rank(rank: int, world_size: int) -> dict[tuple[str, int], tuple[int, int]]:
+    alone = dist.new_group([0]), dist.new_group([1])
+    with counted() as counts:
+        work = dist.all_reduce(torch.ones(3), async_op=True)
+        assert work is not None
+        work.wait()
+        all_gather(torch.empty(4), torch.ones(2))
+        dist.all_to_all_single(torch.empty(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+        dist.broadcast(torch.ones(1), 0)
+        dist.all_reduce(torch.ones(3), group=alone[rank])
+    dist.all_reduce(torch.ones(3))
+    assert all(count.seconds > 0 for count in counts.values())
+    return {case: (count.calls, count.payload) for case, count in counts.items()}
+
+
+@pytest.mark.slow
 def test_sampling_is_measured_under_three_rules() -> None:
     shown = _run("sampling", "--device", "cpu", "--size", "64x2x4", "--batch", "1", "--steps", "1", "--rounds", "1")
     assert all(rule in shown for rule in ("threshold", "count", "static"))
