@@ -29,7 +29,7 @@ CONFIG=${CONFIG:-configs/imagenet256/global_pool_$size.yaml}
 SHARDS=${SHARDS:-shards/imagenet256}
 LATENTS=${LATENTS-shards/imagenet256-latents} # made from them with encode-latents; empty: a model of pixels
 RUN_DIR=${RUN_DIR:-runs/imagenet256/global_pool_$size} # on a disk that all nodes share
-PRECISION=${PRECISION:-} # bf16 is faster (no autocast: docs/performance.md); empty: as the configuration says, fp32 (with TF32) as published
+PRECISION=${PRECISION:-} # bf16_mixed and bf16 are faster (docs/performance.md); empty: as the configuration says, fp32 (with TF32) as published
 DEVICE=${DEVICE:-cuda}
 LOCAL_SCRATCH=${LOCAL_SCRATCH:-} # a folder on each node's own disk, to copy the shards to; empty: read them in place
 

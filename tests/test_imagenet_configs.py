@@ -55,7 +55,7 @@ def test_a_configuration_follows_its_papers_recipe(name: str) -> None:
         ("flow", "logit_normal", "noise_at_one", 1000.0) if promoe else ("flow", "uniform", "data_at_one", 1.0)
     )
     assert (config.precision, optim.clip_grad_norm, config.train.steps) == (
-        ("bf16", 0.5, 500_000) if promoe else ("fp32", 0.0, 700_000)
+        ("bf16_mixed", 0.5, 500_000) if promoe else ("fp32", 0.0, 700_000)
     )
     assert loss_weights(config).get("balance", 0.0) == (0.01 if name.startswith("load_balanced") else 0.0)
 

@@ -158,8 +158,9 @@ class FidConfig:
 class Config:
     run_dir: str = ""
     seed: int = 0
-    # bf16: a bf16 model, residual stream included, with fp32 master weights; autocast keeps that stream in fp32
-    precision: Literal["fp32", "bf16"] = "fp32"
+    # bf16_mixed: products in bf16 over fp32 weights (autocast), norms and residual stream in fp32, as ProMoE trains.
+    # bf16: a bf16 model, residual stream included, with fp32 master weights.
+    precision: Literal["fp32", "bf16_mixed", "bf16"] = "fp32"
     tf32: bool = False  # products of fp32 matrices in TF32 where CUDA has it; of a bf16 model those are the router's
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False  # on CUDA: the same bits every time, at some cost of speed; on a CPU it is so anyway

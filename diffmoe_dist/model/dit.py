@@ -19,6 +19,7 @@ from diffmoe_dist.model.condition import Condition, TextCondition, is_null
 from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TextEmbedder, TimestepEmbedder, position_table
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import Experts, MoELayer
+from diffmoe_dist.model.precision import MIXED, mixed_precision
 from diffmoe_dist.model.routers import build_router
 from diffmoe_dist.model.routing import Router, RoutingStats
 
@@ -46,6 +47,7 @@ class DiT(nn.Module):
         self.patch_size = model.patch_size
         self.grid_size = model.input_size // model.patch_size
         self.num_classes = model.num_classes
+        self.mixed = config.precision == MIXED
         width = model.hidden_size
         self.x_embedder = PatchEmbed(model.patch_size, model.in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -73,8 +75,12 @@ class DiT(nn.Module):
             t: (N,) the objective's `model_time`.
             y: (N,) int64 class labels, of which `num_classes` is the null label, or N encoded captions.
         """
-        x = self.x_embedder(x.to(self.x_embedder.proj.weight.dtype))  # (N, T, D)
-        x = x + self.pos_embed.to(x.dtype)
+        with mixed_precision(x.device, self.mixed):
+            return self._forward(x, t, y)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Condition) -> DiTOutput:
+        stream_type = self.x_embedder.proj.weight.dtype  # of the residual stream, whatever products are computed in
+        x = self.x_embedder(x.to(stream_type)) + self.pos_embed.to(stream_type)  # (N, T, D)
         text: tuple[Tensor, Tensor] | None = None
         if isinstance(y, TextCondition):
             tokens, embedded = self.y_embedder(y)  # (N, L, D), (N, D)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from diffmoe_dist.model.precision import fp32_products, product_type
 from diffmoe_dist.model.routing import Router, Routing
 
 
@@ -51,7 +52,7 @@ class LocalDispatcher:
 
 def weighted_sum(y_AD: Tensor, routing: Routing, x_TD: Tensor) -> Tensor:
     """(T, D) in x's type: results times gates, added up by token."""
-    return _WeightedSum.apply(y_AD, routing.gate.to(y_AD.dtype), routing.token_index, x_TD)
+    return _WeightedSum.apply(y_AD, routing.gate.to(x_TD.dtype), routing.token_index, x_TD)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -67,7 +68,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_AD, gate_A, token_index = ctx.saved_tensors
         grad_AD = grad_TD.index_select(0, token_index)
-        return grad_AD * gate_A[:, None], (grad_AD * y_AD).sum(dim=1), None, None
+        return (grad_AD * gate_A[:, None]).to(y_AD.dtype), (grad_AD * y_AD).sum(dim=1), None, None
 
 
 class Experts(nn.Module):
@@ -93,13 +94,16 @@ class Experts(nn.Module):
             self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(self, rows: ExpertInput) -> Tensor:
-        """The results, (R, D), in the order of the rows."""
+        """The results, (R, D), in the order of the rows and in their type, to which the weights are rounded."""
+        kind = rows.x_RD.dtype
+        w1, w2 = self.w1.to(kind), self.w2.to(kind)
         if self.b1 is None or self.b2 is None:
-            gate_RH, up_RH = _matmul(rows.x_RD, self.w1, rows).chunk(2, dim=-1)
-            return _matmul(F.silu(gate_RH) * up_RH, self.w2, rows)
+            gate_RH, up_RH = _matmul(rows.x_RD, w1, rows).chunk(2, dim=-1)
+            return _matmul(F.silu(gate_RH) * up_RH, w2, rows)
+        b1, b2 = self.b1.to(kind), self.b2.to(kind)
         if rows.rows_per_expert is not None:
-            return _batched_mlp(rows.x_RD, rows.rows_per_expert, self.w1, self.b1, self.w2, self.b2)
-        return _grouped_mlp(rows, self.w1, self.b1, self.w2, self.b2)
+            return _batched_mlp(rows.x_RD, rows.rows_per_expert, w1, b1, w2, b2)
+        return _grouped_mlp(rows, w1, b1, w2, b2)
 
 
 def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
@@ -132,9 +136,27 @@ class _Gelu(torch.autograd.Function):
 
 def _grouped_mlp(rows: ExpertInput, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     expert_of_row = torch.repeat_interleave(rows.tokens_per_expert, output_size=len(rows.x_RD))
-    bias_RD = b2[expert_of_row]  # what is kept for backward comes before the last product: see model.recompute
-    h = F.gelu(_matmul(rows.x_RD, w1, rows) + b1[expert_of_row], approximate="tanh")
+    of_expert_ER = (torch.arange(len(b1), device=b1.device)[:, None] == expert_of_row).to(b1.dtype)
+    bias_RD = _BiasOfRows.apply(
+        b2, expert_of_row, of_expert_ER
+    )  # what is kept for backward comes before the last product: see model.recompute
+    h = F.gelu(_matmul(rows.x_RD, w1, rows) + _BiasOfRows.apply(b1, expert_of_row, of_expert_ER), approximate="tanh")
     return _matmul(h, w2, rows) + bias_RD
+
+
+class _BiasOfRows(torch.autograd.Function):
+    """b[expert_of_row]; the gradient is a product, which adds up in fp32, where an index would round at each row."""
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, expert_of_row: Tensor, of_expert_ER: Tensor) -> Tensor:
+        ctx.save_for_backward(of_expert_ER)
+        return b[expert_of_row]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (of_expert_ER,) = ctx.saved_tensors
+        return of_expert_ER @ grad, None, None
 
 
 class MoELayer(nn.Module):
@@ -162,12 +184,15 @@ class MoELayer(nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         null_T = null_B.repeat_interleave(x_BSD.shape[1])
-        routing = self.router(x_TD, null_T)
-        rows, plan = self.dispatcher.dispatch(x_TD, routing)
+        with fp32_products(x_TD.device):
+            routing = self.router(x_TD, null_T)
+        low_TD = x_TD.to(product_type(x_TD))  # rounded once, and so sent to the experts
+        rows, plan = self.dispatcher.dispatch(low_TD, routing)
         y_TD = self.dispatcher.combine(self.experts(rows), x_TD, routing, plan)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + self.shared(low_TD)
         if self.unconditional is not None:
             null_index = null_T.nonzero()[:, 0]
-            y_TD = y_TD.index_add(0, null_index, self.unconditional(x_TD.index_select(0, null_index)))
+            of_null = self.unconditional(low_TD.index_select(0, null_index))
+            y_TD = y_TD.index_add(0, null_index, of_null.to(y_TD.dtype))
         return y_TD.view_as(x_BSD), routing

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffmoe_dist.config import expert_slots
 from diffmoe_dist.config.pool_choice import PoolChoiceSettings
+from diffmoe_dist.model.precision import mixed_precision
 from diffmoe_dist.model.routing import Router, Routing, Selection, TokenPool, route
 from diffmoe_dist.model.routing_losses import capacity_loss
 
@@ -34,13 +35,16 @@ class PoolChoice(Router):
     threshold: Tensor
     threshold_updates: Tensor
 
-    def __init__(self, hidden_size: int, settings: PoolChoiceSettings, pool: TokenPool, layers: int) -> None:
+    def __init__(
+        self, hidden_size: int, settings: PoolChoiceSettings, pool: TokenPool, layers: int, mixed: bool = False
+    ) -> None:
         super().__init__()
         self.settings = settings
         self.num_experts = settings.num_experts
         self.inference = settings.inference
         self.pool = pool
         self.layers = layers  # that the capacity loss is the mean over
+        self.mixed = mixed  # whether the predictor's first layer is in mixed precision
         self.training_capacity = settings.capacity_at(0)
         self.gate_weight = nn.Parameter(torch.empty(self.num_experts, hidden_size))
         self.capacity_predictor: nn.Sequential | None = None
@@ -91,7 +95,9 @@ class PoolChoice(Router):
         """(T, N) fp32 logits. The last layer is computed in fp32: at bf16's resolution scores would tie in crowds."""
         last = predictor[-1]
         assert isinstance(last, nn.Linear)
-        return F.linear(predictor[:-1](x_TD).float(), last.weight.float(), last.bias.float())
+        with mixed_precision(x_TD.device, self.mixed):
+            hidden_TD = predictor[:-1](x_TD)
+        return F.linear(hidden_TD.float(), last.weight.float(), last.bias.float())
 
     def _select_slots(self, scores_TN: Tensor, second_TN: Tensor | None = None) -> Selection:
         capacity = self.training_capacity if self.training else self.settings.capacity

@@ -45,7 +45,7 @@ ACCELERATORS = {
 
 def matmul_format(config: Config) -> str:
     """The number format in which a run computes most of a model's matrix products: bf16, tf32 or fp32."""
-    if config.precision == "bf16":
+    if config.precision != "fp32":
         return "bf16"
     return "tf32" if config.tf32 else "fp32"
 

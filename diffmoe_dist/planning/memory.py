@@ -1,6 +1,7 @@
 """Memory of a GPU in bytes: what persists is exact, what exists only at the peak of a step is an estimate.
 
-Legend: D width, H hidden width of an expert, N routed experts, e bytes of an element.
+Legend: D width, H hidden width of an expert, N routed experts, e bytes of an operand of a product, r bytes of an
+element of the residual stream.
 """
 
 from __future__ import annotations
@@ -53,9 +54,14 @@ def zero_groups(config: Config, ranks: int) -> list[ZeroGroup]:
     ]
 
 
-def element_bytes(config: Config) -> int:
-    """Bytes of a weight, an activation or a gradient."""
+def weight_bytes(config: Config) -> int:
+    """Bytes of one of the model's weights or gradients, and of an element of its norms and residual stream."""
     return 2 if config.precision == "bf16" else 4
+
+
+def product_bytes(config: Config) -> int:
+    """Bytes of an operand or a result of matrix products."""
+    return 4 if config.precision == "fp32" else 2
 
 
 def reduce_bucket(elements: int) -> int:
@@ -69,7 +75,7 @@ def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
     partitions = sum(group.partition for group in groups)
     buffers = list(meta_model(config).buffers())
     return {
-        "weights": sum(group.padded for group in groups) * element_bytes(config),
+        "weights": sum(group.padded for group in groups) * weight_bytes(config),
         "fp32 master weights": partitions * 4,
         "AdamW moments": 2 * partitions * 4 + 4 * len(groups),  # and its step counts
         "EMA": partitions * 4,
@@ -91,7 +97,7 @@ def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
     DeepSpeed fills two reduction buckets in turn, and copies a bucket to reduce it, in bf16 once more to fp32. A rank
     keeps the reduced gradients of its own partition, and copies them to one flat fp32 tensor for the optimizer.
     """
-    element = element_bytes(config)
+    element = weight_bytes(config)
     groups = zero_groups(config, ranks)
     own = sum(group.partition for group in groups)
     elements = sum(group.elements for group in groups)
@@ -107,43 +113,53 @@ def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
 def activation_bytes(config: Config, work: Workload) -> float:
     """Bytes that a forward pass saves for backward: an estimate, within 3 % of what autograd keeps."""
     model = config.model
-    D, e = model.hidden_size, element_bytes(config)
+    D, e, r = model.hidden_size, product_bytes(config), weight_bytes(config)
     # Of each block: input, two norms' outputs and their modulations, q, k, v, attention's output, its projection, the
     # residual stream in the middle, the feed-forward output; then statistics of norms and attention, and adaLN.
-    block = work.tokens * (12 * D * e + 16 + 4 * model.num_heads) + work.images * 9 * D * e
+    # The residual stream and the norms' outputs, before they are modulated, are no operands of products.
+    block = work.tokens * ((8 * e + 4 * r) * D + 16 + 4 * model.num_heads) + work.images * 9 * D * r
     dense = work.tokens * 2 * int(D * model.mlp_ratio) * e
-    last = work.tokens * 3 * D * e
+    last = work.tokens * (e + 2 * r) * D
     moe_layers = len(config.moe_blocks)
     moe = 0.0 if config.experts is None else _moe_activation_bytes(config, config.experts, work)
     text = _text_activation_bytes(config, work) if model.condition == "text" else 0.0
-    return model.depth * block + (model.depth - moe_layers) * dense + moe_layers * moe + last + text
+    layers = model.depth * block + (model.depth - moe_layers) * dense + moe_layers * moe + last + text
+    return layers + _rounded_weight_bytes(config)
+
+
+def _rounded_weight_bytes(config: Config) -> int:
+    """The copies of a rank's fp32 weights that mixed precision makes in each forward pass, and backward needs again."""
+    if product_bytes(config) == weight_bytes(config):
+        return 0
+    return product_bytes(config) * sum(group.elements for group in zero_groups(config, config.parallel.expert))
 
 
 def _text_activation_bytes(config: Config, work: Workload) -> float:
     """Of the captions' embedder, and of cross-attention in all blocks."""
-    model, e = config.model, element_bytes(config)
+    model, e, r = config.model, product_bytes(config), weight_bytes(config)
     D, text_tokens = model.hidden_size, work.images * model.text_max_length
     # The residual stream before it and its norm, q, the output; then k and v; statistics of norm and attention.
-    block = work.tokens * (4 * D * e + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
+    block = work.tokens * ((3 * e + r) * D + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
     embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
     return model.depth * block + embedder
 
 
 def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
     """Of one mixture-of-experts layer, beyond its input and output."""
-    D, e = config.model.hidden_size, element_bytes(config)
+    D, e, r = config.model.hidden_size, product_bytes(config), weight_bytes(config)
     N, H = experts.num_experts, int(D * experts.expert_mlp_ratio)
     hidden = (4 if experts.activation == "swiglu" else 2) * H * e
     fp32_copy = 4 * D if e < 4 else 0
     router = work.tokens * (4 * N + fp32_copy + experts.saved_bytes(D, e))
     rows = work.assignments * (2 * D * e + hidden + 4 * 8)  # in and out of the experts, and four indices
     beside = work.tokens * experts.shared_experts * hidden + work.unconditional * (D * e + hidden)
-    return router + rows + beside
+    summed = work.tokens * (r - e) * D  # the layer's output is of the residual stream's type
+    return router + rows + beside + summed
 
 
 def _largest_backward(config: Config, work: Workload) -> float:
     """Gradients of activations in the backward pass of one feed-forward layer."""
-    D, e = config.model.hidden_size, element_bytes(config)
+    D, e, r = config.model.hidden_size, product_bytes(config), weight_bytes(config)
     expert_ratio = 0.0 if config.experts is None else config.experts.expert_mlp_ratio
     rows = max(work.tokens * config.model.mlp_ratio, work.assignments * expert_ratio)
-    return (2 * rows + 4 * work.tokens) * D * e
+    return (2 * rows * e + 4 * work.tokens * r) * D

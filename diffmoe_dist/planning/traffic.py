@@ -12,7 +12,7 @@ from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings, loss_weights
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.planning.memory import RankGroup, element_bytes, zero_groups
+from diffmoe_dist.planning.memory import RankGroup, product_bytes, weight_bytes, zero_groups
 from diffmoe_dist.planning.workload import Cluster, Workload
 
 Collective = Literal["all-to-all", "all-reduce", "all-gather"]
@@ -52,7 +52,7 @@ def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Tran
     for zero in zero_groups(config, cluster.ranks):
         # Always in fp32, and an all-reduce: each rank keeps its own partition of the result.
         transfers.append(groups.all_reduce(f"{GRADIENTS}, {zero.name}", zero.group, 4 * zero.elements, reductions))
-        gathered = zero.padded * element_bytes(config)
+        gathered = zero.padded * weight_bytes(config)
         transfers.append(groups.all_gather(f"{PARAMETERS}, {zero.name}", zero.group, gathered, 1))
     return [transfer for transfer in transfers if transfer.payload and transfer.group_size > 1]
 
@@ -60,7 +60,7 @@ def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Tran
 def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups, work: Workload) -> list[Transfer]:
     N, D = experts.num_experts, config.model.hidden_size
     times = len(config.moe_blocks) * work.micro_steps
-    rows = work.assignments * D * element_bytes(config)
+    rows = work.assignments * D * product_bytes(config)
     transfers = [
         groups.all_to_all(ROWS, "expert", 2 * rows, 2 * times, times),
         groups.all_to_all(ROW_GRADIENTS, "expert", 2 * rows, 2 * times, times),

@@ -19,6 +19,7 @@ from diffmoe_dist.model.condition import Condition
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
+from diffmoe_dist.model.precision import fp32_products
 from diffmoe_dist.model.routing import Router
 
 COMPARED_RULES = ("count", "threshold")
@@ -141,7 +142,8 @@ def overlap_of_rules(router: Router, x_TD: Tensor, null_T: Tensor) -> float | No
     choices = []
     for rule in COMPARED_RULES:
         router.inference = rule
-        choices.append(router.forward(x_TD, null_T).pool.chosen)
+        with fp32_products(x_TD.device):  # as the layer does
+            choices.append(router.forward(x_TD, null_T).pool.chosen)
     router.inference = own
     either = int((choices[0] | choices[1]).sum())
     return int((choices[0] & choices[1]).sum()) / either if either else 1.0

@@ -31,29 +31,29 @@ global_pool sample layer                     58       36           0     0    0 
 expert_choice layer                          43       22           0     0    0      0
 expert_choice block                          60       56           0     0    0      0
 expert_choice predictor layer                58       36           0     0    0      0
-token_choice layer                           42       28           0     0    6      0
-token_choice block                           59       62           0     0    6      0
-token_choice balanced layer                  42       28           0     0    6      0
+token_choice layer                           45       26           0     0    6      0
+token_choice block                           62       60           0     0    6      0
+token_choice balanced layer                  45       26           0     0    6      0
 token_choice swiglu layer                    38       27           0     0    6      0
-prototype layer                              81      130           0     2    8      0
-prototype block                              98      164           0     2    8      0
-prototype expert_choice layer               105      122           0     2    8      0
-global_pool layer, whole                     73       38           2     1    7      0
+prototype layer                              84      128           0     2    8      0
+prototype block                             101      162           0     2    8      0
+prototype expert_choice layer               108      120           0     2    8      0
+global_pool layer, whole                     76       36           2     1    7      0
 global_pool swiglu layer, whole              69       37           2     1    7      0
 global_pool sample layer, whole              58       36           0     0    0      0
 expert_choice layer, whole                   43       22           0     0    0      0
-token_choice layer, whole                    44       28           1     0    6      0
-prototype layer, whole                       83      131           1     2    8      0
-prototype expert_choice layer, whole        107      122           1     2    8      0
+token_choice layer, whole                    47       26           1     0    6      0
+prototype layer, whole                       86      129           1     2    8      0
+prototype expert_choice layer, whole        110      120           1     2    8      0
 global_pool layer, sharded                   86       40           6     2    2      0
 global_pool swiglu layer, sharded            87       41           6     2    2      0
 global_pool sample layer, sharded            80       40           4     1    1      0
 expert_choice layer, sharded                 65       26           4     1    1      0
 expert_choice predictor layer, sharded       80       40           4     1    1      0
-token_choice layer, sharded                  66       32           6     1    7      0
+token_choice layer, sharded                  69       30           6     1    7      0
 token_choice swiglu layer, sharded           62       31           6     1    7      0
-prototype layer, sharded                    105      135           6     3    9      0
-prototype expert_choice layer, sharded      129      126           6     3    9      0
+prototype layer, sharded                    108      133           6     3    9      0
+prototype expert_choice layer, sharded      132      124           6     3    9      0
 """
 
 

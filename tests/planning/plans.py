@@ -14,6 +14,7 @@ H100 = ACCELERATORS["H100-80"]
 SHARDED = {"parallel": {"expert": 2}}
 ACCUMULATED = {"train": {"micro_batch_size": 4}}
 BF16_ZERO_2 = {"precision": "bf16", "parallel": {"zero_stage": 2, "expert": 2}}
+MIXED = {"precision": "bf16_mixed"}
 DENSE = {"moe": {"router": "dense", "num_experts": None}}
 EXPERT_CHOICE = {"moe": {"router": "expert_choice"}, **SHARDED}
 TOKEN_CHOICE = {"moe": {"router": "token_choice", "top_k": 2}, **SHARDED}

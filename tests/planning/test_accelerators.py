@@ -38,6 +38,7 @@ def test_the_peak_is_that_of_the_device_by_its_exact_name(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert device_peak(torch.device("cuda"), config) == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert device_peak(torch.device("cuda"), replace(config, precision="bf16_mixed")) == 989e12
     config = replace(config, precision="fp32")
     assert device_peak(torch.device("cuda"), config) == 67e12, "TF32 is off"
     config = replace(config, tf32=True)

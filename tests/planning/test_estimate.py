@@ -19,6 +19,7 @@ from tests.planning.plans import (
     DDPM,
     DENSE,
     EXPERT_CHOICE,
+    MIXED,
     PROTOTYPE,
     PROTOTYPE_EXPERT_CHOICE,
     SHARDED,
@@ -109,13 +110,15 @@ def _bytes(tensor: Tensor) -> int:
 
 
 ON_RANKS: dict[int, dict[str, Case]] = {
-    1: {"dense": DENSE, "global pool": {}, "bf16": {"precision": "bf16"}},
+    1: {"dense": DENSE, "global pool": {}, "bf16": {"precision": "bf16"}, "mixed": MIXED},
     2: {
         "dense": DENSE,
         "global pool": {},
         "sharded": SHARDED,
         "bf16, ZeRO 2": BF16_ZERO_2,
         "bf16, ZeRO 2, accumulated": {**BF16_ZERO_2, **ACCUMULATED},
+        "mixed": {**MIXED, **SHARDED},
+        "mixed, prototype, accumulated": {**MIXED, **PROTOTYPE, "train": {"label_dropout": 0.0, "micro_batch_size": 4}},
         "DDPM": DDPM,
         "accumulated": {**SHARDED, **ACCUMULATED},
         "scores gathered": {"parallel": {"expert": 2, "score_exchange": "all_gather"}},

@@ -14,7 +14,7 @@ from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.planning.memory import activation_bytes, persistent_bytes
 from diffmoe_dist.planning.workload import workload
 from tests.engine.runs import tiny_config
-from tests.planning.plans import DENSE, Case
+from tests.planning.plans import DENSE, MIXED, Case
 
 TEXT = {
     "model": {
@@ -30,8 +30,13 @@ TEXT = {
         DENSE, {}, {"moe": {"router": "token_choice"}}, {"moe": {"router": "prototype"}},
         {"moe": {"router": "token_choice", "activation": "swiglu", "shared_experts": 1}}, {"precision": "bf16"},
         TEXT, {**TEXT, "precision": "bf16"},
+        {**DENSE, **MIXED}, MIXED, {"moe": {"router": "token_choice"}, **MIXED},
+        {"moe": {"router": "prototype"}, **MIXED}, {**TEXT, **MIXED},
     ],
-    ids=["dense", "global pool", "token choice", "prototype", "swiglu", "bf16", "text", "text in bf16"],
+    ids=[
+        "dense", "global pool", "token choice", "prototype", "swiglu", "bf16", "text", "text in bf16",
+        "dense, mixed", "global pool, mixed", "token choice, mixed", "prototype, mixed", "text, mixed",
+    ],
 )  # fmt: skip
 def test_the_estimate_of_activations_is_near_what_autograd_keeps(settings: Case) -> None:
     shape = {"model": {"depth": 4, "hidden_size": 64, "num_heads": 4, "input_size": 16, "in_channels": 1}}

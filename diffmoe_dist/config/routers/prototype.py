@@ -45,7 +45,7 @@ class Settings(RouterSettings):
         return 4 * self.num_experts * (hidden_size + 1)  # the sum and the number of each prototype's tokens
 
     def saved_bytes(self, hidden_size: int, element: int) -> int:
-        return 8 * hidden_size + 4 * self.num_experts  # normalised tokens, and those whose means the loss takes
+        return 4 * hidden_size + 4 * self.num_experts  # normalised tokens, and who takes them
 
     def check(self, tokens_per_sample: int) -> None:
         super().check(tokens_per_sample)
