@@ -3,6 +3,8 @@
 # make test         every test, on CPU
 # make test-fast    those that are neither marked slow nor slurm, under three minutes on two cores
 # make lint         formatting, lint rules, types, pages and their links
+# make bench        measure layer, training step and scaling, for under ten minutes on two cores, and write the results
+#                   into docs/performance.md
 # make venv         only the environment in .venv, with this package in it
 #
 # Each target makes what it needs. PYTHON chooses the interpreter of the environment (3.10 or newer).
@@ -14,7 +16,7 @@ DEMO_STEPS ?= 1000
 # other's way.
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv demo demo-text test test-fast lint
+.PHONY: venv demo demo-text test test-fast bench lint
 
 venv: .venv/ready
 
@@ -54,6 +56,16 @@ test: .venv/ready
 
 test-fast: .venv/ready
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not slurm" $(PYTEST_OPTIONS)
+
+# Ratios of process time on one thread: the machine need not be quiet, but its memory must be free (16 GB).
+bench: .venv/ready
+	rm -rf build/bench && mkdir -p build/bench
+	$(BIN)/python -m benchmarks.train_step --device cpu --tokens 1024 2048 --rounds 4 --json build/bench/step.json
+	$(BIN)/python -m benchmarks.train_step --device cpu --tokens 8192 --rounds 3 --models dense ours published \
+		ours,train.recompute=mlp --json build/bench/step-8k.json
+	$(BIN)/python -m benchmarks.moe_layer --device cpu --sizes 384x8192x16 --json build/bench/layer.json
+	$(BIN)/python -m benchmarks.scaling --rounds 5 --json build/bench/scaling.json
+	$(BIN)/python -m benchmarks.page docs/performance.md build/bench/*.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -159,12 +159,20 @@ def measure(width: int, tokens: int, num_experts: int, like: Tensor, repeats: in
     return rows
 
 
-def shown(row: dict[str, Any]) -> str:
-    text = f"{row['size']:>16}  {row['layer']:8} {statistics.median(row['seconds']) * 1e3:10.2f}"
-    text += f" {row['flops'] / 1e9:9.1f} {row['peak_bytes'] / 2**20:9.1f} {row['saved_bytes'] / 2**20:9.1f}"
-    if "moe_over_this" in row:
-        text += "   {time:6.3f} {flops:6.3f} {peak_bytes:6.2f} {saved_bytes:6.2f}".format(**row["moe_over_this"])
-    return text
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown; ratios are those of the mixture of experts to the layer of the row."""
+    lines = [
+        "| type | width x tokens x experts | layer | ms | GFLOP | peak (MiB) | saved (MiB) "
+        "| ratios: time | work | peak | saved |",
+        f"|{'---|' * 11}",
+    ]
+    for row in rows:
+        cells = [row["dtype"], row["size"], row["layer"], f"{statistics.median(row['seconds']) * 1e3:.2f}"]
+        cells += [f"{row['flops'] / 1e9:.1f}", f"{row['peak_bytes'] / 2**20:.1f}", f"{row['saved_bytes'] / 2**20:.1f}"]
+        ratios = row.get("moe_over_this", {})
+        cells += [f"{ratios[key]:.3f}" if ratios else "" for key in ("time", "flops", "peak_bytes", "saved_bytes")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def size(text: str) -> tuple[int, int, int]:
@@ -219,16 +227,14 @@ def main() -> None:
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
     found: dict[str, Any] = {"benchmark": "moe_layer", **circumstances(device), "rows": []}
-    print(told(found))
+    print(f"{told(found)}; forward and backward; memory beyond the parameters\n")
     for name in arguments.dtype or (["bf16", "fp32"] if on_cuda else ["fp32"]):
-        print(f"\n{name}: forward and backward; MiB beyond the parameters; ratios are MoE layer / dense layer")
-        print(f"{'size DxTxN':>16}  {'layer':8} {'ms':>10} {'GFLOP':>9} {'peak':>9} {'saved':>9}", end="   ")
-        print(f"{'time':>6} {'work':>6} {'peak':>6} {'saved':>6}")
         like = torch.empty(0, device=device, dtype=DTYPES[name])
         for width, tokens, num_experts in arguments.sizes:
-            rows = measure(width, tokens, num_experts, like, arguments.repeats or (50 if on_cuda else 11))
-            print("\n".join(map(shown, rows)), flush=True)
-            found["rows"] += [{"dtype": name, **row} for row in rows]
+            measured = measure(width, tokens, num_experts, like, arguments.repeats or (50 if on_cuda else 11))
+            rows = [{"dtype": name, **row} for row in measured]
+            print("\n".join(table(rows)[2 if found["rows"] else 0 :]), flush=True)
+            found["rows"] += rows
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
 

@@ -15,7 +15,7 @@ How. Each model has a process of its own; they take turns (A B C D A B C D ...) 
 all alike. Columns, of the rounds' medians, with half the distance of the quartiles as the spread:
 
 - process: seconds of the process's own time, which other processes' work enters little; wall: of the clock.
-- / dense: the median of the rounds' ratios to the first model, of process time on a CPU, else of wall time.
+- / dense: the median of the rounds' ratios to the first model, of process time on one CPU thread, else of wall time.
 - peak: the most memory that forward and backward hold at one moment beyond weights and gradients (each gradient is
   freed once complete), of the model alone, without DeepSpeed.
 - step: the most that the whole step holds beyond what is there before it, with gradients and DeepSpeed's buffers.
@@ -259,7 +259,7 @@ def measure(size: str, tokens: int, arguments: argparse.Namespace) -> list[dict[
     configs = {model: config_for(model, size, tokens, arguments.device, arguments.precision) for model in models}
     served = {model: Served(model, config) for model, config in configs.items()}
     steps: dict[str, Callable[[], Any]] = {model: partial(of.ask, "step") for model, of in served.items()}
-    seconds = in_turn(steps, arguments.rounds)
+    seconds = in_turn(steps, arguments.rounds, warm_up=1 if arguments.rounds < 5 else 2)
     rows: list[dict[str, Any]] = []
     for model, of in served.items():
         peak, step = of.ask("memory")
@@ -272,6 +272,7 @@ def measure(size: str, tokens: int, arguments: argparse.Namespace) -> list[dict[
                 "tokens": tokens,
                 "model": model,
                 "activated": account(configs[model]).activated(),
+                "clock": "process" if arguments.device == "cpu" and torch.get_num_threads() == 1 else "wall",
                 "process_seconds": process,
                 "wall_seconds": wall,
                 "process_over_first": ratio(process, [round_[0] for round_ in of_first]),
@@ -283,17 +284,17 @@ def measure(size: str, tokens: int, arguments: argparse.Namespace) -> list[dict[
     return rows
 
 
-def table(rows: list[dict[str, Any]], own_time: bool) -> list[str]:
-    """Markdown. `own_time`: the ratios are those of the process's own time."""
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown. Of a row's ratios the one of process time is shown on one CPU thread, else that of wall time."""
     first = rows[0]["model"]
     lines = [
         f"| size | tokens | model | process (s) | wall (s) | spread | / {first} | peak (GiB) | / {first} | step |",
         f"|{'---|' * 10}",
     ]
     for row in rows:
-        base = next(r for r in rows if (r["size"], r["tokens"]) == (row["size"], row["tokens"]))
-        kind = "process" if own_time else "wall"
-        cells = [row["size"], str(row["tokens"]), f"`{row['model']}`"]
+        base = next(r for r in rows if all(r[key] == row[key] for key in ("size", "tokens")))
+        kind = row["clock"]
+        cells = [row["size"], str(row["tokens"]), row["model"].replace(",", ", ")]
         cells += [f"{statistics.median(row[f'{clock}_seconds']):.3f}" for clock in ("process", "wall")]
         cells += [f"{spread(row[f'{kind}_seconds']):.1%}", f"**{row[f'{kind}_over_first']:.3f}**"]
         cells += [f"{row['peak_bytes'] / 2**30:.2f}", f"{row['peak_bytes'] / base['peak_bytes']:.2f}"]
@@ -342,11 +343,10 @@ def main() -> None:
     found: dict[str, Any] = {"benchmark": "train_step", **circumstances(device), "precision": arguments.precision}
     found |= {"device": arguments.device, "rows": []}
     print(f"{told(found)}, {arguments.precision}, {arguments.rounds} rounds\n")
-    own_time = device.type == "cpu"
     for size in arguments.sizes:
         for tokens in arguments.tokens:
             rows = measure(size, tokens, arguments)
-            print("\n".join(table(rows, own_time)[0 if not found["rows"] else 2 :]), flush=True)
+            print("\n".join(table(rows)[0 if not found["rows"] else 2 :]), flush=True)
             found["rows"] += rows
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from benchmarks.collectives import counted
 from benchmarks.measuring import in_turn, peak_bytes, ratio, spread
+from benchmarks.page import TABLES, with_tables
 from benchmarks.train_step import config_for, make_model
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import initialize
@@ -135,6 +136,27 @@ def test_the_published_layer_restated_computes_what_ours_does() -> None:
     torch.testing.assert_close(y_other, y)
     torch.testing.assert_close(routing_other.losses["capacity"], routing.losses["capacity"])
     assert torch.equal(routing_other.stats.tokens_per_expert, routing.stats.tokens_per_expert)
+
+
+def test_results_are_written_between_their_markers_and_the_text_stays() -> None:
+    head = {"date": "2026-11-26", "commit": "abc", "machine": "M", "torch": "2", "threads": 1}
+    collective = {"kind": "all-gather", "group": 2, "calls": 1, "payload": 2e6, "planned_payload": 2e6, "seconds": 0.1}
+    row = {"scaling": "weak", "model": "ours", "ranks": 2, "tokens": 64, "wall": 1.0, "process": 2.0}
+    results = [{"benchmark": "scaling", **head, "rows": [{**row, "collectives": [collective]}]}]
+    page = "text\n<!-- scaling -->\nold\n<!-- /scaling -->\nmore\n<!-- collectives -->\n<!-- /collectives -->\nend\n"
+    written = with_tables(page, results)
+    assert with_tables(written, results) == written
+    assert written.startswith("text\n<!-- scaling -->\n\n2026-11-26, commit abc, M, torch 2, 1 thread.\n\n| scaling |")
+    assert "| weak | ours | 2 | 64 | 1.000 | 1.00 | 1.000 |\n\n<!-- /scaling -->\nmore\n" in written
+    assert "| 2.000 MB | 2.000 MB | 1.000 MB | 100.0 |" in written
+    assert "old" not in written
+    with pytest.raises(ValueError, match="no <!-- scaling --> in the page"):
+        with_tables("text", results)
+
+
+def test_make_bench_finds_a_place_on_the_page_for_every_result() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    assert all(f"<!-- {name} -->\n" in page and f"<!-- /{name} -->\n" in page for name in TABLES)
 
 
 def test_steps_take_turns_and_ratios_are_those_of_a_round() -> None:
