@@ -44,9 +44,9 @@ class Checkpointer:
         self.last = step  # of the newest one that was begun
         # The thread's collectives would otherwise mix with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _use_device, (device,))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host: dict[tuple[str, int], Tensor] = {}
+        self._host: list[Tensor] = []
         self._staging: Future[list[Fragment]] | None = None
         self._writing: Future[None] | None = None
 
@@ -86,25 +86,23 @@ class Checkpointer:
         self._thread.shutdown()
 
     def _stage(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> list[Fragment]:
-        staged = [replace(fragment, data=self._host_copy_of(fragment)) for fragment in fragments]
+        """Copy each flat tensor of the state at once; the fragments are intervals of few of them."""
+        flats: dict[int, Tensor] = {}
+        for fragment in fragments:
+            flats.setdefault(_storage(fragment), _whole(fragment.data))
+        for flat in list(flats.values())[len(self._host) :]:  # kept: to make it anew would cost more than the copy
+            self._host.append(torch.empty(len(flat), dtype=torch.uint8, pin_memory=self._stream is not None))
         if self._stream is None or ready is None:
-            for here, there in zip(fragments, staged, strict=True):
-                there.data.copy_(here.data)
-            return staged
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
-            for here, there in zip(fragments, staged, strict=True):
-                there.data.copy_(here.data, non_blocking=True)
-        self._stream.synchronize()
-        return staged
-
-    def _host_copy_of(self, fragment: Fragment) -> Tensor:
-        """Memory for it, which is kept: to make it anew would cost more than the copy."""
-        key = (fragment.name, fragment.start)
-        if key not in self._host:
-            pinned = self._stream is not None
-            self._host[key] = torch.empty(fragment.data.shape, dtype=fragment.data.dtype, pin_memory=pinned)
-        return self._host[key]
+            for host, flat in zip(self._host, flats.values(), strict=True):
+                host.copy_(flat)
+        else:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(ready)
+                for host, flat in zip(self._host, flats.values(), strict=True):
+                    host.copy_(flat, non_blocking=True)
+            self._stream.synchronize()
+        of = dict(zip(flats, self._host, strict=True))
+        return [replace(fragment, data=_interval(of[_storage(fragment)], fragment.data)) for fragment in fragments]
 
     def _write(self, staging: Future[list[Fragment]], progress: Progress) -> None:
         fragments = staging.result()
@@ -115,3 +113,24 @@ class Checkpointer:
             logger.warning("%s; the checkpoints before are kept", error)
             raise
         logger.info("saved %s", path)
+
+
+def _use_device(device: torch.device) -> None:
+    """In a new thread: else what it does with CUDA would open a context on the first GPU, whatever the rank's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _storage(fragment: Fragment) -> int:
+    return fragment.data.untyped_storage().data_ptr()
+
+
+def _whole(view: Tensor) -> Tensor:
+    """The bytes of the flat tensor that this one is an interval of."""
+    return torch.empty(0, dtype=torch.uint8, device=view.device).set_(view.untyped_storage())
+
+
+def _interval(flat: Tensor, view: Tensor) -> Tensor:
+    """Where `view` lies in a copy of the flat tensor that it is an interval of."""
+    begin = view.storage_offset() * view.element_size()
+    return flat[begin : begin + view.nbytes].view(view.dtype)

@@ -1,0 +1,131 @@
+"""The copy of the state that the checkpoint thread makes: where, of what, and into which memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from diffmoe_dist.config import Config
+from diffmoe_dist.engine.checkpointer import Checkpointer
+from diffmoe_dist.engine.run_folder import NoClaim
+from diffmoe_dist.engine.sharded_state import Fragment
+
+FLATS = {"master": 100, "ema": 100, "steps": 3}
+PARTS = {"a": (0, 30), "b": (30, 70), "c": (70, 100)}
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_checkpointer(run_dir: Path, device: str) -> Checkpointer:
+    config = Config(run_dir=str(run_dir))
+    return Checkpointer(config, torch.device(device), NoClaim(), 0, timedelta(seconds=30))
+
+
+def make_state() -> tuple[list[Tensor], list[Fragment]]:
+    """Two flat tensors of the kinds of a parameter, and one of another type."""
+    master, ema = torch.arange(100.0), -torch.arange(100.0)
+    steps = torch.tensor([1, 2, 3])
+    fragments = [
+        Fragment(f"{kind}.{name}", 0, end - begin, flat[begin:end])
+        for name, (begin, end) in PARTS.items()
+        for kind, flat in (("master", master), ("ema", ema))
+    ]
+    return [master, ema, steps], [*fragments, Fragment("buffer.steps", 0, 3, steps)]
+
+
+def staged_by_the_thread(checkpointer: Checkpointer, fragments: list[Fragment], ready: Any = None) -> list[Fragment]:
+    return checkpointer._thread.submit(checkpointer._stage, fragments, ready).result()
+
+
+def test_each_flat_tensor_of_the_state_is_copied_at_once_into_one_buffer_that_is_kept(
+    alone: None, tmp_path: Path
+) -> None:
+    checkpointer = make_checkpointer(tmp_path, "cpu")
+    flats, fragments = make_state()
+
+    first = staged_by_the_thread(checkpointer, fragments)
+    assert len({fragment.data.untyped_storage().data_ptr() for fragment in first}) == len(flats)
+    before = [fragment.data.clone() for fragment in fragments]
+    for flat in flats:
+        flat.add_(1)
+    for staged, expected, fragment in zip(first, before, fragments, strict=True):
+        assert torch.equal(staged.data, expected), "a copy does not follow the state"
+        assert (staged.name, staged.data.dtype) == (fragment.name, fragment.data.dtype)
+
+    second = staged_by_the_thread(checkpointer, fragments)
+    assert [b.data.data_ptr() for b in second] == [a.data.data_ptr() for a in first]
+    assert all(torch.equal(b.data, fragment.data) for b, fragment in zip(second, fragments, strict=True))
+    checkpointer.close()
+
+
+class Recorded:
+    """What is asked of CUDA, and from which thread, in the place of `torch.cuda`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, str, Any]] = []
+        for name in ("set_device", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, self.recorder(name))
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        empty = torch.empty
+
+        def unpinned(*size: Any, pin_memory: bool = False, **keywords: Any) -> Tensor:
+            if pin_memory:
+                self.note("pinned", size)
+            return empty(*size, **keywords)
+
+        monkeypatch.setattr(torch, "empty", unpinned)
+
+    def note(self, name: str, value: Any) -> None:
+        self.calls.append((threading.current_thread().name, name, value))
+
+    def recorder(self, name: str) -> Any:
+        def call(value: Any) -> Any:
+            self.note(name, value)
+            return self
+
+        return call
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.note("stream", stream)
+        yield
+
+    def wait_event(self, event: Any) -> None:
+        self.note("wait_event", event)
+
+    def synchronize(self) -> None:
+        self.note("synchronize", None)
+
+
+def test_on_cuda_the_thread_takes_its_ranks_device_first_and_pins_one_buffer_a_flat_tensor(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = Recorded(monkeypatch)
+    checkpointer = make_checkpointer(tmp_path, "cuda:3")
+    flats, fragments = make_state()
+    assert cuda.calls == [("MainThread", "Stream", torch.device("cuda:3"))]
+    cuda.calls.clear()
+
+    for _ in range(2):
+        staged = staged_by_the_thread(checkpointer, fragments, ready="the last update")
+    assert all(torch.equal(b.data, fragment.data) for b, fragment in zip(staged, fragments, strict=True))
+    assert all(thread.startswith("checkpoint") for thread, _, _ in cuda.calls)
+    names = [name for _, name, _ in cuda.calls]
+    copy = ["stream", "wait_event", "synchronize"]
+    assert names == ["set_device", *["pinned"] * len(flats), *copy, *copy], "once, and no memory for the second copy"
+    assert cuda.calls[0][2] == torch.device("cuda:3")
+    checkpointer.close()
