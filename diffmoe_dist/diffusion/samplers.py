@@ -1,7 +1,8 @@
 """Samplers, from noise to images, and classifier-free guidance (CFG).
 
-A sampler calls a denoiser, any callable (z, t) -> (prediction, variance). `with_guidance` makes one that guides; its
-one or two forward passes of the model count as one function evaluation (NFE).
+A sampler calls a denoiser, any callable (z, t) -> (prediction, variance). The times t (N,) are all the same, and on the
+host but for those of the adaptive sampler: to compare them waits for no device. `with_guidance` makes a denoiser that
+guides; its one or two forward passes of the model count as one function evaluation (NFE).
 
 Shape legend: N images, C channels, H = W input size.
 """
@@ -79,7 +80,7 @@ def sample_euler(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, ste
     """
     z = noise
     for now, after in _flow_steps(objective, steps):
-        velocity, _ = denoise(z, torch.full((len(z),), now, device=z.device))
+        velocity, _ = denoise(z, torch.full((len(z),), now))
         z = z + (after - now) * velocity
     return z
 
@@ -92,8 +93,8 @@ def sample_heun(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, step
     """
     z = noise
     for now, after in _flow_steps(objective, steps):
-        here, _ = denoise(z, torch.full((len(z),), now, device=z.device))
-        there, _ = denoise(z + (after - now) * here, torch.full((len(z),), after, device=z.device))
+        here, _ = denoise(z, torch.full((len(z),), now))
+        there, _ = denoise(z + (after - now) * here, torch.full((len(z),), after))
         z = z + (after - now) * (here + there) / 2
     return z
 
@@ -135,7 +136,7 @@ def sample_ddpm(denoise: Denoiser, noise: Tensor, steps: int, generators: list[t
     scheduler.set_timesteps(steps)
     z = noise
     for t in scheduler.timesteps.tolist():
-        epsilon, variance = denoise(z, torch.full((len(z),), t, device=z.device))
+        epsilon, variance = denoise(z, torch.full((len(z),), t))
         assert variance is not None
         z = scheduler.step(torch.cat([epsilon, variance], dim=1), t, z, generator=generators).prev_sample
     return z
@@ -153,7 +154,7 @@ def sample_ddim(denoise: Denoiser, noise: Tensor, steps: int) -> Tensor:
     scheduler.set_timesteps(steps)
     z = noise
     for t in scheduler.timesteps.tolist():
-        epsilon, _ = denoise(z, torch.full((len(z),), t, device=z.device))
+        epsilon, _ = denoise(z, torch.full((len(z),), t))
         z = scheduler.step(epsilon, t, z).prev_sample
     return z
 
@@ -170,9 +171,14 @@ def sample_dpm_solver(denoise: Denoiser, noise: Tensor, steps: int) -> Tensor:
     scheduler.set_timesteps(steps)
     z = noise
     for t in scheduler.timesteps.tolist():
-        epsilon, _ = denoise(z, torch.full((len(z),), t, device=z.device))
+        epsilon, _ = denoise(z, torch.full((len(z),), t))
         z = scheduler.step(epsilon, t, z).prev_sample
     return z
+
+
+def filled_in(t: Tensor, device: torch.device) -> Tensor:
+    """A sampler's times on the device of the images, without a copy."""
+    return t if t.device == device else torch.full(t.shape, t[0].item(), dtype=t.dtype, device=device)
 
 
 @dataclass(frozen=True)

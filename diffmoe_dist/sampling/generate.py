@@ -24,7 +24,7 @@ from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import Autoencoder, same_scaling
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
-from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, sample, with_guidance
+from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, filled_in, sample, with_guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.condition import Condition, join, on_device
@@ -99,7 +99,7 @@ def generate(
 
     def denoise(z: Tensor, t: Tensor, y: Condition) -> Prediction:
         nonlocal tokens
-        output = model(z, objective.model_time(t), y)
+        output = model(z, objective.model_time(filled_in(t, device)), y)
         here = len(z) * model.grid_size**2
         slots.extend(stats.capacity.double() * here for stats in output.routing)
         tokens += here * len(output.routing)
