@@ -21,7 +21,8 @@ ON_HOST = ("data", "checkpoint")  # what the host waits for; of a checkpoint, wh
 class Timings:
     """Seconds a step spends in its parts, on average since the last question.
 
-    On CUDA the parts on the device are timed by events, which are read when they are asked for: no step waits.
+    On CUDA the parts on the device are timed by events, which are read when they are asked for. None waits: a part that
+    the device has not come to the end of counts the next time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,12 +45,14 @@ class Timings:
 
     def mean_since_last(self, steps: int) -> dict[str, float]:
         """`seconds_<part>` for each part."""
-        for name, begin, end in self.events:
-            end.synchronize()
-            self.seconds[name] += begin.elapsed_time(end) / 1000
+        events, self.events = self.events, []
+        for name, begin, end in events:
+            if end.query():
+                self.seconds[name] += begin.elapsed_time(end) / 1000
+            else:
+                self.events.append((name, begin, end))
         means = {f"seconds_{name}": self.seconds[name] / steps for name in (*ON_HOST, *ON_DEVICE)}
         self.seconds.clear()
-        self.events.clear()
         return means
 
 
