@@ -87,22 +87,20 @@ class Checkpointer:
 
     def _stage(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> list[Fragment]:
         """Copy each flat tensor of the state at once; the fragments are intervals of few of them."""
-        flats: dict[int, Tensor] = {}
-        for fragment in fragments:
-            flats.setdefault(_storage(fragment), _whole(fragment.data))
+        flats = _flat_tensors(fragments)
         for flat in list(flats.values())[len(self._host) :]:  # kept: to make it anew would cost more than the copy
             self._host.append(torch.empty(len(flat), dtype=torch.uint8, pin_memory=self._stream is not None))
+        copies = dict(zip(flats, self._host, strict=True))
         if self._stream is None or ready is None:
-            for host, flat in zip(self._host, flats.values(), strict=True):
-                host.copy_(flat)
+            for storage, flat in flats.items():
+                copies[storage].copy_(flat)
         else:
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(ready)
-                for host, flat in zip(self._host, flats.values(), strict=True):
-                    host.copy_(flat, non_blocking=True)
+                for storage, flat in flats.items():
+                    copies[storage].copy_(flat, non_blocking=True)
             self._stream.synchronize()
-        of = dict(zip(flats, self._host, strict=True))
-        return [replace(fragment, data=_interval(of[_storage(fragment)], fragment.data)) for fragment in fragments]
+        return [replace(fragment, data=_same_place(fragment.data, flats, copies)) for fragment in fragments]
 
     def _write(self, staging: Future[list[Fragment]], progress: Progress) -> None:
         fragments = staging.result()
@@ -121,16 +119,30 @@ def _use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _storage(fragment: Fragment) -> int:
-    return fragment.data.untyped_storage().data_ptr()
+def _storage(view: Tensor) -> int:
+    return view.untyped_storage().data_ptr()
 
 
-def _whole(view: Tensor) -> Tensor:
-    """The bytes of the flat tensor that this one is an interval of."""
-    return torch.empty(0, dtype=torch.uint8, device=view.device).set_(view.untyped_storage())
+def _begin(view: Tensor) -> int:
+    """In bytes, within its storage."""
+    return view.storage_offset() * view.element_size()
 
 
-def _interval(flat: Tensor, view: Tensor) -> Tensor:
-    """Where `view` lies in a copy of the flat tensor that it is an interval of."""
-    begin = view.storage_offset() * view.element_size()
-    return flat[begin : begin + view.nbytes].view(view.dtype)
+def _flat_tensors(fragments: Sequence[Fragment]) -> dict[int, Tensor]:
+    """The bytes of each storage from its first fragment to its last, by storage."""
+    views: dict[int, list[Tensor]] = {}
+    for fragment in fragments:
+        views.setdefault(_storage(fragment.data), []).append(fragment.data)
+    flats = {}
+    for storage, of_storage in views.items():
+        begin, end = min(map(_begin, of_storage)), max(_begin(view) + view.nbytes for view in of_storage)
+        flat = torch.empty(0, dtype=torch.uint8, device=of_storage[0].device)
+        flats[storage] = flat.set_(of_storage[0].untyped_storage(), begin, (end - begin,), (1,))
+    return flats
+
+
+def _same_place(view: Tensor, flats: dict[int, Tensor], copies: dict[int, Tensor]) -> Tensor:
+    """Of the copies what `view` is of the flat tensors."""
+    storage = _storage(view)
+    begin = _begin(view) - flats[storage].storage_offset()
+    return copies[storage][begin : begin + view.nbytes].view(view.dtype)

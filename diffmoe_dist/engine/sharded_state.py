@@ -97,8 +97,10 @@ class ShardedState:
 def _row_norms(flat: Tensor) -> Iterator[Tensor]:
     """Norms of short rows, (rows,) fp32: a sum of a million fp32 squares would be off by 1e-4, these are by 1e-9."""
     whole = flat.numel() // _ROW * _ROW
-    yield torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
-    yield torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1)
+    if whole:
+        yield torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
+    if whole < flat.numel():
+        yield torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1)
 
 
 def _place_in_whole(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, int]:

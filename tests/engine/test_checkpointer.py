@@ -19,7 +19,6 @@ from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.sharded_state import Fragment
 
-FLATS = {"master": 100, "ema": 100, "steps": 3}
 PARTS = {"a": (0, 30), "b": (30, 70), "c": (70, 100)}
 
 
@@ -37,7 +36,8 @@ def make_checkpointer(run_dir: Path, device: str) -> Checkpointer:
 
 def make_state() -> tuple[list[Tensor], list[Fragment]]:
     """Two flat tensors of the kinds of a parameter, and one of another type."""
-    master, ema = torch.arange(100.0), -torch.arange(100.0)
+    master = torch.arange(300.0)[100:200]  # a rank's partition of what all ranks have
+    ema = -torch.arange(100.0)
     steps = torch.tensor([1, 2, 3])
     fragments = [
         Fragment(f"{kind}.{name}", 0, end - begin, flat[begin:end])
@@ -58,7 +58,8 @@ def test_each_flat_tensor_of_the_state_is_copied_at_once_into_one_buffer_that_is
     flats, fragments = make_state()
 
     first = staged_by_the_thread(checkpointer, fragments)
-    assert len({fragment.data.untyped_storage().data_ptr() for fragment in first}) == len(flats)
+    buffers = {storage.data_ptr(): storage.nbytes() for storage in (b.data.untyped_storage() for b in first)}
+    assert sorted(buffers.values()) == sorted(flat.nbytes for flat in flats)
     before = [fragment.data.clone() for fragment in fragments]
     for flat in flats:
         flat.add_(1)
