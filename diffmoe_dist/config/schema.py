@@ -54,6 +54,8 @@ class TrainConfig:
     label_dropout: float = 0.1
     initial_weights: str | None = None  # a folder of weights (diffmoe_dist.convert) that a fresh run starts from
     hang_timeout: float = 600.0  # seconds a step may take before the run ends itself; 0: no limit
+    # What is not kept for backward but computed again in it: hidden activations of MLPs and experts, or also attention.
+    recompute: Literal["none", "mlp", "block"] = "none"
     skip_non_finite: bool = False  # leave out the update of a batch with a non-finite loss or gradient, and go on
 
 

@@ -27,6 +27,7 @@ from diffmoe_dist.files import write_atomically
 from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.recompute import apply_recompute
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
 from diffmoe_dist.planning.memory import reduce_bucket
@@ -110,6 +111,7 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         apply_expert_parallel(model, config, topology)
     model.to_empty(device=topology.device)
     initialize(model, config.seed)
+    apply_recompute(model, config.train.recompute)
     optimizer = torch.optim.AdamW(
         parameter_groups(model),
         lr=config.optim.lr,

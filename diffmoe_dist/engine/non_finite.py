@@ -73,6 +73,7 @@ class _Lookout:
         self.passed = 0
         self.seen: list[tuple[int, str]] = []
 
+    @torch.no_grad()  # looking keeps nothing for backward: what `train.recompute` computes again must keep the same
     def look(self, name: str, value: Any) -> None:
         self.passed += 1
         tensors = value if isinstance(value, tuple) else (value,)

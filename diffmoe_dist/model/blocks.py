@@ -87,14 +87,28 @@ class DiTBlock(nn.Module):
         Returns:
             (N, T, D), and the routing where the feed-forward layer is a mixture of experts.
         """
+        x, shift, scale, gate = self.attend(x, condition, *(text or ()))
+        if isinstance(self.mlp, MoELayer):
+            h, routing = self.mlp(self.normalize(x, shift, scale), null_N)
+        else:
+            h, routing = self.feed(x, shift, scale), None
+        return x + gate[:, None] * h, routing
+
+    def attend(self, x: Tensor, condition: Tensor, *text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The half before the feed-forward layer: (N, T, D), and shift, scale and gate of that layer, (N, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))  # (N, T, D)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
         if self.cross_attn is not None:
-            assert text is not None
             x = x + self.cross_attn(self.norm_cross(x), *text)
-        h = modulate(self.norm2(x), shift_m, scale_m)
-        h, routing = self.mlp(h, null_N) if isinstance(self.mlp, MoELayer) else (self.mlp(h), None)
-        return x + gate_m[:, None] * h, routing
+        return x, shift_m, scale_m, gate_m
+
+    def normalize(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(N, T, D), the input of the feed-forward layer."""
+        return modulate(self.norm2(x), shift, scale)
+
+    def feed(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """(N, T, D), what the dense feed-forward layer adds before its gate."""
+        return self.mlp(self.normalize(x, shift, scale))
 
 
 class FinalLayer(nn.Module):

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings
-from diffmoe_dist.model.accounting import meta_model
+from diffmoe_dist.model.accounting import account, meta_model
 from diffmoe_dist.planning.workload import Workload
 
 REDUCE_BUCKET = 200_000_000  # gradients that DeepSpeed reduces together, elements
 USABLE_MEMORY = 0.92  # fraction of the device; the rest is for CUDA's context, NCCL's buffers and fragmentation
+
+_MLPS = ("dense MLP", "routed experts", "shared experts", "unconditional expert")
+# The parts of the model that `train.recompute` computes again.
+RECOMPUTED_PARTS = {"none": (), "mlp": _MLPS, "block": (*_MLPS, "attention", "cross-attention", "adaLN")}
 
 RankGroup = Literal["world", "expert", "expert data"]  # the process groups of `parallel.topology`
 
@@ -85,9 +89,11 @@ def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
 
 def peak_bytes(config: Config, ranks: int, work: Workload) -> dict[str, float]:
     """Bytes that a rank holds at the peak of a step beside the persistent ones, by kind: estimates."""
+    again = {"recomputed activations": recomputed_bytes(config, work)} if config.train.recompute != "none" else {}
     return {
         "gradients": gradient_bytes(config, ranks, work.micro_steps),
         "activations": activation_bytes(config, work) + _largest_backward(config, work),
+        **again,
     }
 
 
@@ -111,27 +117,44 @@ def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
 
 
 def activation_bytes(config: Config, work: Workload) -> float:
-    """Bytes that a forward pass saves for backward: an estimate, within 3 % of what autograd keeps."""
-    model = config.model
+    """Bytes that a forward pass saves for backward: an estimate, within 3 % of what autograd keeps.
+
+    With `train.recompute` it is within 10 %; `recomputed_bytes` come on top.
+    """
+    model, mode = config.model, config.train.recompute
     D, e, r = model.hidden_size, product_bytes(config), weight_bytes(config)
-    # Of each block: input, two norms' outputs and their modulations, q, k, v, attention's output, its projection, the
-    # residual stream in the middle, the feed-forward output; then statistics of norms and attention, and adaLN.
-    # The residual stream and the norms' outputs, before they are modulated, are no operands of products.
-    block = work.tokens * ((8 * e + 4 * r) * D + 16 + 4 * model.num_heads) + work.images * 9 * D * r
-    dense = work.tokens * 2 * int(D * model.mlp_ratio) * e
+    layers, moe_layers = model.depth, len(config.moe_blocks)
+    # Of each block: input, the residual stream in the middle, the feed-forward output; shifts, scales and gates. The
+    # residual stream and the norms' outputs, before they are modulated, are no operands of products.
+    block = work.tokens * (2 * r + e) * D + work.images * 6 * D * r
+    # The norm before attention, modulated; q, k, v, attention's output, its projection; their statistics.
+    attention = work.tokens * ((r + 6 * e) * D + 8 + 4 * model.num_heads) + work.images * 2 * D * r
+    # The norm before the feed-forward layer; modulated, it is the layer's input, which a router keeps.
+    norm = work.tokens * (r * D + 8) + work.images * D * r
+    dense = work.tokens * (D + 2 * int(D * model.mlp_ratio)) * e
+    moe = 0.0 if config.experts is None else work.tokens * D * e + _moe_activation_bytes(config, config.experts, work)
+    kept = layers * block + moe_layers * moe
+    if mode != "block":
+        kept += layers * attention
+    if mode == "none":
+        kept += layers * norm + (layers - moe_layers) * dense
+    if model.condition == "text":
+        kept += _text_activation_bytes(config, work)
     last = work.tokens * (e + 2 * r) * D
-    moe_layers = len(config.moe_blocks)
-    moe = 0.0 if config.experts is None else _moe_activation_bytes(config, config.experts, work)
-    text = _text_activation_bytes(config, work) if model.condition == "text" else 0.0
-    layers = model.depth * block + (model.depth - moe_layers) * dense + moe_layers * moe + last + text
-    return layers + _rounded_weight_bytes(config)
+    return kept + last + _rounded_weight_bytes(config)
 
 
-def _rounded_weight_bytes(config: Config) -> int:
+def _rounded_weight_bytes(config: Config) -> float:
     """The copies of a rank's fp32 weights that mixed precision makes in each forward pass, and backward needs again."""
     if product_bytes(config) == weight_bytes(config):
         return 0
-    return product_bytes(config) * sum(group.elements for group in zero_groups(config, config.parallel.expert))
+    parts = account(config).parameters
+    parts["routed experts"] //= config.parallel.expert
+    return product_bytes(config) * sum(
+        elements
+        for part, elements in parts.items()
+        if part not in (*RECOMPUTED_PARTS[config.train.recompute], "position table")
+    )
 
 
 def _text_activation_bytes(config: Config, work: Workload) -> float:
@@ -141,20 +164,39 @@ def _text_activation_bytes(config: Config, work: Workload) -> float:
     # The residual stream before it and its norm, q, the output; then k and v; statistics of norm and attention.
     block = work.tokens * ((3 * e + r) * D + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
     embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
-    return model.depth * block + embedder
+    return (0 if config.train.recompute == "block" else model.depth * block) + embedder
 
 
 def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
     """Of one mixture-of-experts layer, beyond its input and output."""
     D, e, r = config.model.hidden_size, product_bytes(config), weight_bytes(config)
-    N, H = experts.num_experts, int(D * experts.expert_mlp_ratio)
-    hidden = (4 if experts.activation == "swiglu" else 2) * H * e
+    hidden = 0.0 if config.train.recompute != "none" else _hidden_bytes(config, experts)
     fp32_copy = 4 * D if e < 4 else 0
-    router = work.tokens * (4 * N + fp32_copy + experts.saved_bytes(D, e))
+    router = work.tokens * (4 * experts.num_experts + fp32_copy + experts.saved_bytes(D, e))
     rows = work.assignments * (2 * D * e + hidden + 4 * 8)  # in and out of the experts, and four indices
     beside = work.tokens * experts.shared_experts * hidden + work.unconditional * (D * e + hidden)
     summed = work.tokens * (r - e) * D  # the layer's output is of the residual stream's type
     return router + rows + beside + summed
+
+
+def _hidden_bytes(config: Config, experts: RouterSettings) -> float:
+    """What an expert saves of each row beside its input."""
+    hidden_size = int(config.model.hidden_size * experts.expert_mlp_ratio)
+    return (4 if experts.activation == "swiglu" else 2) * hidden_size * product_bytes(config)
+
+
+def recomputed_bytes(config: Config, work: Workload) -> float:
+    """Bytes that backward computes again of one part of a block, the largest: an estimate."""
+    model, mode = config.model, config.train.recompute
+    D, e = model.hidden_size, product_bytes(config)
+    if mode == "none":
+        return 0.0
+    parts: list[float] = [work.tokens * 2 * (D + int(D * model.mlp_ratio)) * e]
+    if config.experts is not None:
+        parts.append(work.assignments * _hidden_bytes(config, config.experts))
+    if mode == "block":
+        parts.append(work.tokens * (11 if model.condition == "text" else 7) * D * e)
+    return max(parts)
 
 
 def _largest_backward(config: Config, work: Workload) -> float:

@@ -37,7 +37,8 @@ def step_seconds(
         persistent: bytes, of `persistent_bytes`.
     """
     kind = matmul_format(config)
-    flops = work.images * work.micro_steps * accounting.training_flops(work.capacity)
+    of_image = accounting.training_flops(work.capacity) + recomputed_flops(config, accounting, work.capacity)
+    flops = work.images * work.micro_steps * of_image
     arithmetic = flops / (accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind])
     bandwidth = accelerator.memory_bandwidth * MEMORY_FRACTION
     moved = ACTIVATION_PASSES * activation_bytes(config, work) * work.micro_steps / bandwidth
@@ -57,6 +58,22 @@ def step_seconds(
         "parameter gather": gather,
         "optimizer": optimizer,
     }
+
+
+def recomputed_flops(config: Config, accounting: Accounting, capacity: float) -> float:
+    """Floating-point operations that backward does again for one image; MFU counts them as none of the model's.
+
+    Of an MLP that is its first product, or two with SwiGLU: the last one's result is not needed.
+    """
+    mode, macs = config.train.recompute, accounting.macs(capacity)
+    if mode == "none":
+        return 0.0
+    swiglu = config.experts is not None and config.experts.activation == "swiglu"
+    of_experts = macs["routed experts"] + macs["shared experts"]
+    again = macs["dense MLP"] / 2 + of_experts * (2 / 3 if swiglu else 1 / 2)
+    if mode == "block":
+        again += macs["attention"] + macs["cross-attention"] + macs["adaLN"] + accounting.attention_macs
+    return 2 * again
 
 
 def transfer_seconds(transfer: Transfer, accelerator: Accelerator) -> float:
