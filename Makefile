@@ -5,18 +5,20 @@
 # make lint         formatting, lint rules, types, pages and their links
 # make bench        measure layer, training step and scaling, for under ten minutes on two cores, and write the results
 #                   into docs/performance.md
+# make gpu          on a machine with a GPU: the tests of what only happens there, then its numbers beside the planner's
 # make venv         only the environment in .venv, with this package in it
 #
 # Each target makes what it needs. PYTHON chooses the interpreter of the environment (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_STEPS ?= 1000
+GPU_OUT ?= runs/gpu
 
 # One thread for each process: the processes share the cores, and spinning threads of two of them stand in each
 # other's way.
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv demo demo-text test test-fast bench lint
+.PHONY: venv demo demo-text test test-fast bench gpu lint
 
 venv: .venv/ready
 
@@ -66,6 +68,15 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.moe_layer --device cpu --sizes 384x8192x16 --json build/bench/layer.json
 	$(BIN)/python -m benchmarks.scaling --rounds 5 --json build/bench/scaling.json
 	$(BIN)/python -m benchmarks.page docs/performance.md build/bench/*.json
+
+# With PYTHON itself, whose torch is one for CUDA, and without network; under ten minutes. GPU_OUT gets gpu.md, gpu.json
+# and tests.xml.
+gpu:
+	mkdir -p $(GPU_OUT)
+	failed=0; \
+	$(PYTHON) -m pytest -m gpu tests/gpu --junitxml=$(GPU_OUT)/tests.xml $(PYTEST_OPTIONS) || failed=1; \
+	$(PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(GPU_OPTIONS) || failed=1; \
+	exit $$failed
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -66,7 +66,13 @@ if TYPE_CHECKING:
 MODELS = ("dense", "ours", "published", "deepspeed")
 EXPERTS = 16
 # Depth, width, heads, input size; two pixels a side make a token.
-SIZES = {"tiny": (2, 64, 1, 8), "XS": (4, 256, 4, 32), "S": (12, 384, 6, 32), "B": (12, 768, 12, 32)}
+SIZES = {
+    "tiny": (2, 64, 1, 8),
+    "XS": (4, 256, 4, 32),
+    "S": (12, 384, 6, 32),
+    "B": (12, 768, 12, 32),
+    "L": (24, 1024, 16, 32),
+}
 
 
 def config_for(model: str, size: str, tokens: int, device: str, precision: str, ranks: int = 1) -> Config:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_tools.digits import DigitsSource
 from data_tools.pack import pack
@@ -14,6 +15,15 @@ os.environ.update(
     OMPI_ALLOW_RUN_AS_ROOT="1",
     OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_cuda = [item for item in items if item.get_closest_marker("gpu")]
+    if on_cuda and not torch.cuda.is_available():
+        for item in on_cuda:
+            item.add_marker(
+                pytest.mark.skip(reason="torch finds no CUDA device here; make gpu runs it where there is one")
+            )
 
 
 @pytest.fixture(scope="session")

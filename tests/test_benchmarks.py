@@ -102,6 +102,23 @@ def test_sampling_is_measured_under_three_rules() -> None:
     assert all(rule in shown for rule in ("threshold", "count", "static"))
 
 
+@pytest.mark.slow
+def test_what_a_gpu_does_is_compared_with_the_plan_in_one_table(tmp_path: Path) -> None:
+    arguments = ("--device", "cpu", "--accelerator", "H100-80", "--precision", "fp32", "--sizes", "tiny")
+    small = ("--images", "4", "--rounds", "1", "--models", "ours", "ours,nonsense=1", "--out", str(tmp_path))
+    with pytest.raises(AssertionError):  # a part that fails ends the command with 1, and no other part
+        _run("gpu", *arguments, *small)
+    found, page = json.loads((tmp_path / "gpu.json").read_text()), (tmp_path / "gpu.md").read_text()
+    assert [row["part"] for row in found["rows"]] == [
+        *["machine"] * 2, *["layer"] * 2, "step", "MFU", "memory, held", "memory, peak", *["sampling"] * 2
+    ]  # fmt: skip
+    assert all(row["measured"] > 0 and row["predicted"] > 0 for row in found["rows"])
+    held = next(row for row in found["rows"] if row["part"] == "memory, held")
+    assert abs(held["off"]) < 0.1  # also on a CPU, for it is exact
+    assert "| step | tiny, ours |" in page and "predictions are off by more than 10%" in page
+    assert len(found["left_out"]) == 1 and "Left out: step tiny ours,nonsense=1: UserError: " in page
+
+
 @pytest.mark.parametrize("size", ["tiny", "S", "B"])
 def test_the_dense_model_has_the_parameters_that_a_token_of_ours_activates(size: str) -> None:
     ours, dense = (account(config_for(name, size, 1024, "cpu", "fp32")) for name in ("ours", "dense"))

@@ -76,7 +76,7 @@ def model(settings: Config, dtype: torch.dtype) -> DiT:
     return moved
 
 
-def inputs(captions: bool = False) -> tuple[Tensor, Tensor, Condition]:
+def host_inputs(captions: bool = False) -> tuple[Tensor, Tensor, Condition]:
     """Noisy images, times, and labels or captions, the first of which is the null one."""
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(IMAGES, 4, 16, 16, generator=generator), torch.rand(IMAGES, generator=generator)
@@ -86,6 +86,12 @@ def inputs(captions: bool = False) -> tuple[Tensor, Tensor, Condition]:
         tokens = torch.randn(IMAGES, 8, 32, generator=generator).half()
         pooled = torch.randn(IMAGES, 16, generator=generator).half()
         y = TextCondition(tokens, (torch.arange(8) < 5).expand(IMAGES, 8).contiguous(), pooled, null)
+    return x, t, y
+
+
+def inputs(captions: bool = False) -> tuple[Tensor, Tensor, Condition]:
+    """The same on the simulated device."""
+    x, t, y = host_inputs(captions)
     return on_device(x), on_device(t), y.map(on_device) if isinstance(y, TextCondition) else on_device(y)
 
 
@@ -101,17 +107,29 @@ def train(made: DiT, x: Tensor, t: Tensor, y: Condition) -> Log:
 
 
 def train_part(part: nn.Module, dtype: torch.dtype) -> Log:
-    """Forward and backward of a feed-forward layer or a block, from random gradients of each result."""
-    x = on_device(torch.randn(IMAGES, TOKENS, WIDTH).to(dtype).requires_grad_())
-    condition = on_device(torch.randn(IMAGES, WIDTH).to(dtype).requires_grad_())
-    null = on_device(torch.arange(IMAGES) == 0)
-    given = {DiTBlock: (x, condition, null), MoELayer: (x, null)}.get(type(part), (x,))
-    gradient = on_device(torch.randn(IMAGES, TOKENS, WIDTH).to(dtype))
-    one = on_device(torch.ones(()))
-    part.zero_grad()
+    """Forward and backward of a feed-forward layer or a block on the simulated device."""
+    given, gradients = ([on_device(tensor) for tensor in tensors] for tensors in part_inputs(part, dtype))
     with simulate() as log:
-        out = part(*given)
-        y, routing = out if isinstance(out, tuple) else (out, None)
-        losses = list(routing.losses.values()) if routing is not None else []
-        torch.autograd.backward([y, *losses], [gradient, *[one] * len(losses)])
+        step_of_part(part, given, gradients)
     return log
+
+
+def part_inputs(part: nn.Module, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Of a feed-forward layer or a block: what it is called with, and the gradients of its result and of a loss."""
+    generator = torch.Generator().manual_seed(2)
+    shape = IMAGES, TOKENS, WIDTH
+    x, gradient = torch.randn(2, *shape, generator=generator).to(dtype)
+    condition = torch.randn(IMAGES, WIDTH, generator=generator).to(dtype).requires_grad_()
+    null = torch.arange(IMAGES) == 0
+    x = x.clone().requires_grad_()
+    return {DiTBlock: [x, condition, null], MoELayer: [x, null]}.get(type(part), [x]), [gradient, torch.ones(())]
+
+
+def step_of_part(part: nn.Module, given: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """Forward and backward, also of the losses; returns the result."""
+    part.zero_grad()
+    out = part(*given)
+    y, routing = out if isinstance(out, tuple) else (out, None)
+    losses: list[Tensor] = list(routing.losses.values()) if routing is not None else []
+    torch.autograd.backward([y, *losses], [gradients[0], *gradients[1:] * len(losses)])
+    return y.detach()

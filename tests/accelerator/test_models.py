@@ -31,6 +31,17 @@ def test_a_training_step_of_a_model_of_captions_asks_nothing_that_cuda_refuses(d
     assert log.faults == log.copies == log.waits == []
 
 
+@pytest.mark.parametrize("captions", [False, True])
+def test_the_residual_stream_is_contiguous(captions: bool) -> None:
+    # Else every norm, projection and gate of every block reads and writes with the stride of a token.
+    made = model(config("global_pool", captions=captions), torch.bfloat16)
+    given: list[Tensor] = []
+    for part in [*made.blocks, made.final_layer]:
+        part.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
+    train(made, *inputs(captions))
+    assert len(given) == 3 and all(x.is_contiguous() for x in given)
+
+
 def train_on_ranks(rank: int, world_size: int) -> list[Log]:
     sharded = [config(moe, expert=2) for moe in MOE if moe != "dense"]
     return [train(model(settings, dtype), *inputs()) for settings in sharded for dtype in TYPES]
