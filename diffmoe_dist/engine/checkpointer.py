@@ -125,7 +125,7 @@ def _storage(view: Tensor) -> int:
 
 def _begin(view: Tensor) -> int:
     """In bytes, within its storage."""
-    return view.storage_offset() * view.element_size()
+    return int(view.storage_offset()) * view.element_size()
 
 
 def _flat_tensors(fragments: Sequence[Fragment]) -> dict[int, Tensor]:
