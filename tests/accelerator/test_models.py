@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.recompute import apply_recompute
 from tests.accelerator.cases import MOE, config, host_model, inputs, model, train
 from tests.accelerator.simulator import Log, simulate, values_of
 from tests.distributed import run_ranks
 
 RULES = ["static", "threshold", "count", "constant"]
 PREDICTS = [moe for moe in MOE if moe.startswith("global_pool") or moe == "expert_choice predictor"]
+RECOMPUTE: list[Literal["none", "mlp", "block"]] = ["none", "mlp", "block"]
 TYPES = [torch.bfloat16, torch.float32]
 
 
@@ -50,6 +52,30 @@ def train_on_ranks(rank: int, world_size: int) -> list[Log]:
 def test_a_training_step_with_experts_over_two_ranks_asks_nothing_that_cuda_refuses() -> None:
     for logs in run_ranks(2, train_on_ranks):
         assert [log.faults + log.copies for log in logs] == [[]] * len(logs)
+
+
+def recompute_on_ranks(rank: int, world_size: int) -> dict[str, list[Log]]:
+    """Of experts over both ranks, for each router the logs without and with recomputation."""
+    logs: dict[str, list[Log]] = {}
+    for moe in ("global_pool", "token_choice", "prototype"):
+        made = [model(config(moe, expert=2), torch.bfloat16) for _ in RECOMPUTE]
+        for each, mode in zip(made, RECOMPUTE, strict=True):
+            apply_recompute(each, mode)
+        logs[moe] = [train(each, *inputs()) for each in made]
+    return logs
+
+
+def test_recomputation_routes_waits_and_communicates_no_second_time() -> None:
+    for of_rank in run_ranks(2, recompute_on_ranks):
+        for plain, *recomputed in of_rank.values():
+            for log in recomputed:
+                assert log.faults == log.copies == [] and len(log.kernels) > len(plain.kernels)
+                assert (log.collectives, len(log.waits)) == (plain.collectives, len(plain.waits)), log
+                assert choices(log) == choices(plain)
+
+
+def choices(log: Log) -> int:
+    return sum(kernel.op in ("topk", "sort") for kernel in log.kernels)
 
 
 @torch.no_grad()

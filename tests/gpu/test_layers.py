@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from diffmoe_dist.model.condition import Condition
 from diffmoe_dist.model.condition import on_device as condition_on_device
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.moe import ExpertInput, Experts
+from diffmoe_dist.model.precision import set_weight_type
 from diffmoe_dist.parallel.topology import choose_device, set_deterministic
 from tests.accelerator.cases import MOE, config, host_inputs, host_model, part_inputs, step_of_part
 from tests.accelerator.test_table import ROWS
@@ -23,14 +25,6 @@ from tests.model.layers import gelu_expert
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 ON_ONE_DEVICE = [name for name in ROWS if ", " not in name]
-
-
-def to(module: nn.Module, device: str, dtype: torch.dtype) -> Any:
-    """Parameters in `dtype`; buffers keep theirs."""
-    module.to(device)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
 
 
 @contextmanager
@@ -95,7 +89,7 @@ def test_experts_of_any_numbers_of_rows_are_single_experts(
     expected.backward(gradient)
     expected_gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
     experts.zero_grad()
-    experts = to(experts, device, dtype)
+    experts.to(device, dtype)
     x, gradient = x.to(device, dtype).requires_grad_(), gradient.to(device, dtype)
     y = experts(ExpertInput(x, torch.tensor(counts, device=device), None))
     y.backward(gradient)
@@ -115,6 +109,21 @@ def single_expert(experts: Experts, expert: int, x: Tensor) -> Tensor:
     return (nn.functional.silu(gate) * up) @ experts.w2[expert]
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("precision", ["bf16", "bf16_mixed"])
+@pytest.mark.parametrize("moe", ["dense", "global_pool", "token_choice", "prototype"])
+def test_a_model_in_bf16_is_near_the_one_in_fp32(moe: str, precision: Any, device: str) -> None:
+    settings = config(moe)
+    expected, _ = train(host_model(settings), *host_inputs())
+    model = host_model(replace(settings, precision=precision)).to(device)
+    set_weight_type(model, precision)
+    prediction, gradients = train(model, *inputs_on(device, captions=False))
+    # Products are rounded at 2^-9, and some tokens choose another expert.
+    difference = (prediction - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert difference < 0.1
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_ONE_DEVICE)
 def test_a_layer_waits_for_the_device_as_often_as_on_the_simulated_one(name: str) -> None:
@@ -122,7 +131,7 @@ def test_a_layer_waits_for_the_device_as_often_as_on_the_simulated_one(name: str
         pytest.skip("grouped_mm waits on this GPU: it has a kernel of its own on Hopper and Blackwell alone")
     moe = name.removesuffix(" MLP").removesuffix(" layer").removesuffix(" block")
     part = host_model(config(moe)).get_submodule("blocks.1" if name.endswith("block") else "blocks.1.mlp")
-    part = to(part, "cuda", torch.bfloat16)
+    set_weight_type(part.cuda(), "bf16")
     given, gradients = part_inputs(part, torch.bfloat16)
     there = [tensor.detach().cuda().requires_grad_(tensor.requires_grad) for tensor in given]
     gradients = [tensor.cuda() for tensor in gradients]

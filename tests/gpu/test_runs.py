@@ -34,7 +34,7 @@ def train(run_dir: Path, digits: Path, device: str, *settings: str) -> None:
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_mixed"])
 def test_a_deterministic_run_that_is_resumed_has_the_bits_of_one_that_is_not(
     device: str, precision: str, digits: Path, tmp_path: Path
 ) -> None:
@@ -49,7 +49,15 @@ def test_a_deterministic_run_that_is_resumed_has_the_bits_of_one_that_is_not(
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
+def test_recomputation_gives_the_same_bits(device: str, digits: Path, tmp_path: Path) -> None:
+    settings = ("precision=bf16", "deterministic=true", "train.steps=4")
+    for mode in ("none", "mlp", "block"):
+        train(tmp_path / mode, digits, device, *settings, f"train.recompute={mode}")
+    assert curve(tmp_path / "none") == curve(tmp_path / "mlp") == curve(tmp_path / "block")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 def test_a_run_traces_steps_times_their_parts_and_samples(device: str, digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train(run_dir, digits, device, "train.steps=4", "profile.steps=[2,3]", "precision=bf16")
@@ -66,13 +74,14 @@ def test_a_run_traces_steps_times_their_parts_and_samples(device: str, digits: P
 
 
 @pytest.mark.gpu
-def test_parts_of_a_step_are_timed_on_the_device_and_not_where_the_host_waits() -> None:
+def test_parts_of_a_step_are_timed_on_the_device_and_not_where_the_host_is() -> None:
     timings = Timings(torch.device("cuda"))
     a = torch.randn(4096, 4096, device="cuda")
     for _ in range(3):  # the last ones find the library started
         with timings.part("forward"):
             for _ in range(20):
                 a @ a
+        torch.cuda.synchronize()
         seconds = timings.mean_since_last(steps=1)["seconds_forward"]
     assert 2 * 4096**3 * 20 / seconds < 2e15  # no GPU is as fast as a host that does not wait looks
 
