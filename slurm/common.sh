@@ -64,26 +64,28 @@ train() {
     export TORCH_NCCL_DUMP_ON_TIMEOUT=1 TORCH_FR_DUMP_TEMP_FILE=$RUN_DIR/logs/nccl-rank-
     export DIFFMOE_ATTEMPT=$SLURM_JOB_ID.$attempt # a process left over from an older one publishes no checkpoint
     say "nodes $SLURM_JOB_NODELIST, newest checkpoint: $(newest_checkpoint)"
-    settings=(
-        device="$DEVICE" run_dir="$RUN_DIR" data.shards="$SHARDS" ${LATENTS:+data.latents="$LATENTS"}
-        ${PRECISION:+precision="$PRECISION"}
-    )
+    settle
     found=$(read_config "${settings[@]}" "$@") || leave $?
     read -r experts precision <<<"$found"
     say "precision $precision, $experts GPUs of a node share one set of experts"
     if [[ -n $LOCAL_SCRATCH ]]; then
         stage SHARDS
-        settings+=(data.shards="$SHARDS")
-        if [[ -n $LATENTS ]]; then
-            stage LATENTS
-            settings+=(data.latents="$LATENTS")
-        fi
+        if [[ -n $LATENTS ]]; then stage LATENTS; fi
+        settle
     fi
     # Either signal would kill a process that has yet to install its handlers.
     launch bash -c 'trap "" USR1 TERM; exec "$@"' _ "${interpreter[@]}" -m diffmoe_dist.train --config "$CONFIG" \
         "${settings[@]}" parallel.expert="$experts" "$@" || code=$?
     rm -f "$RUN_DIR/STOP"
     leave "$code"
+}
+
+# The settings that the variables of the scripts stand for.
+settle() {
+    settings=(
+        device="$DEVICE" run_dir="$RUN_DIR" data.shards="$SHARDS" ${LATENTS:+data.latents="$LATENTS"}
+        ${PRECISION:+precision="$PRECISION"}
+    )
 }
 
 on_time_limit() {

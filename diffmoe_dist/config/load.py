@@ -59,6 +59,7 @@ def build_config(*layers: Mapping[str, Any], overrides: Sequence[str] = (), trai
     Raises:
         UserError: as `load_config`.
     """
+    _tell_of_repeated(overrides)
     given: Given = functools.reduce(merge, layers, {})
     schema = Config(moe=_moe_schema(apply_overrides(given, _of_moe(overrides), Config())))
     given = _with_new_names(apply_overrides(given, overrides, schema))
@@ -85,6 +86,14 @@ def router_names() -> list[str]:
     """The routers there are: dense, and the files of config/routers/."""
     files = (Path(__file__).parent / "routers").glob("[!_]*.py")
     return ["dense", *sorted(path.stem for path in files)]
+
+
+def _tell_of_repeated(overrides: Sequence[str]) -> None:
+    values: dict[str, str] = {}
+    for key, _, value in (override.partition("=") for override in overrides):
+        if values.setdefault(key, value) != value:
+            logger.warning("%s is given twice, as %s and as %s; the last one counts", key, values[key], value)
+        values[key] = value
 
 
 def _of_moe(overrides: Sequence[str]) -> list[str]:

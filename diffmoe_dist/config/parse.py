@@ -130,12 +130,12 @@ def check_scalars(given: Any, hint: Any, name: str = "") -> Any:
         return [
             check_scalars(value, item, f"{name}[{n}]") for n, (value, item) in enumerate(zip(given, items, strict=True))
         ]
-    if isinstance(given, str) and "${" not in given:  # an interpolation is checked when it is resolved
-        return _check_text(given, kind, name)
-    return given
+    return _check_text(given, kind, name) if isinstance(given, str) else given
 
 
 def _check_text(text: str, kind: Any, name: str) -> Any:
+    if "${" in text:  # OmegaConf would put another setting or a variable there
+        raise UserError(f"{name}={text}: ${{ stands for nothing here; write the value itself")
     if kind in _NUMBERS:
         form, meant = _NUMBERS[kind]
         if not form.fullmatch(text):
@@ -193,7 +193,7 @@ def _nested(given: Any, places: Sequence[str | int], value: Any, default: Any, o
 
 def _hint_of(places: Sequence[str | int], hint: Any) -> Any:
     for place in places:
-        hint = _hints(hint).get(place) if isinstance(place, str) else _items(hint, place + 1)[place]
+        hint = _hints(hint).get(place) if isinstance(place, str) else _items(hint, min(place, _MOST_VALUES) + 1)[-1]
     return hint
 
 

@@ -96,6 +96,11 @@ class TrainingData:
             "text encoder": lambda dataset: dataset.text and dataset.text.spec.encoder_sha256,
         }
         first = self.datasets[0]
+        of_place = [(dataset.where, dataset.fingerprints) for dataset in self.datasets]
+        for number, (where, fingerprints) in enumerate(of_place):
+            for other, same in of_place[:number]:
+                if fingerprints == same:
+                    raise UserError(f"data.mixture: {where} holds the data of {other}; name them once, with one weight")
         for dataset in self.datasets[1:]:
             for name, trait in traits.items():
                 if trait(dataset) != trait(first):

@@ -51,7 +51,9 @@ def open_held_out(config: Config, data: TrainingData | StreamedData) -> Training
     held_out = DataConfig(shards=settings.shards or "", latents=settings.latents, text=settings.text)
     encoders = data.encoders if isinstance(data, TrainingData) else None
     opened = _open_data(replace(config, data=held_out), encoders, "validation")
-    if opened.fingerprint == data.fingerprint:
+    trained = {dataset.base.fingerprint for dataset in data.datasets} if isinstance(data, TrainingData) else set()
+    folder = opened.datasets[0].base
+    if folder.fingerprint in trained or (isinstance(data, StreamedData) and folder.folder.resolve() in data.folders):
         raise UserError(f"validation.shards={settings.shards} holds the images that are trained on; pack others")
     return opened
 

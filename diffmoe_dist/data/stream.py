@@ -74,6 +74,12 @@ class StreamedData:
         return cls(urls, channels, image_size, num_classes)
 
     @property
+    def folders(self) -> set[Path]:
+        """Where the shards lie that are files here."""
+        paths = [Path(url) for url in self.urls if not urlparse(url).scheme]
+        return {path.resolve().parent for path in paths}
+
+    @property
     def fingerprint(self) -> str:
         """Of the names: the content is not known before it is read."""
         return hashlib.sha256("\0".join(self.urls).encode()).hexdigest()

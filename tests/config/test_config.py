@@ -86,7 +86,7 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
             {"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}, "sample": {"steps": 1001}},
             r"sample\.steps=1001: objective\.name=ddpm has 1000 steps .* choose 2 to 1000",
         ),
-        ({"run_dir": "${nope}"}, r"run_dir: .*nope"),
+        ({"run_dir": "${nope}"}, r"run_dir=\$\{nope\}: \$\{ stands for nothing here"),
         ({"model": {"size": None, "depth": 1, "hidden_size": 32, "num_heads": 2}}, r"model\.depth=1: experts are in"),
         ({"model": {"size": None, "depth": 2, "hidden_size": 36, "num_heads": 3}}, r"hidden_size=36 makes experts 36"),
         ({"model": {"mlp_ratio": 1.01}}, r"mlp_ratio=1\.01 makes experts 387 wide"),

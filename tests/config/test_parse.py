@@ -70,7 +70,7 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tf32=yes", r"tf32=yes: give true or false"),
         ("optim.lr=[1]", r"optim\.lr=\['1'\]: give a number"),
         ("optim.betas=[[1],2]", r"optim\.betas\[0\]=\['1'\]: give a number"),
-        ("optim.betas=['${data}',0.9]", r"optim\.betas\[0\]: .*right type"),
+        ("optim.betas=['${data}',0.9]", r"optim\.betas\[0\]=\$\{data\}: \$\{ stands for nothing here"),
         ("moe.capacity_schedule=[[1],[2]]", r"moe\.capacity_schedule\[0\]=\['1'\]: give a whole number"),
         ("profile.steps=[{a: 1},2]", r"profile\.steps\[0\]=\{'a': '1'\}: give a whole number"),
         ("moe=[1]", r"moe=\['1'\]: expected settings below it, such as moe\.router"),
@@ -86,14 +86,24 @@ def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("optim.betas=" + "[" * 5000, r"not readable as YAML"),
         ("optim={lr: 1, lr: 2}", r"lr is given twice"),
         ("optim.eps=!!python/object/apply:os.getcwd []", r"not readable as YAML"),
-        ("run_dir=${", r"run_dir: .*right type"),
-        ("run_dir=${seed", r"run_dir: .*right type"),
+        ("run_dir=${", r"run_dir=\$\{: \$\{ stands for nothing here; write the value itself"),
+        ("run_dir=${seed}", r"run_dir=\$\{seed\}: \$\{ stands for nothing here"),
+        ("seed=${train.steps}", r"seed=\$\{train.steps\}: \$\{ stands for nothing here"),
+        ("data.mixture[99999999999].shards=a", r"there is no \[99999999999\]; give the whole list"),
+        ("train.hang_timeout=1e300", r"train\.hang_timeout=1e\+300 must be from 0 \(no limit\) to 100000000 seconds"),
+        ("train.global_batch_size=999999999999999999", r"global_batch_size=9+ must be from 1 to 16777216"),
+        ("data.workers=100000", r"data\.workers=100000 must be from 0 to 1024"),
     ],
 )
 def test_what_could_be_read_as_something_else_is_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         with_overrides(override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_is_given_twice_is_told_and_the_last_one_counts(caplog: pytest.LogCaptureFixture) -> None:
+    assert with_overrides("seed=1", "tf32=true", "seed=2", "tf32=true").seed == 2
+    assert caplog.messages == ["seed is given twice, as 1 and as 2; the last one counts"]
 
 
 def test_items_of_lists_can_be_overridden() -> None:

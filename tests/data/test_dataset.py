@@ -94,6 +94,22 @@ def test_a_folder_that_does_not_open_is_named_by_its_own_setting(shards: tuple[s
             open_held_out(config, open_data(config))
 
 
+def test_the_same_data_twice_in_a_mixture_or_in_validation_are_refused_by_whatever_path(
+    shards: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(shards[0])
+    link, validation = str(tmp_path / "link"), {"every": 1, "images": 4, "shards": str(tmp_path / "link")}
+    mixture = [{"shards": shards[0]}, {"shards": shards[1]}]
+    twice = _config({"mixture": [*mixture, {"shards": link}]})
+    with pytest.raises(UserError, match=rf"{link} holds the data of data\.mixture\[0\]\.shards=.*; name them once"):
+        open_data(twice)
+    stream = {"shards": f"{shards[0]}/test-000000.tar", "stream": True}
+    for data in ({"shards": shards[0]}, {"mixture": mixture}, stream):
+        config = _config(data, validation=validation)
+        with pytest.raises(UserError, match="validation.shards=.*link holds the images that are trained on"):
+            open_held_out(config, open_data(config))
+
+
 def test_a_decoder_is_for_latents_and_latents_need_one(shards: tuple[str, str], tmp_path: Path) -> None:
     pixels, latents = _config({"shards": shards[0]}), _config({"shards": shards[0]}, model={"in_channels": 4})
     with pytest.raises(UserError, match="--decoder=vae: this model makes pixels"):
