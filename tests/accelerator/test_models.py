@@ -114,3 +114,18 @@ def test_the_simulated_device_computes_what_the_cpu_does(moe: str) -> None:
     torch.testing.assert_close(values_of(there.prediction), here.prediction)
     for name, loss in here.losses.items():
         torch.testing.assert_close(values_of(there.losses[name]), loss)
+
+
+def train_with_rows_for_the_first_rank_alone(rank: int, world_size: int) -> tuple[Log, list[float]]:
+    made = model(config("token_choice", num_experts=4, expert=2), torch.bfloat16)
+    [layer] = made.moe_layers
+    values_of(layer.router.get_parameter("gate_weight")).zero_()  # equal scores go to the first expert
+    log = train(made, *inputs())
+    gradients = [parameter.grad for parameter in layer.experts.parameters()]
+    return log, [float(values_of(gradient).abs().max()) for gradient in gradients if gradient is not None]
+
+
+def test_a_rank_whose_experts_get_no_rows_asks_nothing_that_cuda_refuses() -> None:
+    for rank, (log, gradients) in enumerate(run_ranks(2, train_with_rows_for_the_first_rank_alone)):
+        assert log.faults == log.copies == []
+        assert len(gradients) == 4 and all((gradient > 0) == (rank == 0) for gradient in gradients)
