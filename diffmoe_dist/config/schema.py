@@ -78,6 +78,7 @@ class ParallelConfig:
     expert: int = 1  # ranks that one set of experts is sharded over
     tensor: int = 1
     zero_stage: Literal[1, 2] = 1
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange and add up gradients
     score_exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
 
 

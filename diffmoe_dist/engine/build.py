@@ -23,6 +23,7 @@ from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import Periodic, RunGuards, Trainer
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import fill_fragments
+from diffmoe_dist.engine.zero import ReducingZero
 from diffmoe_dist.files import write_atomically
 from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
@@ -30,7 +31,7 @@ from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.recompute import apply_recompute
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
-from diffmoe_dist.planning.memory import reduce_bucket
+from diffmoe_dist.planning.memory import REDUCTION_CHUNK
 
 UNGUARDED = RunGuards(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
 
@@ -122,8 +123,10 @@ def _build_engine(config: Config, topology: Topology) -> Any:
     )
     exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_settings(config, topology, model), dist_init_required=False
+        model=model, optimizer=optimizer, config=deepspeed_settings(config), dist_init_required=False
     )
+    wire = torch.bfloat16 if config.parallel.gradient_dtype == "bf16" else torch.float32
+    ReducingZero.take_over(engine, wire, REDUCTION_CHUNK)
     for name, buffer in exact_buffers.items():  # DeepSpeed's bf16 rounds them too
         owner, _, key = name.rpartition(".")
         setattr(engine.module.get_submodule(owner), key, buffer)
@@ -131,24 +134,22 @@ def _build_engine(config: Config, topology: Topology) -> Any:
     return engine
 
 
-def deepspeed_settings(config: Config, topology: Topology, model: nn.Module) -> dict[str, Any]:
+def deepspeed_settings(config: Config) -> dict[str, Any]:
     """DeepSpeed's configuration, which follows from ours alone."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_clipping": config.optim.clip_grad_norm,
         "bf16": {"enabled": config.precision == "bf16"},
-        # Gradients of a bf16 model are summed over the ranks in fp32: more ranks should not mean more rounding.
-        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,
+            # Calls hooks for each gradient; what they do is in `engine.zero`.
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "overlap_comm": topology.device.type == "cuda",
-            "reduce_bucket_size": reduce_bucket(parameters),
-            "allgather_bucket_size": 200_000_000,
+            "overlap_comm": False,
+            # Grouped products on CUDA need experts that begin at 16 bytes.
+            "parameter_alignment": True,
         },
         "steps_per_print": 2**62,
         "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice a step

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmoe_dist.engine.zero import ReducingZero
 from diffmoe_dist.model.moe import Experts
 
 _ROW = 1024
@@ -33,11 +34,11 @@ class Fragment:
 class ShardedState:
     """This rank's partitions: fp32 weights, AdamW's moments and the weight average, one flat tensor a group each."""
 
-    def __init__(self, model: nn.Module, zero: Any) -> None:
+    def __init__(self, model: nn.Module, zero: ReducingZero) -> None:
         """
         Args:
             model: the model whose parameters DeepSpeed has partitioned.
-            zero: DeepSpeed's ZeRO 1 or 2 optimizer around a torch AdamW that has not stepped yet.
+            zero: the ZeRO optimizer, around a torch AdamW that has not stepped yet.
         """
         self.model = model
         self.zero = zero
@@ -56,10 +57,6 @@ class ShardedState:
             EXP_AVG_SQ: [self.adamw.state[master][EXP_AVG_SQ] for master in masters],
             EMA: [master.detach().clone() for master in masters],
         }
-        # What DeepSpeed would ask the device for, and wait, the trainer has told it.
-        zero.check_grad_overflow = True
-        zero.has_overflow = lambda partition_gradients=True: self._skip
-        zero.scaled_global_norm = lambda norm_type=2: self._norm
 
     def fragments(self) -> Iterator[Fragment]:
         """Everything this rank owns of the parameters, by `kind.parameter`; over all ranks each element once."""
@@ -79,13 +76,12 @@ class ShardedState:
         Added up over all ranks it is the square of the global norm. DeepSpeed would make an fp64 copy of each gradient
         (35 times as slow on a CPU) and wait for the value twice.
         """
-        owned = [gradient for group in self.zero.averaged_gradients.values() for gradient in group or []]
-        norms = [norm for gradient in owned for norm in _row_norms(gradient.view(-1))]
+        norms = [norm for gradient in self.zero.owned_gradients() for norm in _row_norms(gradient)]
         return torch.cat(norms).double().square().sum()
 
     def set_norm(self, norm: float, skip: bool) -> None:
         """Tell the next optimizer step the global norm of the gradients, and whether to leave its update out."""
-        self._norm, self._skip = torch.tensor(norm), skip
+        self.zero.norm, self.zero.skip = norm, skip
 
     def after_load(self, updates: int) -> None:
         """Bring AdamW's step count and the model's own weights in line with partitions just written."""

@@ -83,14 +83,13 @@ def make_plan(config: Config, cluster: Cluster, capacity: float | None = None) -
     accounting = account(config)
     work = workload(config, cluster.ranks, capacity)
     transfers = all_transfers(config, cluster, work)
-    persistent = persistent_bytes(config, cluster.ranks)
-    seconds = step_seconds(config, cluster.accelerator, accounting, work, transfers, persistent)
+    seconds = step_seconds(config, cluster.accelerator, accounting, work, transfers, cluster.ranks)
     return Plan(
         config=config,
         cluster=cluster,
         accounting=accounting,
         work=work,
-        persistent=persistent,
+        persistent=persistent_bytes(config, cluster.ranks),
         peak=peak_bytes(config, cluster.ranks, work),
         transfers=transfers,
         seconds=seconds,

@@ -14,7 +14,7 @@ from diffmoe_dist.config import Config, RouterSettings
 from diffmoe_dist.model.accounting import account, meta_model
 from diffmoe_dist.planning.workload import Workload
 
-REDUCE_BUCKET = 200_000_000  # gradients that DeepSpeed reduces together, elements
+REDUCTION_CHUNK = 32 * 2**20  # gradients that are reduced together, elements
 USABLE_MEMORY = 0.92  # fraction of the device; the rest is for CUDA's context, NCCL's buffers and fragmentation
 
 _MLPS = ("dense MLP", "routed experts", "shared experts", "unconditional expert")
@@ -31,12 +31,13 @@ class ZeroGroup:
     name: str
     group: RankGroup
     elements: int
+    aligned: int  # elements with the gaps between parameters, each of which begins at 16 bytes
     ranks: int
 
     @property
     def padded(self) -> int:
-        """Elements after DeepSpeed has rounded up to two elements a rank."""
-        return math.ceil(self.elements / (2 * self.ranks)) * 2 * self.ranks
+        """Elements in the flat buffer: DeepSpeed rounds up to two elements a rank."""
+        return math.ceil(self.aligned / (2 * self.ranks)) * 2 * self.ranks
 
     @property
     def partition(self) -> int:
@@ -48,13 +49,19 @@ def zero_groups(config: Config, ranks: int) -> list[ZeroGroup]:
     """All parameters as one group; with expert parallelism the dense ones and a rank's experts as two."""
     expert = config.parallel.expert
     sizes = {name: parameter.numel() for name, parameter in meta_model(config).named_parameters()}
-    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    total = sum(sizes.values())
+
+    def group(name: str, ranks_of: RankGroup, sizes: list[int], number: int) -> ZeroGroup:
+        unit = 16 // weight_bytes(config)
+        gaps = sum(-size % unit for size in sizes[:-1])
+        return ZeroGroup(name, ranks_of, sum(sizes), sum(sizes) + gaps, number)
+
     if expert == 1:
-        return [ZeroGroup("all", "world", total, ranks)]
+        return [group("all", "world", list(sizes.values()), ranks)]
+    routed = {name: size for name, size in sizes.items() if ".mlp.experts." in name}
+    dense = [size for name, size in sizes.items() if name not in routed]
     return [
-        ZeroGroup("dense", "world", total - routed, ranks),
-        ZeroGroup("experts", "expert data", routed // expert, ranks // expert),
+        group("dense", "world", dense, ranks),
+        group("experts", "expert data", [size // expert for size in routed.values()], ranks // expert),
     ]
 
 
@@ -68,9 +75,9 @@ def product_bytes(config: Config) -> int:
     return 4 if config.precision == "fp32" else 2
 
 
-def reduce_bucket(elements: int) -> int:
-    """Elements of one reduction bucket of a rank that holds `elements` parameters."""
-    return min(elements, REDUCE_BUCKET)
+def wire_bytes(config: Config) -> int:
+    """Bytes of a gradient as ranks exchange it."""
+    return 2 if config.parallel.gradient_dtype == "bf16" else 4
 
 
 def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
@@ -80,7 +87,7 @@ def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
     buffers = list(meta_model(config).buffers())
     return {
         "weights": sum(group.padded for group in groups) * weight_bytes(config),
-        "fp32 master weights": partitions * 4,
+        "fp32 master weights": partitions * 4 if weight_bytes(config) < 4 else 0,  # else they are the model's own
         "AdamW moments": 2 * partitions * 4 + 4 * len(groups),  # and its step counts
         "EMA": partitions * 4,
         "buffers": sum(buffer.numel() * buffer.element_size() for buffer in buffers),
@@ -98,22 +105,21 @@ def peak_bytes(config: Config, ranks: int, work: Workload) -> dict[str, float]:
 
 
 def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
-    """Bytes of gradients at their peak, with DeepSpeed's buffers: an estimate, from how ZeRO 1 and 2 work.
+    """Bytes of gradients at their peak: an estimate.
 
-    DeepSpeed fills two reduction buckets in turn, and copies a bucket to reduce it, in bf16 once more to fp32. A rank
-    keeps the reduced gradients of its own partition, and copies them to one flat fp32 tensor for the optimizer.
+    Backward makes gradients until a chunk of them is complete, which is copied, and reduced while the next two are
+    made; the owner keeps the fp32 sum. Where no other rank has the same parameters, gradients stay as they are, and
+    AdamW makes fp32 copies of a chunk at a time.
     """
-    element = weight_bytes(config)
-    groups = zero_groups(config, ranks)
-    own = sum(group.partition for group in groups)
-    elements = sum(group.elements for group in groups)
-    bucket = reduce_bucket(elements)
-    reducing = bucket * (2 * element + element + (4 if element < 4 else 0))
-    stepping = own * (4 + (element if element < 4 else 0))
-    kept = 0  # between micro-steps: ZeRO 1 reduces at the last one only
-    if micro_steps > 1:
-        kept = (elements if config.parallel.zero_stage == 1 else own) * element
-    return max(reducing, stepping) + own * element + kept
+    element, most = weight_bytes(config), 0.0
+    for group in zero_groups(config, ranks):
+        chunk = min(group.elements, REDUCTION_CHUNK)
+        if group.ranks == 1:
+            most += group.elements * element + (4 * chunk if element < 4 else 0)
+            continue
+        waiting = group.elements if micro_steps > 1 and config.parallel.zero_stage == 1 else chunk
+        most += 4 * group.partition + 3 * chunk * wire_bytes(config) + waiting * element
+    return most
 
 
 def activation_bytes(config: Config, work: Workload) -> float:

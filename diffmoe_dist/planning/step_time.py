@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.model.accounting import Accounting
 from diffmoe_dist.planning.accelerators import Accelerator, matmul_format
-from diffmoe_dist.planning.memory import activation_bytes
+from diffmoe_dist.planning.memory import activation_bytes, weight_bytes, wire_bytes, zero_groups
 from diffmoe_dist.planning.traffic import GRADIENTS, PARAMETERS, ROW_GRADIENTS, ROWS, Transfer
 from diffmoe_dist.planning.workload import Workload
 
@@ -26,15 +27,12 @@ def step_seconds(
     accounting: Accounting,
     work: Workload,
     transfers: Sequence[Transfer],
-    persistent: Mapping[str, int],
+    ranks: int,
 ) -> dict[str, float]:
     """Seconds of each part of a step, which follow one another.
 
     Gradients are reduced while the backward pass computes the next ones, so of their reduction only the time beyond
     the backward pass is a part of the step.
-
-    Args:
-        persistent: bytes, of `persistent_bytes`.
     """
     kind = matmul_format(config)
     of_image = accounting.training_flops(work.capacity) + recomputed_flops(config, accounting, work.capacity)
@@ -42,9 +40,7 @@ def step_seconds(
     arithmetic = flops / (accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind])
     bandwidth = accelerator.memory_bandwidth * MEMORY_FRACTION
     moved = ACTIVATION_PASSES * activation_bytes(config, work) * work.micro_steps / bandwidth
-    # Read and write: master weights, two moments, average; read the gradient, write the weights.
-    states = persistent["fp32 master weights"] + persistent["AdamW moments"] + persistent["EMA"]
-    optimizer = (2 * states + persistent["fp32 master weights"] + persistent["weights"]) / bandwidth
+    optimizer = sum(state_traffic(config, ranks).values()) / bandwidth
     collectives = {transfer.name: transfer_seconds(transfer, accelerator) for transfer in transfers}
     reduction = sum(seconds for name, seconds in collectives.items() if name.startswith(GRADIENTS))
     gather = sum(seconds for name, seconds in collectives.items() if name.startswith(PARAMETERS))
@@ -74,6 +70,26 @@ def recomputed_flops(config: Config, accounting: Accounting, capacity: float) ->
     if mode == "block":
         again += macs["attention"] + macs["cross-attention"] + macs["adaLN"] + accounting.attention_macs
     return 2 * again
+
+
+def state_traffic(config: Config, ranks: int) -> dict[str, int]:
+    """Bytes that a rank reads and writes of gradients, weights and optimizer state in a step, by pass.
+
+    From the gradients of the last backward pass on, collectives apart, and without clipping, which writes 4 bytes more.
+    """
+    e, wire = weight_bytes(config), wire_bytes(config)
+    passes: Counter[str] = Counter()
+    for group in zero_groups(config, ranks):
+        owned = group.elements // group.ranks
+        made, summed = (e, e) if group.ranks == 1 else (wire, 4)
+        if group.ranks > 1:
+            passes["copies to be reduced"] += group.elements * (e + wire)
+        passes["fp32 gradients"] += owned * (made + 4) if made < 4 else 0
+        passes["norm"] += owned * summed
+        passes["AdamW"] += owned * 28  # reads gradient, weight and moments, writes the latter
+        passes["model's weights"] += group.partition * (4 + e) if e < 4 else 0
+        passes["EMA"] += group.partition * 12
+    return dict(passes)
 
 
 def transfer_seconds(transfer: Transfer, accelerator: Accelerator) -> float:

@@ -5,6 +5,7 @@ Legend: D width, N routed experts, n ranks of a group.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,17 @@ from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings, loss_weights
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.planning.memory import RankGroup, product_bytes, weight_bytes, zero_groups
+from diffmoe_dist.planning.memory import (
+    REDUCTION_CHUNK,
+    RankGroup,
+    product_bytes,
+    weight_bytes,
+    wire_bytes,
+    zero_groups,
+)
 from diffmoe_dist.planning.workload import Cluster, Workload
 
-Collective = Literal["all-to-all", "all-reduce", "all-gather"]
+Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce"]
 
 # Transfers that the step time looks up by name.
 ROWS, ROW_GRADIENTS = "tokens to experts and back", "their gradients"
@@ -40,18 +48,21 @@ class Transfer:
 
 
 def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Transfer]:
-    """Every collective of one optimizer step but the gradient norm's and the overflow check's single numbers.
+    """Every collective of one optimizer step.
 
     Bytes of collectives are those of a direct all-to-all and of rings: an all-reduce of b bytes over n ranks sends
-    2 (n - 1) / n b, an all-gather that ends with b bytes (n - 1) / n b. Neighbours in a ring are neighbours in rank.
+    2 (n - 1) / n b, an all-gather that ends with b bytes (n - 1) / n b, as does a reduce to one rank in the mean over
+    the ranks. Neighbours in a ring are neighbours in rank.
     """
     groups = _Groups(cluster, config.parallel.expert)
     transfers = [] if config.experts is None else _routing_transfers(config, config.experts, groups, work)
     transfers.append(groups.all_reduce("losses, thresholds, load", "world", _report_bytes(config), 1))
     reductions = work.micro_steps if config.parallel.zero_stage == 2 else 1
     for zero in zero_groups(config, cluster.ranks):
-        # Always in fp32, and an all-reduce: each rank keeps its own partition of the result.
-        transfers.append(groups.all_reduce(f"{GRADIENTS}, {zero.name}", zero.group, 4 * zero.elements, reductions))
+        # Each partition is reduced to the rank that owns it, in chunks.
+        chunks = zero.ranks * math.ceil(zero.partition / REDUCTION_CHUNK)
+        reduced = wire_bytes(config) * zero.elements * reductions
+        transfers.append(groups.reduce(f"{GRADIENTS}, {zero.name}", zero.group, reduced, chunks * reductions))
         gathered = zero.padded * weight_bytes(config)
         transfers.append(groups.all_gather(f"{PARAMETERS}, {zero.name}", zero.group, gathered, 1))
     return [transfer for transfer in transfers if transfer.payload and transfer.group_size > 1]
@@ -90,8 +101,8 @@ def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int) -> 
 def _report_bytes(config: Config) -> int:
     """Bytes of the one fp64 reduction of a step's report."""
     losses = [*build_objective(config.objective).loss_names, *loss_weights(config)]
-    # The loss, its parts, bad samples, and whether a rank was asked to stop.
-    numbers, experts = 3 + len(losses), config.experts
+    # The loss, its parts, bad samples, whether a rank was asked to stop, and the gradients' squares.
+    numbers, experts = 4 + len(losses), config.experts
     if experts is not None:
         numbers += len(config.moe_blocks) * (experts.num_experts * (2 if experts.has_predictor() else 1) + 1)
     return 8 * numbers
@@ -130,6 +141,11 @@ class _Groups:
     def all_reduce(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
         n = self.size(group)
         return self._ring(name, "all-reduce", group, payload * calls, calls, 2 * (n - 1) / n * payload * calls)
+
+    def reduce(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
+        """`payload` bytes in all calls together, to each rank the same part."""
+        n = self.size(group)
+        return self._ring(name, "reduce", group, payload, calls, (n - 1) / n * payload)
 
     def all_gather(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
         n = self.size(group)

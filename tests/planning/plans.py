@@ -15,6 +15,7 @@ SHARDED = {"parallel": {"expert": 2}}
 ACCUMULATED = {"train": {"micro_batch_size": 4}}
 BF16_ZERO_2 = {"precision": "bf16", "parallel": {"zero_stage": 2, "expert": 2}}
 MIXED = {"precision": "bf16_mixed"}
+BF16_GRADIENTS = {"parallel": {"expert": 1, "gradient_dtype": "bf16"}}
 DENSE = {"moe": {"router": "dense", "num_experts": None}}
 EXPERT_CHOICE = {"moe": {"router": "expert_choice"}, **SHARDED}
 TOKEN_CHOICE = {"moe": {"router": "token_choice", "top_k": 2}, **SHARDED}

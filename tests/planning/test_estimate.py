@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_dist.planning.memory import zero_groups
 from tests.distributed import run_ranks
 from tests.engine.runs import make_trainer, tiny_config
 from tests.planning.plans import (
     ACCUMULATED,
+    BF16_GRADIENTS,
     BF16_ZERO_2,
     DDPM,
     DENSE,
@@ -48,11 +50,13 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
+        import diffmoe_dist.engine.zero as zero
         import diffmoe_dist.parallel.pool as pool
 
         self._wrap(dist, "all_to_all_single", lambda output, input, *_, **__: (_kind_of_rows(input), input))
         self._wrap(dist, "all_reduce", lambda tensor, **_: (_kind_of_sum(tensor), tensor))
-        self._wrap(dist, "all_gather_into_tensor", lambda output_tensor, **_: ("parameters", output_tensor))
+        self._wrap(dist, "reduce", lambda tensor, **_: ("gradients", tensor))
+        self._wrap(zero, "all_gather", lambda output, input, group: ("parameters", output))
         self._wrap(pool, "all_gather", lambda output, input, group: ("scores", output))
 
     def _wrap(self, module: ModuleType, name: str, describe: Any) -> None:
@@ -77,9 +81,8 @@ def _kind_of_rows(tensor: Tensor) -> str:
 def _kind_of_sum(tensor: Tensor) -> str:
     if tensor.dtype == torch.float64:
         return "report"
-    if tensor.dtype == torch.int64 or tensor.ndim == 2:
-        return "sums of the batch"
-    return "gradients" if tensor.ndim == 1 and tensor.dtype == torch.float32 else "norm and overflow"
+    assert tensor.dtype == torch.int64 or tensor.ndim == 2, "nothing else is summed"
+    return "sums of the batch"
 
 
 def _persistent(trainer: Any) -> dict[str, int]:
@@ -91,7 +94,7 @@ def _persistent(trainer: Any) -> dict[str, int]:
     masters = [group["params"][0] for group in state.adamw.param_groups]
     return {
         "weights": sum(map(_bytes, zero.bit16_groups_flat)),
-        "fp32 master weights": sum(map(_bytes, masters)),
+        "fp32 master weights": sum(_bytes(m) for m in masters if m.untyped_storage().data_ptr() not in flats),
         "AdamW moments": sum(map(_bytes, adamw)),
         "EMA": sum(map(_bytes, state.flat["ema"])),
         "buffers": sum(map(_bytes, trainer.model.buffers())),
@@ -99,10 +102,8 @@ def _persistent(trainer: Any) -> dict[str, int]:
 
 
 def _gradients(trainer: Any) -> int:
-    zero = trainer.engine.optimizer
-    kept = [zero.averaged_gradients[group] for group in zero.averaged_gradients]
-    left = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
-    return len(left) + sum(value is not None for value in kept)
+    kept = [chunk for chunk in trainer.engine.optimizer.chunks if chunk.reduced is not None]
+    return len(kept) + sum(parameter.grad is not None for parameter in trainer.model.parameters())
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -121,6 +122,7 @@ ON_RANKS: dict[int, dict[str, Case]] = {
         "mixed, prototype, accumulated": {**MIXED, **PROTOTYPE, "train": {"label_dropout": 0.0, "micro_batch_size": 4}},
         "DDPM": DDPM,
         "accumulated": {**SHARDED, **ACCUMULATED},
+        "gradients in bf16": BF16_GRADIENTS,
         "scores gathered": {"parallel": {"expert": 2, "score_exchange": "all_gather"}},
         "pool of a rank": {"moe": {"pool": "rank", "capacity": 0.8}, **SHARDED},
         "expert choice": EXPERT_CHOICE,
@@ -176,7 +178,19 @@ def test_the_planned_bytes_are_what_the_ranks_send(ranks: int, name: str, measur
 
 def test_every_kind_of_bytes_is_sent_in_some_case(measured: Any) -> None:
     sent = {kind for results in measured.values() for kind in results[0]["sent"]}
-    assert sent == {*PLANNED, "norm and overflow"}
+    assert sent == set(PLANNED)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(2, "sharded"), (4, "two groups, one pool"), (2, "gradients in bf16")])
+def test_gradients_go_to_their_owners_alone(ranks: int, name: str, measured: Any) -> None:
+    sent = sum(result["sent"]["gradients"] for result in measured[ranks, name]) / ranks
+    groups = zero_groups(plan_of(ON_RANKS[ranks][name], ranks).config, ranks)
+    each = 2 if "bf16" in name else 4
+    # What a group of n ranks reduces, each of them must send, but for the nth part that is its own.
+    assert sent == sum(each * group.elements for group in groups if group.ranks > 1)
+    transfers = plan_of(ON_RANKS[ranks][name], ranks).transfers
+    least = sum(each * group.elements * (group.ranks - 1) / group.ranks for group in groups)
+    assert sum(t.sent for t in transfers if t.name.startswith("gradients")) <= 1.02 * least
 
 
 def test_memory_that_is_not_there_does_not_fit() -> None:

@@ -26,11 +26,11 @@ def test_intra_node_and_inter_node_bytes_follow_from_consecutive_ranks() -> None
 def test_a_ring_crosses_nodes_once_each_and_expert_data_groups_at_every_edge() -> None:
     transfers = {t.name: t for t in plan_of({"parallel": {"expert": 2}}, 4, 2).transfers}
     dense, experts = transfers["gradients, dense"], transfers["gradients, experts"]
-    # An all-reduce of b bytes over 4 ranks sends 2 * 3/4 b of each; 2 of the 4 edges of ring 0 1 2 3 leave a node.
-    assert dense.sent == pytest.approx(1.5 * dense.payload)
+    # Reducing b bytes to 4 owners sends 3/4 b of each rank; 2 of the 4 edges of ring 0 1 2 3 leave a node.
+    assert dense.sent == pytest.approx(0.75 * dense.payload)
     assert dense.inter_node == pytest.approx(dense.sent / 2)
     # The groups 0 2 and 1 3 have a rank on either node.
-    assert (experts.sent, experts.intra_node) == (experts.payload, 0)
+    assert (experts.sent, experts.intra_node) == (experts.payload / 2, 0)
 
 
 def test_without_sharded_experts_no_row_travels() -> None:
