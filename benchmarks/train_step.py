@@ -196,11 +196,14 @@ def peak_of_model(name: str, config: Config, device: torch.device) -> int:
     """Of forward and backward, beyond weights and gradients."""
     from diffmoe_dist.diffusion.objectives import build_objective
     from diffmoe_dist.engine.noising import noisy_inputs
+    from diffmoe_dist.model.compiled import apply_compile
     from diffmoe_dist.model.dit import initialize
     from diffmoe_dist.model.recompute import apply_recompute
 
     model = make_model(name, config)
     initialize(model, 0)
+    if config.train.compile:
+        apply_compile(model)
     apply_recompute(model, config.train.recompute)
     model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     objective = build_objective(config.objective)

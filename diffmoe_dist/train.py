@@ -129,6 +129,10 @@ def open_device(config: Config, launch: Launch) -> torch.device:
         raise UserError(f"profile.memory_snapshot=true has no effect on device={device.type}; remove it")
     if config.deterministic:
         set_deterministic(device)
+    if config.train.compile:
+        from diffmoe_dist.engine.compiling import check_compiler
+
+        check_compiler(device)
     return device
 
 

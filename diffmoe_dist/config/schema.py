@@ -56,6 +56,7 @@ class TrainConfig:
     hang_timeout: float = 600.0  # seconds a step may take before the run ends itself; 0: no limit
     # What is not kept for backward but computed again in it: hidden activations of MLPs and experts, or also attention.
     recompute: Literal["none", "mlp", "block"] = "none"
+    compile: bool = False  # blocks by torch.compile; takes minutes at the start, and needs a C++ compiler or Triton
     skip_non_finite: bool = False  # leave out the update of a batch with a non-finite loss or gradient, and go on
 
 

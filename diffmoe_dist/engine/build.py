@@ -27,6 +27,7 @@ from diffmoe_dist.engine.zero import ReducingZero
 from diffmoe_dist.files import write_atomically
 from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
+from diffmoe_dist.model.compiled import apply_compile
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.recompute import apply_recompute
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
@@ -112,6 +113,8 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         apply_expert_parallel(model, config, topology)
     model.to_empty(device=topology.device)
     initialize(model, config.seed)
+    if config.train.compile:
+        apply_compile(model)
     apply_recompute(model, config.train.recompute)
     optimizer = torch.optim.AdamW(
         parameter_groups(model),

@@ -46,7 +46,8 @@ def find_origin(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> Ori
         The same on every rank; None if everything is finite this time: then the hardware has made a mistake.
     """
     rank = dist.get_rank()
-    mine = [origin for micro_step, loss in enumerate(losses) for origin in _look(model, loss, micro_step, rank)]
+    with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
+        mine = [origin for micro_step, loss in enumerate(losses) for origin in _look(model, loss, micro_step, rank)]
     found: list[Origin | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, min(mine, default=None))
     return min((origin for origin in found if origin is not None), default=None)

@@ -23,6 +23,7 @@ from diffmoe_dist.data.loader import BatchLoader
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.checkpointer import Checkpointer
+from diffmoe_dist.engine.compiling import CompileClock
 from diffmoe_dist.engine.ema import WeightAverage
 from diffmoe_dist.engine.noising import noisy_inputs
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
@@ -121,6 +122,7 @@ class Trainer:
         self.device_peak = device_peak(topology.device, config)
         self.bad_samples = 0  # since the last line of metrics
         self.timings = Timings(topology.device)
+        self.compile_clock = CompileClock() if config.train.compile else None
         for layer in self.model.moe_layers:
             if isinstance(layer.dispatcher, AllToAllDispatcher):
                 layer.dispatcher.timed = partial(self.timings.part, "all_to_all")
@@ -140,6 +142,7 @@ class Trainer:
             self.set_deadline(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
             with self.timer, self.profiler.step(step):
                 report = self.train_step()
+            self._tell_compiling(step)
             self.log.step(step)
             self._do_what_is_due(report)
             if report.stop_asked:
@@ -206,8 +209,14 @@ class Trainer:
         self.set_deadline("the end", SLOW_FACTOR)
         self.checkpointer.close()
         self.profiler.close()
+        if self.compile_clock is not None:
+            self.compile_clock.close()
         self.loader.close()
         self.log.close()
+
+    def _tell_compiling(self, step: int) -> None:
+        if self.compile_clock is not None and (seconds := self.compile_clock.since_last()):
+            logger.info("step %d: torch.compile took %.1f s", step, seconds)
 
     def _do_what_is_due(self, report: StepReport) -> None:
         """After a step: periodic jobs, metrics, a checkpoint. A run that was asked to stop only logs and saves."""

@@ -1,0 +1,64 @@
+"""Blocks by torch.compile, part by part: equal parts of all blocks share one compiled code.
+
+Routers, what moves tokens and the weighted sum of results stay as they are. So do experts whose numbers of rows differ,
+unless one grouped product computes them, which the compiler knows in bf16 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.moe import ExpertInput, MoELayer
+
+
+def apply_compile(model: DiT) -> None:
+    """Edit a model in place; `model.state_dict()` keeps its names. Nothing is compiled before a part is first called.
+
+    To be called before `apply_recompute`, which computes compiled parts again. Without gradients nothing changes.
+    """
+    for block in model.blocks:
+        layer = block.mlp
+        _compile(block, "attend")
+        if isinstance(layer, MoELayer):
+            _compile(block, "normalize")
+            layer.experts.forward = _CompiledExperts(layer.experts.forward)  # type: ignore[method-assign]
+            if layer.shared is not None:
+                _compile(layer.shared, "forward")
+            if layer.unconditional is not None:
+                _compile(layer.unconditional, "forward", dynamic=True)  # its rows are another number in each step
+        else:
+            _compile(block, "feed")
+
+
+def _compile(module: Any, name: str, dynamic: bool = False) -> None:
+    # Of this instance; the module stays, and with it the names of its tensors.
+    setattr(module, name, _Compiled(getattr(module, name), dynamic))
+
+
+class _Compiled:
+    """A function that is compiled where gradients are asked for: samples and validation have other shapes."""
+
+    def __init__(self, function: Callable[..., Any], dynamic: bool) -> None:
+        self.function = function
+        self.compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.function)(*inputs)
+
+
+class _CompiledExperts:
+    """The experts' forward, compiled where all have one number of rows, or bf16 rows for a grouped product."""
+
+    def __init__(self, forward: Callable[[ExpertInput], Tensor]) -> None:
+        self.eager = forward
+        self.even, self.ragged = _Compiled(forward, dynamic=False), _Compiled(forward, dynamic=True)
+
+    def __call__(self, rows: ExpertInput) -> Tensor:
+        if rows.rows_per_expert is not None:
+            return self.even(rows)
+        return self.ragged(rows) if rows.x_RD.dtype == torch.bfloat16 else self.eager(rows)
