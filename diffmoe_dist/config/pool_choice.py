@@ -37,7 +37,7 @@ class PoolChoiceSettings(RouterSettings):
         return 2 if self.has_predictor() else 1
 
     def saved_bytes(self, hidden_size: int, element: int) -> int:
-        return hidden_size * element + 4 * hidden_size + 8 * self.num_experts if self.has_predictor() else 0
+        return hidden_size * element + 8 * self.num_experts if self.has_predictor() else 0
 
     def structure(self) -> dict[str, Any]:
         return {**super().structure(), "capacity_predictor": self.has_predictor()}

@@ -30,6 +30,7 @@ class RouterSettings(MoEConfig):
     activation: Literal["gelu", "swiglu"] = "gelu"  # of the experts; SwiGLU experts have three matrices and no biases
     shared_experts: int = 0  # experts that every token passes through, with weight 1
 
+    keeps_fp32_tokens = False  # also one: whether the router keeps the tokens in fp32 for backward, whatever their type
     has_unconditional_expert = False  # a class attribute, no setting: one more expert for images without a condition
 
     @classmethod

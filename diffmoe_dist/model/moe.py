@@ -6,14 +6,15 @@ of a token to an expert, R rows that the experts of this device compute, E exper
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from diffmoe_dist.model.expert_products import Gelu, SwiGLU, expert_linear, is_grouped
 from diffmoe_dist.model.precision import fp32_products, product_type
 from diffmoe_dist.model.routing import Router, Routing
 
@@ -22,53 +23,94 @@ from diffmoe_dist.model.routing import Router, Routing
 class ExpertInput:
     """The rows for the experts of this device, ordered by expert."""
 
-    x_RD: Tensor
+    x: Tensor  # the rows (R, D), or with a token_index the tokens (T, D) that it picks them from
     tokens_per_expert: Tensor  # (E,) int64
     rows_per_expert: int | None  # the same number for every expert, known on the host; None: see tokens_per_expert
+    counts: Sequence[int] | None = None  # tokens_per_expert on the host, where it has them
+    token_index: Tensor | None = None  # (R,)
+
+
+@dataclass(frozen=True)
+class LocalDispatch:
+    """Where the rows of a layer come from, and where the results go."""
+
+    x_TD: Tensor
+    token_index: Tensor  # (A,)
+    gate: Tensor  # (A,)
+    routing: Routing
+    counts: Sequence[int] | None  # of the tokens of each expert, where the host knows them
 
 
 class Dispatcher(Protocol):
     """Moves tokens to their experts and the results back."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertInput, Any]:
-        """The rows for the experts of this device, and a plan that `combine` needs."""
+    def counts(self, routing: Routing, by_expert: bool) -> Tensor | None:
+        """What the host has to read before `start`, (n,) int64; None where it knows all that it needs.
+
+        Args:
+            by_expert: whether it needs the number of rows of each expert, also where rows can move without it.
+        """
         ...
 
-    def combine(self, y_RD: Tensor, x_TD: Tensor, routing: Routing, plan: Any) -> Tensor:
-        """(T, D): for each token the sum over its experts of gate times result, zero where it has none."""
+    def start(self, x_TD: Tensor, routing: Routing, counts: Tensor | None, on_host: Sequence[int] | None) -> Any:
+        """Send the tokens on their way. `on_host`: the counts, as the host has read them."""
+        ...
+
+    def rows(self, dispatch: Any) -> ExpertInput:
+        """Wait for the rows for the experts of this device."""
+        ...
+
+    def combine(self, y_RD: Tensor, dispatch: Any, dtype: torch.dtype) -> Tensor:
+        """(T, D) of this type: for each token the sum over its experts of gate times result, zero where it has none."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are on this device: gathers the rows, and adds the results up."""
+    """All experts are on this device: rows are picked where they are multiplied, and the results added up."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[ExpertInput, None]:
-        slots = routing.pool.slots_per_expert if routing.pool.pool_ranks == 1 else None
-        return ExpertInput(x_TD.index_select(0, routing.token_index), routing.stats.tokens_per_expert, slots), None
+    def counts(self, routing: Routing, by_expert: bool) -> Tensor | None:
+        pool = routing.pool
+        known = pool.slots_here is not None or (pool.token_index is not None and not by_expert)
+        return None if known else routing.stats.tokens_per_expert
 
-    def combine(self, y_RD: Tensor, x_TD: Tensor, routing: Routing, plan: None) -> Tensor:
-        return weighted_sum(y_RD, routing, x_TD)
+    def start(
+        self, x_TD: Tensor, routing: Routing, counts: Tensor | None, on_host: Sequence[int] | None
+    ) -> LocalDispatch:
+        token_index, gate = routing.assignments(None if on_host is None else sum(on_host))
+        return LocalDispatch(x_TD, token_index, gate, routing, on_host)
+
+    def rows(self, dispatch: LocalDispatch) -> ExpertInput:
+        tokens_per_expert, slots = dispatch.routing.stats.tokens_per_expert, dispatch.routing.pool.slots_here
+        return ExpertInput(dispatch.x_TD, tokens_per_expert, slots, dispatch.counts, dispatch.token_index)
+
+    def combine(self, y_RD: Tensor, dispatch: LocalDispatch, dtype: torch.dtype) -> Tensor:
+        return weighted_sum(y_RD, dispatch.gate, dispatch.token_index, len(dispatch.x_TD), dtype)
 
 
-def weighted_sum(y_AD: Tensor, routing: Routing, x_TD: Tensor) -> Tensor:
-    """(T, D) in x's type: results times gates, added up by token."""
-    return _WeightedSum.apply(y_AD, routing.gate.to(x_TD.dtype), routing.token_index, x_TD)
+def weighted_sum(y_AD: Tensor, gate_A: Tensor, token_index: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """(T, D) of type `dtype`: results times gates, added up by token."""
+    return _WeightedSum.apply(y_AD, gate_A, token_index, tokens, dtype)
 
 
 class _WeightedSum(torch.autograd.Function):
-    """By the formulas of autograd, which would also keep the products."""
+    """By the formulas of autograd, which would also keep the products. Gates stay in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, y_AD: Tensor, gate_A: Tensor, token_index: Tensor, x_TD: Tensor) -> Tensor:
-        ctx.save_for_backward(y_AD, gate_A, token_index)
-        return torch.zeros_like(x_TD).index_add_(0, token_index, y_AD * gate_A[:, None])  # in place: spares a copy
+    def forward(ctx: Any, y: Tensor, gate: Tensor, token_index: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(y, gate, token_index)
+        weighted = torch.empty_like(y, dtype=dtype)
+        torch.mul(y, gate[:, None], out=weighted)
+        return weighted.new_zeros(tokens, y.shape[1]).index_add_(0, token_index, weighted)  # in place: spares a copy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_AD, gate_A, token_index = ctx.saved_tensors
-        grad_AD = grad_TD.index_select(0, token_index)
-        return (grad_AD * gate_A[:, None]).to(y_AD.dtype), (grad_AD * y_AD).sum(dim=1), None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y, gate, token_index = ctx.saved_tensors
+        grad = grad_TD.index_select(0, token_index)
+        grad_gate = (grad * y).sum(dim=1, dtype=gate.dtype)
+        grad_y = grad if grad.dtype == y.dtype else torch.empty_like(y)
+        torch.mul(grad, gate[:, None], out=grad_y)
+        return grad_y, grad_gate, None, None, None
 
 
 class Experts(nn.Module):
@@ -95,68 +137,28 @@ class Experts(nn.Module):
 
     def forward(self, rows: ExpertInput) -> Tensor:
         """The results, (R, D), in the order of the rows and in their type, to which the weights are rounded."""
-        kind = rows.x_RD.dtype
-        w1, w2 = self.w1.to(kind), self.w2.to(kind)
-        if self.b1 is None or self.b2 is None:
-            gate_RH, up_RH = _matmul(rows.x_RD, w1, rows).chunk(2, dim=-1)
-            return _matmul(F.silu(gate_RH) * up_RH, w2, rows)
-        b1, b2 = self.b1.to(kind), self.b2.to(kind)
-        if rows.rows_per_expert is not None:
-            return _batched_mlp(rows.x_RD, rows.rows_per_expert, w1, b1, w2, b2)
-        return _grouped_mlp(rows, w1, b1, w2, b2)
+        groups: tuple[int | Sequence[int] | None, Tensor | None] = (rows.rows_per_expert, None)
+        if rows.rows_per_expert is None:
+            # A grouped product of no rows at all has no kernel.
+            nothing = not torch.compiler.is_compiling() and rows.counts is not None and not any(rows.counts)
+            if is_grouped(rows.x, self.w1, self.w2) and not nothing:
+                groups = (None, rows.tokens_per_expert.cumsum(0, dtype=torch.int32))
+            else:
+                groups = (rows.tokens_per_expert.tolist() if rows.counts is None else rows.counts, None)
+        w1, b1, w2, b2 = (None if w is None else w.to(rows.x.dtype) for w in (self.w1, self.b1, self.w2, self.b2))
+        assert w1 is not None and w2 is not None
+        h = expert_linear(rows.x, rows.token_index, w1, b1, *groups)
+        h = Gelu.apply(h) if self.activation == "gelu" else SwiGLU.apply(h)
+        return expert_linear(h, None, w2, b2, *groups)
 
 
-def _matmul(x_R: Tensor, w: Tensor, rows: ExpertInput) -> Tensor:
-    """Each row times the matrix of its expert."""
-    if rows.rows_per_expert is not None:
-        return (x_R.view(len(w), rows.rows_per_expert, -1) @ w).flatten(0, 1)
-    return F.grouped_mm(x_R, w, offs=rows.tokens_per_expert.cumsum(0).to(torch.int32))
-
-
-def _batched_mlp(x_RD: Tensor, rows_per_expert: int, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    x = x_RD.view(len(w1), rows_per_expert, x_RD.shape[1])
-    h = _Gelu.apply(torch.baddbmm(b1[:, None], x, w1))
-    return torch.baddbmm(b2[:, None], h, w2).view(x_RD.shape)
-
-
-class _Gelu(torch.autograd.Function):
-    """Tanh-approximated, of a value whose one use is a product: its gradient is written over that of the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.gelu(x, approximate="tanh")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
-
-
-def _grouped_mlp(rows: ExpertInput, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    expert_of_row = torch.repeat_interleave(rows.tokens_per_expert, output_size=len(rows.x_RD))
-    of_expert_ER = (torch.arange(len(b1), device=b1.device)[:, None] == expert_of_row).to(b1.dtype)
-    bias_RD = _BiasOfRows.apply(
-        b2, expert_of_row, of_expert_ER
-    )  # what is kept for backward comes before the last product: see model.recompute
-    h = F.gelu(_matmul(rows.x_RD, w1, rows) + _BiasOfRows.apply(b1, expert_of_row, of_expert_ER), approximate="tanh")
-    return _matmul(h, w2, rows) + bias_RD
-
-
-class _BiasOfRows(torch.autograd.Function):
-    """b[expert_of_row]; the gradient is a product, which adds up in fp32, where an index would round at each row."""
-
-    @staticmethod
-    def forward(ctx: Any, b: Tensor, expert_of_row: Tensor, of_expert_ER: Tensor) -> Tensor:
-        ctx.save_for_backward(of_expert_ER)
-        return b[expert_of_row]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (of_expert_ER,) = ctx.saved_tensors
-        return of_expert_ER @ grad, None, None
+def read_counts(*counts: Tensor | None) -> list[list[int] | None]:
+    """Integers that the host needs to go on, all in one copy: the one place where a layer waits for its device."""
+    asked = [count for count in counts if count is not None]
+    values = iter(
+        torch.cat(asked).tolist() if len(asked) > 1 else [value for count in asked for value in count.tolist()]
+    )
+    return [None if count is None else [next(values) for _ in range(len(count))] for count in counts]
 
 
 class MoELayer(nn.Module):
@@ -187,12 +189,24 @@ class MoELayer(nn.Module):
         with fp32_products(x_TD.device):
             routing = self.router(x_TD, null_T)
         low_TD = x_TD.to(product_type(x_TD))  # rounded once, and so sent to the experts
-        rows, plan = self.dispatcher.dispatch(low_TD, routing)
-        y_TD = self.dispatcher.combine(self.experts(rows), x_TD, routing, plan)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(low_TD)
-        if self.unconditional is not None:
-            null_index = null_T.nonzero()[:, 0]
-            of_null = self.unconditional(low_TD.index_select(0, null_index))
-            y_TD = y_TD.index_add(0, null_index, of_null.to(y_TD.dtype))
+        counts = self.dispatcher.counts(routing, by_expert=not is_grouped(low_TD, self.experts.w1, self.experts.w2))
+        nulls = None if self.unconditional is None else null_T.sum(dim=0, keepdim=True)
+        on_host, nulls_on_host = read_counts(counts, nulls)
+        dispatch = self.dispatcher.start(low_TD, routing, counts, on_host)
+        # While the tokens travel:
+        shared_TD = None if self.shared is None else self.shared(low_TD)
+        of_null = self._unconditional(low_TD, null_T, nulls_on_host)
+        y_TD = self.dispatcher.combine(self.experts(self.dispatcher.rows(dispatch)), dispatch, x_TD.dtype)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
+        if of_null is not None:
+            null_index, own_RD = of_null
+            y_TD = y_TD.index_add_(0, null_index, own_RD.to(y_TD.dtype))
         return y_TD.view_as(x_BSD), routing
+
+    def _unconditional(self, x_TD: Tensor, null_T: Tensor, nulls: Sequence[int] | None) -> tuple[Tensor, Tensor] | None:
+        """The tokens of the unconditional expert, (R,), and what it makes of them, (R, D)."""
+        if self.unconditional is None or nulls is None:
+            return None
+        null_index = null_T.nonzero_static(size=nulls[0])[:, 0]
+        return null_index, self.unconditional(x_TD.index_select(0, null_index))

@@ -6,11 +6,11 @@ Shape legend: T local tokens, D width, N experts.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_dist.config import expert_slots
 from diffmoe_dist.config.pool_choice import PoolChoiceSettings
+from diffmoe_dist.model.fp32_linear import fp32_linear
 from diffmoe_dist.model.precision import mixed_precision
 from diffmoe_dist.model.routing import Router, Routing, Selection, TokenPool, route
 from diffmoe_dist.model.routing_losses import capacity_loss
@@ -63,18 +63,19 @@ class PoolChoice(Router):
 
     def forward(self, x_TD: Tensor, null_T: Tensor) -> Routing:
         # Alg. 3: the affinity of eq. 5 with a softmax over the experts.
-        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
+        scores_TN = fp32_linear(x_TD, self.gate_weight).softmax(dim=-1)
         if self.capacity_predictor is None:
             return route(scores_TN, self._select_slots(scores_TN.detach()), losses={})
         # eq. 10-11: the predictor learns from tokens, not the tokens from it.
         logits_TN = self._predict(x_TD.detach(), self.capacity_predictor)
-        predicted_TN = logits_TN.detach().sigmoid()
         if not self.training:
-            return route(scores_TN, self._select(scores_TN.detach(), predicted_TN), losses={})
-        selection = self._select_slots(scores_TN.detach(), predicted_TN.nan_to_num(nan=0.0))
-        # eq. 12: the mean over the layers; the model adds its layers' losses up.
-        losses = {"capacity": capacity_loss(logits_TN, selection.chosen.T) / self.layers}
-        return route(scores_TN, selection, losses, proposed_threshold=selection.kth_largest)  # eq. 17
+            return route(scores_TN, self._select(scores_TN.detach(), logits_TN.detach()), losses={})
+        selection = self._select_slots(scores_TN.detach(), logits_TN.detach())
+        losses = {"capacity": capacity_loss(logits_TN, selection.chosen.T, self.layers)}
+        assert selection.kth_largest is not None
+        threshold_GN = selection.kth_largest.sigmoid()  # which has the same order as the logits; eq. 17
+        threshold = threshold_GN.mean(dim=0) if len(threshold_GN) > 1 else threshold_GN[0]
+        return route(scores_TN, selection, losses, proposed_threshold=threshold)
 
     @torch.no_grad()
     def update_threshold(self, proposal: Tensor) -> None:
@@ -96,27 +97,19 @@ class PoolChoice(Router):
         last = predictor[-1]
         assert isinstance(last, nn.Linear)
         with mixed_precision(x_TD.device, self.mixed):
-            hidden_TD = predictor[:-1](x_TD)
-        return F.linear(hidden_TD.float(), last.weight.float(), last.bias.float())
+            hidden_TD = predictor[0](x_TD)
+        return fp32_linear(hidden_TD, last.weight, last.bias, activation="silu")
 
     def _select_slots(self, scores_TN: Tensor, second_TN: Tensor | None = None) -> Selection:
         capacity = self.training_capacity if self.training else self.settings.capacity
         slots = expert_slots(self.pool.num_tokens(len(scores_TN)), self.num_experts, capacity)
-        return self.pool.select(sortable(scores_TN), slots, second_TN)
+        return self.pool.select(scores_TN, slots, second_TN)
 
-    def _select(self, scores_TN: Tensor, predicted_TN: Tensor) -> Selection:
+    def _select(self, scores_TN: Tensor, logits_TN: Tensor) -> Selection:
         if self.inference == "static":
             return self._select_slots(scores_TN)
         constant = self.settings.constant_threshold
-        above_TN = predicted_TN > (self.threshold if constant is None else constant)  # eq. 14, eq. 16
+        above_TN = logits_TN.sigmoid() > (self.threshold if constant is None else constant)  # eq. 14, eq. 16
         if self.inference == "threshold":
             return Selection(chosen=above_TN.T, pool_ranks=1, slots_per_expert=None)
-        return self.pool.select(sortable(scores_TN), self.pool.count(above_TN))  # Alg. 4
-
-
-def sortable(scores_TN: Tensor) -> Tensor:
-    """NaN sent to the end of the order, where it has no place of its own.
-
-    So the choice stays well defined on every rank, and the NaN still reaches the loss through the gate.
-    """
-    return scores_TN.nan_to_num(nan=-torch.inf)
+        return self.pool.select(scores_TN, self.pool.count(above_TN))  # Alg. 4

@@ -7,6 +7,7 @@ that have arrived for the experts are kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ def _recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
 
 def _experts_recomputed(forward: Callable[[ExpertInput], Tensor], rows: ExpertInput) -> Any:
-    def experts(x_RD: Tensor) -> Tensor:
-        return forward(ExpertInput(x_RD, rows.tokens_per_expert, rows.rows_per_expert))
+    def experts(x: Tensor) -> Tensor:
+        return forward(replace(rows, x=x))
 
-    return _recomputed(experts, rows.x_RD)
+    return _recomputed(experts, rows.x)

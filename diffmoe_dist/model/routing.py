@@ -12,7 +12,9 @@ G pools side by side on this device (1, or one per image), P tokens of one pool,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -34,12 +36,39 @@ class RoutingStats:
 class Routing:
     """The whole decision of a router about this device's tokens."""
 
-    token_index: Tensor  # (A,) row of the flattened local tokens (T, D); ascending within an expert
-    expert_index: Tensor  # (A,) global expert id, non-decreasing
-    gate: Tensor  # (A,) fp32 combine weight, carries gradient
+    scores_TN: Tensor  # fp32, the gate of a token at each expert, carries gradient
     losses: dict[str, Tensor]  # named, unweighted fp32 scalars
     stats: RoutingStats
     pool: Selection  # which tokens the pool chose; tells dispatchers the row counts that are known in advance
+
+    def assignments(self, number: int | None = None) -> tuple[Tensor, Tensor]:
+        """(A,) the token of each assignment, a row of (T, D), and (A,) its gate: ordered by expert, then by token.
+
+        Args:
+            number: A, where the host knows it. Else the host may have to wait for the device, which counts.
+        """
+        pool, experts = self.pool, self.scores_TN.shape[1]
+        if pool.slots_here is not None and pool.token_index is not None:
+            token_NK = pool.token_index.view(experts, -1)
+            return pool.token_index, self.scores_TN.T.gather(1, token_NK).flatten()
+        token_index, expert_index = pool.assignments(number)
+        place_A = torch.add(expert_index, token_index, alpha=experts)
+        return token_index, self.scores_TN.flatten().gather(0, place_A)
+
+    @cached_property
+    def token_index(self) -> Tensor:
+        """(A,) as `assignments` gives it; ascending within an expert."""
+        return self.pool.assignments()[0]
+
+    @cached_property
+    def expert_index(self) -> Tensor:
+        """(A,) global expert id, non-decreasing."""
+        return self.pool.assignments()[1]
+
+    @cached_property
+    def gate(self) -> Tensor:
+        """(A,) fp32 combine weight, carries gradient."""
+        return self.assignments()[1]
 
 
 @dataclass(frozen=True)
@@ -50,7 +79,28 @@ class Selection:
     pool_ranks: int  # ranks whose tokens competed in one pool
     slots_per_expert: int | None  # tokens of these ranks that each expert takes; None: it differs between experts
     arrivals: Tensor | None = None  # (pool_ranks, N / pool_ranks) tokens from each rank for each expert sharded to this
-    kth_largest: Tensor | None = None  # (N,) the slots-th largest of the second scores, see TokenPool.select
+    kth_largest: Tensor | None = None  # (G, N) the slots-th largest of the second scores, see TokenPool.select
+    # (A,) int64, token and expert of each assignment by expert and then by token, where nobody has to count them first.
+    # Without `expert_index` it is the same number for each expert.
+    token_index: Tensor | None = None
+    expert_index: Tensor | None = None
+
+    @property
+    def slots_here(self) -> int | None:
+        """The local tokens that each expert takes, where that is one number, which the host knows."""
+        return self.slots_per_expert if self.pool_ranks == 1 else None
+
+    def assignments(self, number: int | None = None) -> tuple[Tensor, Tensor]:
+        """Token and expert of each assignment, see `Routing.assignments`."""
+        if self.token_index is None:
+            # Of a known size, the host need not wait for the count.
+            pairs_A2 = self.chosen.nonzero() if number is None else self.chosen.nonzero_static(size=number)
+            expert_index, token_index = pairs_A2.T.contiguous()
+            return token_index, expert_index
+        if self.expert_index is not None:
+            return self.token_index, self.expert_index
+        experts = torch.arange(len(self.chosen), device=self.chosen.device)
+        return self.token_index, experts.repeat_interleave(len(self.token_index) // len(experts))
 
 
 class TokenPool(Protocol):
@@ -68,10 +118,11 @@ class TokenPool(Protocol):
         """For each expert, the `slots` tokens of the pool with the highest scores. Ties: the lower global token id.
 
         Args:
-            scores_TN: fp32, without NaN.
+            scores_TN: fp32; where `slots` is one number, not below 0. NaN counts as lower than any number: so the
+                choice stays well defined on every rank, and the NaN still reaches the loss through the gate.
             slots: the tokens that each expert takes, one number or (G, N).
-            second_TN: other fp32 scores, whose slots-th largest over the pool becomes `kth_largest` (the mean over the
-                pools, where there are several). Only where `slots` is one number.
+            second_TN: other fp32 scores, whose slots-th largest over each pool becomes `kth_largest`. Only where
+                `slots` is one number.
         """
         ...
 
@@ -86,28 +137,50 @@ class LocalPool:
         return self.tokens_per_pool or local_tokens
 
     def count(self, flags_TN: Tensor) -> Tensor:
-        return self._split(flags_TN).sum(dim=2)
+        return flags_TN.view(*self._split(len(flags_TN)), -1).sum(dim=1)
 
     def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
-        scores_GNP = self._split(scores_TN)
-        cutoff, ties = cutoffs(scores_GNP, slots)
-        chosen = topk_mask(scores_GNP, cutoff, ties)
-        kth = None
-        if second_TN is not None:
-            assert isinstance(slots, int)
-            kth = kth_largest(self._split(second_TN), slots).mean(dim=0)
-        pools = len(scores_GNP)
+        tokens, experts = scores_TN.shape
+        kinds_KNGP = columns([scores_TN, second_TN]).view(-1, experts, *self._split(tokens))
+        if not isinstance(slots, int):
+            cutoff, ties = cutoffs(kinds_KNGP[0], slots.T)
+            chosen_NGP = topk_mask(kinds_KNGP[0], cutoff, ties)
+            return Selection(chosen_NGP.view(experts, tokens), pool_ranks=1, slots_per_expert=None)
+        place_NGK = best_places(kinds_KNGP[0], slots)
+        pools = place_NGK.shape[1]
+        if pools > 1:
+            place_NGK += torch.arange(0, tokens, tokens // pools, device=place_NGK.device)[:, None]
+        token_NK = place_NGK.view(experts, -1)
         return Selection(
-            chosen=chosen.transpose(0, 1).reshape(scores_TN.shape[1], -1),
+            chosen=torch.zeros(experts, tokens, dtype=torch.bool, device=token_NK.device).scatter_(1, token_NK, True),
             pool_ranks=1,
-            slots_per_expert=pools * slots if isinstance(slots, int) else None,
-            kth_largest=kth,
+            slots_per_expert=pools * slots,
+            kth_largest=None if second_TN is None else kth_largest(kinds_KNGP[1], slots).T,
+            token_index=token_NK.flatten(),
         )
 
-    def _split(self, values_TN: Tensor) -> Tensor:
-        """(T, N) to (G, N, P), contiguous in P."""
-        tokens, experts = values_TN.shape
-        return values_TN.view(-1, self.num_tokens(tokens), experts).transpose(1, 2).contiguous()
+    def _split(self, tokens: int) -> tuple[int, int]:
+        """G and P."""
+        return tokens // self.num_tokens(tokens), self.num_tokens(tokens)
+
+
+def columns(kinds_TN: Sequence[Tensor | None], kind_dim: int = 0) -> Tensor:
+    """(K, N, T) or (N, K, T): the scores of each expert, with NaN, which has no place in an order, sent to its end."""
+    stacked = torch.stack([scores_TN.T for scores_TN in kinds_TN if scores_TN is not None], dim=kind_dim)
+    return stacked.nan_to_num_(nan=-torch.inf)
+
+
+def best_places(scores: Tensor, slots: int) -> Tensor:
+    """(..., P) to (..., slots): the places of the highest scores, ascending. Of equal scores the first ones.
+
+    Args:
+        scores: fp32, not below 0, or -inf.
+    """
+    # A key for each score, of which no two are equal: the bits of a float of this kind are in order as those of an
+    # integer, and the place decides where they are the same.
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    keys = torch.add(backwards, scores.view(torch.int32), alpha=1 << 32)
+    return keys.topk(slots, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 def cutoffs(scores: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -214,36 +287,11 @@ def route(
         scores_TN: fp32, with gradient.
         proposed_threshold: (N,) fp32.
     """
-    token_index, expert_index = assignments(selection)
-    return Routing(
-        token_index=token_index,
-        expert_index=expert_index,
-        gate=scores_TN.flatten().gather(0, token_index * scores_TN.shape[1] + expert_index),
-        losses=losses,
-        stats=RoutingStats(
-            tokens_per_expert=selection.chosen.sum(dim=1),
-            capacity=selection.chosen.sum() / len(scores_TN),
-            proposed_threshold=proposed_threshold,
-        ),
-        pool=selection,
-    )
-
-
-def assignments(selection: Selection) -> tuple[Tensor, Tensor]:
-    """Token and expert of each assignment, (A,) and (A,) int64, ordered by expert and then by token."""
-    chosen_NT = selection.chosen
-    if selection.pool_ranks == 1 and selection.slots_per_expert is not None:
-        return _assignments_of_known_size(chosen_NT, selection.slots_per_expert)
-    expert_index, token_index = chosen_NT.nonzero(as_tuple=True)
-    return token_index, expert_index
-
-
-def _assignments_of_known_size(chosen_NT: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """`nonzero` of a known result size: on an accelerator the host need not wait for the count."""
-    experts, tokens = chosen_NT.shape
-    device = chosen_NT.device
-    place = torch.where(chosen_NT, chosen_NT.cumsum(dim=1) - 1, slots)  # unchosen tokens go to a spare column
-    token_index = torch.zeros(experts, slots + 1, dtype=torch.int64, device=device)
-    token_index.scatter_(1, place, torch.arange(tokens, device=device).expand(experts, tokens))
-    expert_index = torch.arange(experts, device=device)[:, None].expand(experts, slots)
-    return token_index[:, :slots].reshape(-1), expert_index.reshape(-1)
+    tokens, experts = scores_TN.shape
+    if selection.slots_here is not None:  # not counted, but known
+        counts = torch.full((experts,), selection.slots_here, device=scores_TN.device)
+        capacity = torch.full((), experts * selection.slots_here / tokens, device=scores_TN.device)
+    else:
+        counts = selection.chosen.sum(dim=1)
+        capacity = counts.sum() / tokens
+    return Routing(scores_TN, losses, RoutingStats(counts, capacity, proposed_threshold), selection)

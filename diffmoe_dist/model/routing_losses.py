@@ -5,25 +5,45 @@ Shape legend: T tokens, D width, N experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
-def capacity_loss(logits_TN: Tensor, chosen_TN: Tensor) -> Tensor:
+def capacity_loss(logits_TN: Tensor, chosen_TN: Tensor, layers: int = 1) -> Tensor:
     """Binary cross-entropy of the capacity predictor: does each expert take this token? (DiffMoE eq. 12)
 
-    This is the mean over the tokens and experts of one layer. Eq. 12 is also a mean over the layers: the router divides
-    by their number. (The published code sums over the layers.)
+    This is the mean over the tokens and experts of one layer, divided by the number of layers: eq. 12 is also a mean
+    over them, and the model adds its layers' losses up. (The published code sums over the layers.)
 
     Args:
-        logits_TN: the predictor's outputs, with gradient.
+        logits_TN: fp32, the predictor's outputs, with gradient.
         chosen_TN: bool, the tokens in each expert's top k.
 
     Returns:
         () fp32.
     """
-    return F.binary_cross_entropy_with_logits(logits_TN.float(), chosen_TN.float())
+    return _CapacityLoss.apply(logits_TN, chosen_TN, layers)
+
+
+class _CapacityLoss(torch.autograd.Function):
+    """By the formula sigmoid(logit) - target for the gradient, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, chosen: Tensor, layers: int) -> Tensor:
+        target = chosen.float()
+        ctx.save_for_backward(logits, target)
+        ctx.layers = layers
+        return F.binary_cross_entropy_with_logits(logits, target) / layers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, target = ctx.saved_tensors
+        return logits.sigmoid().sub_(target).mul_(grad / (logits.numel() * ctx.layers)), None, None
 
 
 def balance_loss(scores_TN: Tensor, picks_N: Tensor) -> Tensor:

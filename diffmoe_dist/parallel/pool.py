@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_dist.model.routing import Selection, cutoffs, kth_largest, topk_mask
+from diffmoe_dist.model.routing import Selection, columns, cutoffs, kth_largest, topk_mask
 from diffmoe_dist.parallel.topology import all_gather
 
 _FP32_EXACT_INTEGERS = 2**24
@@ -71,8 +71,7 @@ class DistributedPool:
         return counts
 
     def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
-        kinds = [scores_TN] if second_TN is None else [scores_TN, second_TN]
-        scores_NKT = torch.stack([kind.T for kind in kinds], dim=1).contiguous()
+        scores_NKT = columns([scores_TN, second_TN], kind_dim=1)
         per_expert = slots if isinstance(slots, int) else slots[0]
         reply_N3, arrivals_EQ = self.exchange(scores_NKT, per_expert)
         cutoff_N, ties_N, kth_N = reply_N3.unbind(dim=1)
@@ -81,7 +80,7 @@ class DistributedPool:
             pool_ranks=self.ranks,
             slots_per_expert=slots if isinstance(slots, int) else None,
             arrivals=arrivals_EQ.T if len(scores_NKT) % self.ranks == 0 else None,
-            kth_largest=None if second_TN is None else kth_N,
+            kth_largest=None if second_TN is None else kth_N[None],
         )
 
     def _select_all_to_all(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -176,19 +176,24 @@ def _text_activation_bytes(config: Config, work: Workload) -> float:
 def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
     """Of one mixture-of-experts layer, beyond its input and output."""
     D, e, r = config.model.hidden_size, product_bytes(config), weight_bytes(config)
-    hidden = 0.0 if config.train.recompute != "none" else _hidden_bytes(config, experts)
-    fp32_copy = 4 * D if e < 4 else 0
+    recompute = config.train.recompute != "none"
+    hidden, dense_hidden = (0.0 if recompute else _hidden_bytes(config, experts, dense) for dense in (False, True))
+    # A router reads the tokens of mixed precision before they are rounded for the experts.
+    fp32_copy = 4 * D if e < 4 and (e < r or experts.keeps_fp32_tokens) else 0
     router = work.tokens * (4 * experts.num_experts + fp32_copy + experts.saved_bytes(D, e))
-    rows = work.assignments * (2 * D * e + hidden + 4 * 8)  # in and out of the experts, and four indices
-    beside = work.tokens * experts.shared_experts * hidden + work.unconditional * (D * e + hidden)
+    # Out of the experts, where rows travel also into them (else backward picks them once more), and three indices.
+    travel = config.parallel.expert > 1
+    rows = work.assignments * ((2 if travel else 1) * D * e + hidden + 3 * 8)
+    beside = work.tokens * experts.shared_experts * dense_hidden + work.unconditional * (D * e + dense_hidden)
     summed = work.tokens * (r - e) * D  # the layer's output is of the residual stream's type
     return router + rows + beside + summed
 
 
-def _hidden_bytes(config: Config, experts: RouterSettings) -> float:
-    """What an expert saves of each row beside its input."""
+def _hidden_bytes(config: Config, experts: RouterSettings, dense: bool = False) -> float:
+    """What an expert saves of each row beside its input; `dense`: a shared or an unconditional one."""
     hidden_size = int(config.model.hidden_size * experts.expert_mlp_ratio)
-    return (4 if experts.activation == "swiglu" else 2) * hidden_size * product_bytes(config)
+    tensors = 2 if experts.activation == "gelu" else 4 if dense else 3
+    return tensors * hidden_size * product_bytes(config)
 
 
 def recomputed_bytes(config: Config, work: Workload) -> float:

@@ -24,36 +24,36 @@ TABLE = """
 layer                                   forward backward collectives waits fp32 copies
 dense MLP                                     3        7           0     0    0      0
 dense block                                  20       41           0     0    0      0
-global_pool layer                            57       36           0     0    0      0
-global_pool block                            74       70           0     0    0      0
-global_pool swiglu layer                     58       37           0     0    0      0
-global_pool sample layer                     58       36           0     0    0      0
-expert_choice layer                          43       22           0     0    0      0
-expert_choice block                          60       56           0     0    0      0
-expert_choice predictor layer                58       36           0     0    0      0
-token_choice layer                           45       26           0     0    6      0
-token_choice block                           62       60           0     0    6      0
-token_choice balanced layer                  45       26           0     0    6      0
-token_choice swiglu layer                    38       27           0     0    6      0
-prototype layer                              84      128           0     2    8      0
-prototype block                             101      162           0     2    8      0
-prototype expert_choice layer               108      120           0     2    8      0
-global_pool layer, whole                     76       36           2     1    7      0
-global_pool swiglu layer, whole              69       37           2     1    7      0
-global_pool sample layer, whole              58       36           0     0    0      0
-expert_choice layer, whole                   43       22           0     0    0      0
-token_choice layer, whole                    47       26           1     0    6      0
-prototype layer, whole                       86      129           1     2    8      0
-prototype expert_choice layer, whole        110      120           1     2    8      0
-global_pool layer, sharded                   86       40           6     2    2      0
-global_pool swiglu layer, sharded            87       41           6     2    2      0
-global_pool sample layer, sharded            80       40           4     1    1      0
-expert_choice layer, sharded                 65       26           4     1    1      0
-expert_choice predictor layer, sharded       80       40           4     1    1      0
-token_choice layer, sharded                  69       30           6     1    7      0
-token_choice swiglu layer, sharded           62       31           6     1    7      0
-prototype layer, sharded                    108      133           6     3    9      0
-prototype expert_choice layer, sharded      132      124           6     3    9      0
+global_pool layer                            35       33           0     0    0      0
+global_pool block                            52       67           0     0    0      0
+global_pool swiglu layer                     36       35           0     0    0      0
+global_pool sample layer                     38       33           0     0    0      0
+expert_choice layer                          25       21           0     0    0      0
+expert_choice block                          42       55           0     0    0      0
+expert_choice predictor layer                38       33           0     0    0      0
+token_choice layer                           36       29           0     0    1      0
+token_choice block                           53       63           0     0    1      0
+token_choice balanced layer                  36       29           0     0    1      0
+token_choice swiglu layer                    29       27           0     0    1      0
+prototype layer                              81      131           0     1    1      0
+prototype block                              98      165           0     1    1      0
+prototype expert_choice layer               104      123           0     1    1      0
+global_pool layer, whole                     71       37           2     1    1      0
+global_pool swiglu layer, whole              64       35           2     1    1      0
+global_pool sample layer, whole              38       33           0     0    0      0
+expert_choice layer, whole                   25       21           0     0    0      0
+token_choice layer, whole                    38       29           1     0    1      0
+prototype layer, whole                       83      132           1     1    1      0
+prototype expert_choice layer, whole        106      123           1     1    1      0
+global_pool layer, sharded                   80       36           6     1    1      0
+global_pool swiglu layer, sharded            81       38           6     1    1      0
+global_pool sample layer, sharded            43       36           4     0    0      0
+expert_choice layer, sharded                 30       24           4     0    0      0
+expert_choice predictor layer, sharded       43       36           4     0    0      0
+token_choice layer, sharded                  57       32           6     1    1      0
+token_choice swiglu layer, sharded           50       30           6     1    1      0
+prototype layer, sharded                    102      135           6     1    1      0
+prototype expert_choice layer, sharded      125      126           6     1    1      0
 """
 
 

@@ -62,8 +62,8 @@ def assert_close(actual: Tensor | None, expected: Tensor | None, tolerance: floa
 
 def forward_backward(experts: Experts, rows: ExpertInput, cotangent: Tensor) -> list[Tensor]:
     """The output, the gradient of the rows and those of the parameters."""
-    x = rows.x_RD.clone().requires_grad_()
-    output = experts(replace(rows, x_RD=x))
+    x = rows.x.clone().requires_grad_()
+    output = experts(replace(rows, x=x))
     return [output.detach(), *torch.autograd.grad(output, [x, *experts.parameters()], cotangent)]
 
 
@@ -195,11 +195,16 @@ def test_a_local_training_step_takes_the_batched_path() -> None:
     layer = make_layer()
     x_TD = random(24, 8, seed=2)
 
-    rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.router, x_TD))
-    assert rows.rows_per_expert == 6 and len(rows.x_RD) == 24
+    dispatcher, routing = LocalDispatcher(), conditional(layer.router, x_TD)
+    assert dispatcher.counts(routing, by_expert=True) is None
+    rows = dispatcher.rows(dispatcher.start(x_TD, routing, None, None))
+    assert rows.rows_per_expert == 6 and rows.token_index is not None and len(rows.token_index) == 24
 
-    rows, _ = LocalDispatcher().dispatch(x_TD, conditional(layer.eval().router, x_TD))
-    assert rows.rows_per_expert is None
+    routing = conditional(layer.eval().router, x_TD)
+    counts = dispatcher.counts(routing, by_expert=False)
+    assert counts is not None
+    rows = dispatcher.rows(dispatcher.start(x_TD, routing, counts, counts.tolist()))
+    assert rows.rows_per_expert is None and rows.counts == counts.tolist()
 
 
 class LargestTensor(TorchDispatchMode):

@@ -22,6 +22,7 @@ class Settings(RouterSettings):
     shared_experts: int = 1
     expert_mlp_ratio: float = 2.0
 
+    keeps_fp32_tokens = True
     has_unconditional_expert = True
 
     def shares_batch(self) -> bool:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from diffmoe_dist.config import Config, expert_slots
 from diffmoe_dist.config.routers.prototype import Settings
-from diffmoe_dist.model.pool_choice import sortable
 from diffmoe_dist.model.routers.token_choice import best_experts
 from diffmoe_dist.model.routing import LocalPool, Router, Routing, Selection, route
 from diffmoe_dist.model.routing_losses import contrastive_loss
@@ -44,12 +43,13 @@ class PrototypeRouter(Router):
 
     def forward(self, x_TD: Tensor, null_T: Tensor) -> Routing:
         # eq. 4, with alpha = 1
-        cosine_TN = F.normalize(x_TD.float(), dim=1) @ F.normalize(self.prototypes.float(), dim=1).T
+        x_TD = x_TD.float()
+        cosine_TN = F.normalize(x_TD, dim=1) @ F.normalize(self.prototypes.float(), dim=1).T
         scores_TN = self._activate(cosine_TN)
         selection = self._select(scores_TN.detach(), null_T)
         losses = {}
         if self.training:
-            losses["contrastive"] = self._contrastive_loss(x_TD.float(), selection.chosen.float(), null_T)
+            losses["contrastive"] = self._contrastive_loss(x_TD, selection.chosen.float(), null_T)
         routing = route(scores_TN, selection, losses)
         capacity = routing.stats.capacity + null_T.float().mean()  # the unconditional expert's work counts as well
         return replace(routing, stats=replace(routing.stats, capacity=capacity))
@@ -71,7 +71,7 @@ class PrototypeRouter(Router):
         slots = expert_slots(self.tokens_per_sample, self.num_experts, self.settings.top_k)
         null_G = null_T.view(-1, self.tokens_per_sample)[:, 0]
         slots_GN = torch.where(null_G, 0, slots)[:, None].expand(-1, self.num_experts)
-        return self.pool.select(sortable(scores_TN), slots_GN)
+        return self.pool.select(scores_TN, slots_GN)
 
     def _contrastive_loss(self, x_TD: Tensor, chosen_NT: Tensor, null_T: Tensor) -> Tensor:
         """eq. 6: of the batch as a whole where tokens choose, as published of each image where experts do."""

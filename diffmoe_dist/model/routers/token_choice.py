@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.config.routers.token_choice import Settings
+from diffmoe_dist.model.fp32_linear import fp32_linear
 from diffmoe_dist.model.routing import Router, Routing, RoutingStats, Selection
 from diffmoe_dist.model.routing_losses import balance_loss
 
@@ -37,23 +37,24 @@ class TokenChoice(Router):
         return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
     def forward(self, x_TD: Tensor, null_T: Tensor) -> Routing:
-        scores_TN = F.linear(x_TD.float(), self.gate_weight.float()).softmax(dim=-1)
+        scores_TN = fp32_linear(x_TD, self.gate_weight).softmax(dim=-1)
         best_TK = best_experts(scores_TN, self.top_k)
         chosen_TN = torch.zeros_like(scores_TN, dtype=torch.bool).scatter_(1, best_TK, True)
         # The number of assignments is known, so `nonzero`, and with it a wait for the device, is not needed.
-        by_expert = best_TK.flatten().argsort(stable=True)
-        token_index, expert_index = by_expert // self.top_k, best_TK.flatten()[by_expert]
+        expert_index, by_expert = best_TK.flatten().sort(stable=True)
+        counts_N = chosen_TN.sum(dim=0)
         losses = {}
         if self.training:
-            losses["balance"] = balance_loss(scores_TN, self.batch.sum(chosen_TN.sum(dim=0)))
-        return Routing(
-            token_index=token_index,
+            losses["balance"] = balance_loss(scores_TN, self.batch.sum(counts_N))
+        selection = Selection(
+            chosen=chosen_TN.T,
+            pool_ranks=1,
+            slots_per_expert=None,
+            token_index=by_expert if self.top_k == 1 else by_expert // self.top_k,
             expert_index=expert_index,
-            gate=scores_TN.flatten().gather(0, token_index * self.num_experts + expert_index),
-            losses=losses,
-            stats=RoutingStats(chosen_TN.sum(dim=0), chosen_TN.sum() / len(x_TD)),
-            pool=Selection(chosen=chosen_TN.T, pool_ranks=1, slots_per_expert=None),
         )
+        capacity = torch.full((), float(self.top_k), device=x_TD.device)
+        return Routing(scores_TN, losses, RoutingStats(counts_N, capacity), selection)
 
 
 def best_experts(scores_TN: Tensor, top_k: int) -> Tensor:
