@@ -46,6 +46,7 @@ from diffmoe_dist.planning.workload import Cluster
 
 TOLERANCE = 0.1  # of a prediction
 MODELS = ("dense", "ours")
+VARIANTS = ("ours,train.recompute=mlp", "ours,precision=bf16_mixed")  # of one size alone: minutes are few
 GIB = 2**30
 
 
@@ -187,7 +188,7 @@ def parts(
     yield "machine", partial(machine_rows, setting)
     for size in sizes:
         yield f"layer {size}", partial(layer_rows, setting, size)
-        for model in models:
+        for model in [*models, *(VARIANTS if size == "B" else ())]:
             yield f"step {size} {model}", partial(step_rows, setting, size, model)
         for rule in ("static", "threshold"):
             yield f"sampling {size} {rule}", partial(sampling_rows, setting, size, rule)
@@ -222,7 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME[,SETTING=VALUE]")
     parser.add_argument("--images", type=int, default=64, help="of a batch; default: 64")
     parser.add_argument("--rounds", type=int, default=9, help="to take the median of; default: 9")
-    parser.add_argument("--minutes", type=float, default=6, help="after which no part is begun; default: 6")
+    parser.add_argument("--minutes", type=float, default=5, help="after which no part is begun; default: 5")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for gpu.md and gpu.json")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():

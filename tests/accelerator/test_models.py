@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.recompute import apply_recompute
 from tests.accelerator.cases import MOE, config, host_model, inputs, model, train
-from tests.accelerator.simulator import Log, simulate, values_of
+from tests.accelerator.simulator import Log, on_device, simulate, to_device, values_of
 from tests.distributed import run_ranks
+from tests.engine.runs import make_trainer, tiny_config
 
 RULES = ["static", "threshold", "count", "constant"]
 PREDICTS = [moe for moe in MOE if moe.startswith("global_pool") or moe == "expert_choice predictor"]
@@ -114,6 +116,24 @@ def test_the_simulated_device_computes_what_the_cpu_does(moe: str) -> None:
     torch.testing.assert_close(values_of(there.prediction), here.prediction)
     for name, loss in here.losses.items():
         torch.testing.assert_close(values_of(there.losses[name]), loss)
+
+
+def test_weights_lie_where_grouped_mm_takes_them_in_the_memory_of_a_run(digits: Path, tmp_path: Path) -> None:
+    # ZeRO keeps all weights in one buffer, where the last bias of a predictor for four experts, 8 bytes, would move all
+    # that follow off the boundary. Experts that every rank has whole take ragged rows of a pool over ranks.
+    for log in run_ranks(2, step_in_the_memory_of_a_run, digits, tmp_path / "run"):
+        assert "_grouped_mm" in {kernel.op for kernel in log.kernels}
+        assert log.faults == []
+
+
+def step_in_the_memory_of_a_run(rank: int, world_size: int, shards: Path, run_dir: Path) -> Log:
+    deeper = {"depth": 4}  # the first mixture's predictor before the second one's experts
+    trainer = make_trainer(rank, world_size, tiny_config(run_dir, shards, {"precision": "bf16", "model": deeper}))
+    made = to_device(trainer.engine.module)
+    x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.arange(2)
+    log = train(made, on_device(x), on_device(t), on_device(y))
+    trainer.close()
+    return log
 
 
 def train_with_rows_for_the_first_rank_alone(rank: int, world_size: int) -> tuple[Log, list[float]]:
