@@ -7,12 +7,14 @@ unless one grouped product computes them, which the compiler knows in bf16 alone
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.expert_products import is_grouped
 from diffmoe_dist.model.moe import ExpertInput, MoELayer
 
 
@@ -26,7 +28,7 @@ def apply_compile(model: DiT) -> None:
         _compile(block, "attend")
         if isinstance(layer, MoELayer):
             _compile(block, "normalize")
-            layer.experts.forward = _CompiledExperts(layer.experts.forward)  # type: ignore[method-assign]
+            layer.experts.forward = _CompiledExperts(layer.experts)  # type: ignore[method-assign]
             if layer.shared is not None:
                 _compile(layer.shared, "forward")
             if layer.unconditional is not None:
@@ -52,13 +54,15 @@ class _Compiled:
 
 
 class _CompiledExperts:
-    """The experts' forward, compiled where all have one number of rows, or bf16 rows for a grouped product."""
+    """The experts' forward, compiled where all have one number of rows, or where a grouped product computes them."""
 
-    def __init__(self, forward: Callable[[ExpertInput], Tensor]) -> None:
-        self.eager = forward
-        self.even, self.ragged = _Compiled(forward, dynamic=False), _Compiled(forward, dynamic=True)
+    def __init__(self, experts: Any) -> None:
+        self.experts, self.eager = experts, experts.forward
+        self.even, self.ragged = _Compiled(self.eager, dynamic=False), _Compiled(self.eager, dynamic=True)
 
     def __call__(self, rows: ExpertInput) -> Tensor:
         if rows.rows_per_expert is not None:
             return self.even(rows)
-        return self.ragged(rows) if rows.x_RD.dtype == torch.bfloat16 else self.eager(rows)
+        if rows.counts != [0] * len(self.experts.w1) and is_grouped(rows.x, self.experts.w1, self.experts.w2):
+            return self.ragged(replace(rows, counts=None))  # other counts would be other code
+        return self.eager(rows)
