@@ -160,7 +160,7 @@ def _arithmetic(plan: Plan) -> list[str]:
 
 def _memory(plan: Plan) -> list[str]:
     notes = {
-        "weights": "persistent: the model's own, whole but for other ranks' experts; in fp32 also the optimizer's",
+        "weights": "persistent: the model's own, whole but for other ranks' experts",
         "fp32 master weights": "persistent: this rank's ZeRO partition, as the next two",
         "gradients": "peak: with the buffers that reduce them",
         "activations": "peak: saved for backward, and one layer's backward",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,22 @@ def test_every_stack_of_experts_in_every_shipped_configuration_begins_at_16_byte
             assert addresses and not any(address % 16 for address in addresses), path
 
 
-def train_in_chunks(rank: int, world_size: int, elements: int, shards: Path, jobs: list[tuple[Path, Any]]) -> None:
-    import diffmoe_dist.engine.build as build
+def test_gaps_before_parameters_are_in_no_checkpoint(tmp_path: Path, digits: Path) -> None:
+    # Three experts have biases of three numbers.
+    odd = {"model": {"hidden_size": 24}, "moe": {"num_experts": 3}, "precision": "bf16"}
+    run_ranks(2, train_all, digits, [(tmp_path / "two", {**odd, "train": {"steps": 5}})])
+    for name in ("one", "straight"):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+    goes_on = {**odd, "train": {"steps": 10}}
+    run_ranks(1, train_all, digits, [(tmp_path / "one", goes_on)])
+    run_ranks(2, train_all, digits, [(tmp_path / "straight", goes_on)])
+    assert curve(tmp_path / "one") == pytest.approx(curve(tmp_path / "straight"), rel=1e-3)
 
-    build.REDUCTION_CHUNK = elements
+
+def train_in_chunks(rank: int, world_size: int, elements: int, shards: Path, jobs: list[tuple[Path, Any]]) -> None:
+    from diffmoe_dist.engine import build
+
+    build.REDUCTION_CHUNK = elements  # type: ignore[attr-defined]
     train_all(rank, world_size, shards, jobs)
 
 
