@@ -133,6 +133,10 @@ def _column_sums(grad_RC: Tensor, experts: int, rows: int | Sequence[int] | None
     """(E, C): the gradient of the biases, added up in fp32."""
     if isinstance(rows, int):
         return grad_RC.view(experts, rows, grad_RC.shape[1]).sum(dim=1)
+    if rows is None and torch.compiler.is_compiling():  # it would lay the ones out as the kernel does not take them
+        assert ends is not None
+        expert_E1 = torch.arange(experts, device=ends.device)[:, None]
+        return (expert_E1 == _expert_of_row(ends, len(grad_RC))).to(grad_RC.dtype) @ grad_RC
     if rows is None:  # as a product with ones, in as many columns as the kernel asks for
         ones = torch.ones(
             len(grad_RC), _ALIGNMENT // grad_RC.element_size(), dtype=grad_RC.dtype, device=grad_RC.device

@@ -36,6 +36,7 @@ COMPILED_AGAIN: Case = {**SPREAD, "train": {"steps": 20, "compile": True, "recom
 # The experts of token choice have other numbers of rows in each step, its unconditional one too.
 PROTOTYPE: Case = {"moe": {"router": "prototype"}, "train": {"steps": 20}}
 MIXED: Case = {"precision": "bf16_mixed"}
+RAGGED: Case = {"precision": "bf16", "moe": {"router": "token_choice"}, **SPREAD}
 JOBS: dict[int, dict[str, Case]] = {
     1: {
         "eager": {"train": {"steps": 20}},
@@ -45,7 +46,12 @@ JOBS: dict[int, dict[str, Case]] = {
         "eager-mixed": {**MIXED, "train": {"steps": 5}},
         "compiled-mixed": {**MIXED, "train": {"steps": 5, "compile": True}},
     },
-    2: {"eager-spread": {**SPREAD, "train": {"steps": 20}}, "compiled-spread": COMPILED_AGAIN},
+    2: {
+        "eager-spread": {**SPREAD, "train": {"steps": 20}},
+        "compiled-spread": COMPILED_AGAIN,
+        "eager-ragged": {**RAGGED, "train": {"steps": 5}},
+        "compiled-ragged": {**RAGGED, "train": {"steps": 5, "compile": True, "recompute": "mlp"}},
+    },
 }
 
 
@@ -87,9 +93,11 @@ def test_compiled_blocks_have_the_curve_of_those_that_are_not(told: str, folder:
 
 @needs_compiler
 @pytest.mark.slow
-def test_compiled_blocks_in_mixed_precision_stay_near(told: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", ["mixed", "ragged"])
+def test_compiled_blocks_stay_near_in_bf16(told: str, folder: Path, name: str) -> None:
     # Fused operations round once where separate ones round to bf16 in between.
-    assert curve(folder / "compiled-mixed") == pytest.approx(curve(folder / "eager-mixed"), abs=5e-3)
+    compiled = curve(folder / f"compiled-{name}")
+    assert len(compiled) == 5 and compiled == pytest.approx(curve(folder / f"eager-{name}"), abs=5e-3)
 
 
 @needs_compiler
