@@ -130,6 +130,15 @@ def test_only_the_weights_of_a_bf16_model_are_rounded_and_its_fingerprint_is_tha
     assert prediction.dtype == torch.float32, "the sampler's own arithmetic is in fp32"
 
 
+def test_a_model_sampled_in_mixed_precision_keeps_fp32_weights_and_computes_as_a_run_of_it(trained: Path) -> None:
+    launch, checkpoint = Launch(0, 1, 0, "single"), find_model(trained)
+    model, _ = open_model(asked(trained, precision="bf16_mixed"), checkpoint, CPU, launch, None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mixed, exact = (m(noise, torch.ones(2), torch.tensor([0, 1])).prediction for m in (model, load_model(trained)))
+    assert 0 < (mixed - exact).abs().max() < 0.1
+
+
 def test_a_loaded_model_has_fp32_weights_whatever_the_precision_of_the_run(bf16_run: Path) -> None:
     assert {tensor.dtype for tensor in load_model(bf16_run).parameters()} == {torch.float32}
 
