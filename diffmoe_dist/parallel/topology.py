@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import socket
 import subprocess
 import threading
@@ -65,6 +67,7 @@ def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.dev
     """
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that is there, and warns where none is
+        keep_freed_memory()
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine has no usable CUDA device; use device=cpu or device=auto")
@@ -77,6 +80,20 @@ def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.dev
     torch.cuda.set_device(launch.local_rank)
     set_tf32(tf32)
     return torch.device("cuda", launch.local_rank)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc.
+
+    glibc gives large blocks back to the system when they are freed, and takes them anew, page by page and filled with
+    zeros, for the next tensor of that size. A training step on a CPU frees what the next one takes, all of it.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
 
 
 def set_deterministic(device: torch.device) -> None:
