@@ -92,7 +92,7 @@ class DiTBlock(nn.Module):
             h, routing = self.mlp(self.normalize(x, shift, scale), null_N)
         else:
             h, routing = self.feed(x, shift, scale), None
-        return x + gate[:, None] * h, routing
+        return self.add(x, gate, h), routing
 
     def attend(self, x: Tensor, condition: Tensor, *text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The half before the feed-forward layer: (N, T, D), and shift, scale and gate of that layer, (N, D)."""
@@ -109,6 +109,10 @@ class DiTBlock(nn.Module):
     def feed(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """(N, T, D), what the dense feed-forward layer adds before its gate."""
         return self.mlp(self.normalize(x, shift, scale))
+
+    def add(self, x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+        """(N, T, D), the residual stream after the block."""
+        return x + gate[:, None] * h
 
 
 class FinalLayer(nn.Module):

@@ -26,6 +26,7 @@ def apply_compile(model: DiT) -> None:
     for block in model.blocks:
         layer = block.mlp
         _compile(block, "attend")
+        _compile(block, "add")
         if isinstance(layer, MoELayer):
             _compile(block, "normalize")
             layer.experts.forward = _CompiledExperts(layer.experts)  # type: ignore[method-assign]
