@@ -46,7 +46,11 @@ from diffmoe_dist.planning.workload import Cluster
 
 TOLERANCE = 0.1  # of a prediction
 MODELS = ("dense", "ours")
-VARIANTS = ("ours,train.recompute=mlp", "ours,precision=bf16_mixed")  # of one size alone: minutes are few
+VARIANTS = (
+    "ours,train.recompute=mlp",
+    "ours,train.compile=true",
+    "ours,precision=bf16_mixed",
+)  # of one size alone: minutes are few
 GIB = 2**30
 
 

@@ -206,6 +206,8 @@ def cutoffs(scores: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
 
 def kth_largest(values: Tensor, k: int) -> Tensor:
     """(..., P) to (...), the k-th largest of each row."""
+    if not values.shape[:-1].numel():  # an owner of no experts; topk on CUDA would start a kernel without blocks
+        return values.new_empty(values.shape[:-1])
     return values.topk(k, dim=-1, sorted=False).values.amin(dim=-1)
 
 

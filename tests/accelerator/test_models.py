@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,18 @@ def test_the_residual_stream_is_contiguous(captions: bool) -> None:
         part.register_forward_pre_hook(lambda _, arguments: given.append(arguments[0]))
     train(made, *inputs(captions))
     assert len(given) == 3 and all(x.is_contiguous() for x in given)
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
+def test_a_pool_of_more_ranks_than_experts_asks_nothing_that_cuda_refuses(exchange: str) -> None:
+    for log in run_ranks(3, train_with_two_experts, exchange):
+        assert log.faults == log.copies == []
+
+
+def train_with_two_experts(rank: int, world_size: int, exchange: Any) -> Log:
+    settings = config("global_pool", num_experts=2)
+    settings = replace(settings, parallel=replace(settings.parallel, score_exchange=exchange))
+    return train(model(settings, torch.bfloat16), *inputs())
 
 
 def train_on_ranks(rank: int, world_size: int) -> list[Log]:

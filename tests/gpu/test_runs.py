@@ -57,6 +57,15 @@ def test_recomputation_gives_the_same_bits(device: str, digits: Path, tmp_path: 
     assert curve(tmp_path / "none") == curve(tmp_path / "mlp") == curve(tmp_path / "block")
 
 
+@pytest.mark.gpu
+def test_compiled_blocks_learn_as_others(digits: Path, tmp_path: Path) -> None:
+    # On a CPU tests/engine/test_compile.py holds it closer.
+    for compiled in ("false", "true"):
+        train(tmp_path / compiled, digits, "cuda", "train.steps=6", f"train.compile={compiled}")
+    eager, compiled_curve = (curve(tmp_path / name) for name in ("false", "true"))
+    assert max(abs(a - b) for a, b in zip(eager, compiled_curve, strict=True)) < 1e-4
+
+
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
 def test_a_run_traces_steps_times_their_parts_and_samples(device: str, digits: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
