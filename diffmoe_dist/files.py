@@ -137,25 +137,41 @@ def make_writable(folder: Path, named: str) -> None:
         raise UserError(f"{named}: cannot be written ({error.strerror}); {remedy}") from None
 
 
+def refuse_irregular(path: Path) -> Path:
+    """The path. Raises OSError for a pipe, which would be waited for, a device or a socket."""
+    if not (path.is_file() or path.is_dir()) and path.exists():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal. Raises OSError, also for what is no regular file."""
     digest = hashlib.sha256()
+    refuse_irregular(path)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the few lines that Git keeps in the place of a large one."""
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs")
+def refuse_pointer(path: Path, named: str | None = None) -> None:
+    """Refuse the few lines that Git keeps in the place of a large file, and pipes and devices.
 
+    Args:
+        named: how the user named the folder that the file lies in; None: the path says enough.
 
-def refuse_pointer(path: Path) -> None:
-    """Raises UserError for a file that is a pointer of Git LFS."""
-    if path.is_file() and is_lfs_pointer(path):
-        raise UserError(f"{path} is a pointer of Git LFS, not the file itself; run git lfs pull")
+    Raises:
+        UserError: it is such a thing. A folder, or no file at all, is left to who reads it.
+    """
+    where = str(path) if named is None else f"{named}: {path.name}"
+    try:
+        refuse_irregular(path)
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(40).startswith(b"version https://git-lfs"):
+                    raise UserError(f"{where} is a pointer of Git LFS, not the file itself; run git lfs pull")
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}); fetch it again") from None
 
 
 def is_utf8(text: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import is_lfs_pointer
+from diffmoe_dist.files import refuse_irregular, refuse_pointer
 
 
 def check_model_folder(
@@ -44,17 +44,16 @@ def check_model_folder(
 def read_model_config(folder: Path, named: str, remedy: str = "fetch it again") -> Any:
     """What config.json holds. Raises UserError where it cannot be read, or is nested deeper than Python goes."""
     try:
-        return json.loads((folder / "config.json").read_bytes())
+        return json.loads(refuse_irregular(folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{named}: no config.json that can be read; {remedy}") from None
 
 
 def refuse_pointers(folder: Path, named: str, patterns: Sequence[str]) -> None:
-    """Refuse a folder where files that match are what Git leaves in their place without its extension for large ones.
+    """Refuse a folder where files that match are what Git leaves in their place, or no regular files.
 
     Raises:
         UserError: names the first.
     """
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        if is_lfs_pointer(path):
-            raise UserError(f"{named}: {path.name} is a pointer of Git LFS, not the file itself; run git lfs pull")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        refuse_pointer(path, named)

@@ -22,6 +22,7 @@ import numpy as np
 from diffmoe_dist.data.text import EncodedText
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import refuse_irregular
 
 ENCODED_SUFFIX = ".npz"
 _FORMAT, _VERSION = "diffmoe-prompts", 1
@@ -93,7 +94,7 @@ def read_prompts(path: str | Path, setting: str = "--prompts") -> list[Prompt]:
     if path.suffix not in _PARSERS:
         raise UserError(f"{setting}={path}: is neither .txt nor .jsonl; write a prompt a line, and name the file so")
     try:
-        lines = path.read_bytes().removeprefix(_UTF8_MARK).split(b"\n")
+        lines = refuse_irregular(path).read_bytes().removeprefix(_UTF8_MARK).split(b"\n")
     except OSError as error:
         raise UserError(f"{setting}={path}: cannot be read ({error.strerror}); name a file of prompts") from None
     prompts = []
@@ -186,7 +187,7 @@ def open_encoded_prompts(path: str | Path, setting: str = "--prompts") -> Encode
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a member completely, and with it its checksum, before any of it is believed."""
-    with zipfile.ZipFile(path) as file:
+    with zipfile.ZipFile(refuse_irregular(path)) as file:
         payloads = {
             name: io.BytesIO(file.read(f"{name}.npy")) for name in ("description", "lengths", "tokens", "pooled")
         }

@@ -29,7 +29,7 @@ from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_frag
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, flush_directory, write_atomically, write_json
+from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, write_atomically, write_json
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
@@ -201,7 +201,7 @@ def write_sums(folder: Path, sums: dict[str, str]) -> None:
 
 def read_sums(folder: Path) -> dict[str, str]:
     """File name to SHA-256. Raises OSError and ValueError."""
-    lines = (folder / SUMS).read_text().splitlines()
+    lines = refuse_irregular(folder / SUMS).read_text().splitlines()
     return {name: value for value, name in (line.split("  ", 1) for line in lines)}
 
 

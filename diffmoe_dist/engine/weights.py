@@ -26,7 +26,7 @@ from diffmoe_dist.config import Config, build_config, load_config
 from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, flush_directory, refuse_pointer, write_json
+from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, refuse_pointer, write_json
 from diffmoe_dist.model.dit import DiT
 
 FORMAT = "diffmoe-weights"
@@ -74,6 +74,8 @@ def read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if is_weights_folder(folder):
         return _read_settings(folder, overrides)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"checkpoint {folder} is damaged (config.yaml is missing); take another one")
     return load_config(folder / "config.yaml", overrides)
 
 
@@ -171,7 +173,7 @@ def _read_weights(folder: Path, device: str | torch.device, overrides: Sequence[
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(refuse_irregular(path).read_text())
         found, _ = (record["format"], record["version"]), (record["settings"], record["sha256"][WEIGHTS_NAME])
     except FileNotFoundError:
         raise UserError(f"{path} is missing; convert or copy the weights again") from None

@@ -21,6 +21,8 @@ import torch
 from torch.export.passes import move_to_device_pass
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
 
+from diffmoe_dist.files import refuse_irregular
+
 _MODEL = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
@@ -62,7 +64,7 @@ def load_program(path: Path, device: torch.device) -> torch.nn.Module:
         UnsafeProgramError: the archive holds more than ATen operators on tensors.
         Exception: of any kind, where it is no such archive, or a damaged one.
     """
-    path.open("rb").close()  # an OSError with its reason, where torch's reader has another of its own
+    refuse_irregular(path).open("rb").close()  # an OSError with its reason, where torch's reader has another of its own
     with PT2ArchiveReader(str(path)) as archive:
         records = {name: archive.read_bytes(name) for name in archive.get_file_names()}
     checked = _checked(records)

@@ -21,6 +21,7 @@ from diffmoe_dist.data.encoding import one_line
 from diffmoe_dist.data.images import ImageError, decode_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import refuse_irregular
 
 
 class ImageSource(Protocol):
@@ -45,7 +46,7 @@ class NpzImages:
         self.path = path
         named = named or f"--samples {path}"
         try:
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            with zipfile.ZipFile(refuse_irregular(path)) as archive, archive.open("arr_0.npy") as file:
                 shape, fortran_order, dtype = _read_header(file)
                 stored = archive.getinfo("arr_0.npy").file_size - file.tell()
         except OSError as error:

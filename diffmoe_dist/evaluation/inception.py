@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import refuse_irregular
 
 INPUT_SIZE = 299
 POOLED_FEATURES, SPATIAL_CHANNELS, CLASSES = 2048, 7, 1008
@@ -287,7 +288,7 @@ def load_inception(path: str | Path, named: str | None = None) -> Inception:
 def _read_weights(path: str | Path, named: str) -> dict[str, Tensor]:
     """The tensors of a file that torch.save has written, without the counters of batches that some ports add."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(refuse_irregular(Path(path)), map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{named}: cannot be read ({error.strerror}); {_WANTED}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -20,7 +20,7 @@ from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor
 from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import Statistics
-from diffmoe_dist.files import write_npz
+from diffmoe_dist.files import refuse_irregular, write_npz
 
 REFERENCE_IMAGES = 10_000  # for precision and recall, as ADM
 
@@ -45,7 +45,7 @@ def read_reference(path: Path, extractor: Extractor, named: str | None = None) -
     """
     named = named or f"--reference {path}"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(refuse_irregular(path), allow_pickle=False) as file:
             names = set(file.files)
             arrays = {name: file[name] for name in sorted(names & {"mu", "sigma", "mu_s", "sigma_s", "extractor"})}
     except OSError as error:

@@ -32,6 +32,7 @@ from diffmoe_dist.evaluation.metrics import (
     neighbour_radii,
 )
 from diffmoe_dist.evaluation.reference import Reference, write_reference
+from diffmoe_dist.files import refuse_irregular
 from diffmoe_dist.parallel.topology import all_gather
 
 FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
@@ -234,7 +235,7 @@ def read_sampling_record(samples: NpzImages) -> dict[str, Any]:
     """What the sampling.json beside the samples says, if it is about as many images; else nothing."""
     path = samples.path.with_name("sampling.json")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(refuse_irregular(path).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and record.get("num") == samples.num_images else {}

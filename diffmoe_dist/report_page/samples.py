@@ -18,6 +18,7 @@ from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import refuse_irregular
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.precision import set_weight_type, tf32_products
 from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
@@ -49,7 +50,7 @@ class FinishedSamples:
             UserError: there is none.
         """
         try:
-            job = AS_BEFORE_0_2 | json.loads((folder / "sampling.json").read_text())
+            job = AS_BEFORE_0_2 | json.loads(refuse_irregular(folder / "sampling.json").read_text())
             if not {"weights", "overrides"} <= job.keys():
                 raise ValueError("a setting is missing")
         except (OSError, ValueError, TypeError, RecursionError):
