@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -98,19 +99,21 @@ def free_gradients(module: nn.Module) -> list[Any]:
 
 def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes that a forward pass leaves for backward, each storage once, the input included, parameters left out."""
-    storages: dict[int, int] = {}
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor  # which keeps the storage, so that its address stays its own
+            storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = forward()
+    # What a backward pass within this forward pass has used is gone already.
+    kept = sum(size for storage, size in storages.values() if not storage.expired())
     del outputs
-    return sum(storages.values())
+    return kept
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

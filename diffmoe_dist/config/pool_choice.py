@@ -36,9 +36,6 @@ class PoolChoiceSettings(RouterSettings):
     def score_kinds(self) -> int:
         return 2 if self.has_predictor() else 1
 
-    def saved_bytes(self, hidden_size: int, element: int) -> int:
-        return hidden_size * element + 8 * self.num_experts if self.has_predictor() else 0
-
     def structure(self) -> dict[str, Any]:
         return {**super().structure(), "capacity_predictor": self.has_predictor()}
 

@@ -13,7 +13,7 @@ from diffmoe_dist.config.pool_choice import PoolChoiceSettings
 from diffmoe_dist.model.fp32_linear import fp32_linear
 from diffmoe_dist.model.precision import mixed_precision
 from diffmoe_dist.model.routing import Router, Routing, Selection, TokenPool, route
-from diffmoe_dist.model.routing_losses import capacity_loss
+from diffmoe_dist.model.routing_losses import capacity_loss, with_gradients_now
 
 
 class PoolChoice(Router):
@@ -71,7 +71,8 @@ class PoolChoice(Router):
         if not self.training:
             return route(scores_TN, self._select(scores_TN.detach(), logits_TN.detach()), losses={})
         selection = self._select_slots(scores_TN.detach(), logits_TN.detach())
-        losses = {"capacity": capacity_loss(logits_TN, selection.chosen.T, self.layers)}
+        loss = capacity_loss(logits_TN, selection.chosen.T, self.layers)
+        losses = {"capacity": with_gradients_now(loss, self.capacity_predictor.parameters())}
         assert selection.kth_largest is not None
         threshold_GN = selection.kth_largest.sigmoid()  # which has the same order as the logits; eq. 17
         threshold = threshold_GN.mean(dim=0) if len(threshold_GN) > 1 else threshold_GN[0]

@@ -5,6 +5,7 @@ Shape legend: T tokens, D width, N experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,30 @@ class _CapacityLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, target = ctx.saved_tensors
         return logits.sigmoid().sub_(target).mul_(grad / (logits.numel() * ctx.layers)), None, None
+
+
+def with_gradients_now(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The loss, with its gradients computed already: nothing but them is kept for backward.
+
+    For a loss that depends on nothing else than these parameters, whose gradients are smaller than what they are
+    computed from.
+    """
+    if not loss.requires_grad:
+        return loss
+    parameters = list(parameters)
+    return _KnownGradients.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters)
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
 
 
 def balance_loss(scores_TN: Tensor, picks_N: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.measuring import saved_bytes
 from diffmoe_dist.config import expert_slots
 from diffmoe_dist.config.pool_choice import PREDICTOR_DEFAULTS, PoolChoiceSettings
 from diffmoe_dist.config.routers import expert_choice, global_pool
@@ -362,6 +363,17 @@ def test_the_predictor_loss_sends_no_gradient_into_the_tokens_or_the_gate() -> N
     assert x.grad is None and layer.router.gate_weight.grad is None
     assert layer.router.capacity_predictor is not None
     assert all(grad.any() for grad in gradients(layer.router.capacity_predictor))
+
+
+def test_nothing_of_the_predictor_is_kept_for_backward_but_its_gradients() -> None:
+    router, x_TD = make_layer().router, make_tokens().requires_grad_()
+    assert router.capacity_predictor is not None
+    kept = saved_bytes(router, lambda: conditional(router, x_TD))
+    of_scores = x_TD.numel() + len(x_TD) * EXPERTS  # the tokens, and the softmax
+    of_predictor = sum(parameter.numel() for parameter in router.capacity_predictor.parameters())
+    assert kept == 4 * (of_scores + of_predictor)
+    with torch.no_grad():
+        assert not conditional(router, x_TD).losses["capacity"].requires_grad
 
 
 def test_assignments_are_by_expert_and_then_by_token() -> None:
