@@ -22,9 +22,8 @@ Memory, beyond the parameters:
   memory events, which hold every tensor, but not the scratch space inside a math library.
 - saved: bytes that autograd keeps for backward after the forward pass, each storage once, the input among them.
 
-On a CPU, tensors of many megabytes come from the operating system as fresh pages at every allocation, the gradients
-of all the experts among them; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment lets the C
-library keep them, as the caching allocator does on CUDA, and shows how much of a ratio that is.
+On a CPU the C library keeps freed memory, as it does for a trainer: tensors of many megabytes, the gradients of all the
+experts among them, would else come from the operating system as fresh pages at every allocation.
 
     python -m benchmarks.moe_layer
     python -m benchmarks.moe_layer --device cuda --dtype bf16 --sizes 1152x65536x16
@@ -51,6 +50,7 @@ from diffmoe_dist.model.mlp import Mlp
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
 from diffmoe_dist.model.routing import LocalPool
+from diffmoe_dist.parallel.topology import keep_freed_memory
 
 MLP_RATIO = 4
 TOKENS_PER_IMAGE = 256
@@ -226,6 +226,8 @@ def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
     on_cuda = device.type == "cuda"
+    if not on_cuda:
+        keep_freed_memory()
     found: dict[str, Any] = {"benchmark": "moe_layer", **circumstances(device), "rows": []}
     print(f"{told(found)}; forward and backward; memory beyond the parameters\n")
     for name in arguments.dtype or (["bf16", "fp32"] if on_cuda else ["fp32"]):
