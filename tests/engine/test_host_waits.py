@@ -56,7 +56,19 @@ def train_counted(rank: int, world_size: int, shards: Path, run_dir: Path, setti
 def test_a_step_reads_values_from_one_copy_and_deepspeed_never_synchronises(
     tmp_path: Path, digits: Path, settings: dict[str, Any]
 ) -> None:
-    [(values, synchronised)] = run_ranks(1, train_counted, digits, tmp_path / "run", settings)
+    [result] = run_ranks(1, train_counted, digits, tmp_path / "run", settings)
+    assert_reads_one_copy(*result)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_reach_their_owners_without_a_wait_of_the_host(tmp_path: Path, digits: Path, stage: int) -> None:
+    settings = {"moe": {"router": "dense", "num_experts": None}, "parallel": {"zero_stage": stage}}
+    for result in run_ranks(2, train_counted, digits, tmp_path / "run", settings):
+        assert_reads_one_copy(*result)
+
+
+def assert_reads_one_copy(values: dict[str, int], synchronised: list[Any]) -> None:
+    """`_update` reads it; it is on the host."""
     assert not synchronised, "".join(synchronised[0])
-    # `_update` reads the one copy, which is on the host.
-    assert set(values) == {"trainer.py:_update", "trainer.py:_metrics"}, values
+    assert values.keys() <= {"trainer.py:_update", "trainer.py:_metrics"}, values
+    assert "trainer.py:_update" in values
