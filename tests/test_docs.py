@@ -75,6 +75,7 @@ COMMANDS: dict[str, How] = {
     r"\. \.venv/bin/activate": NotRun("it changes the reader's shell alone"),
     r"pre-commit install": NotRun("it changes the reader's clone; its hooks are the commands of make lint"),
     r"make (test|test-fast|lint|demo|demo-text)": NotRun("too long for a test; .ci/run runs it"),
+    r"make bench": NotRun("takes ten minutes; tests/test_benchmarks.py runs each of its benchmarks at a tiny size"),
     r"make gpu.*": NotRun("needs a GPU; tests/test_benchmarks.py and tests/gpu run what a CPU can of it"),
     r"pip wheel .*|pip install --no-index .*": NotRun("for a machine without network"),
     r"pip install .*": NotRun("needs a package index; tests/test_packaging.py installs the wheel"),
