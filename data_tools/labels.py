@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,8 @@ def number_labels(values: Sequence[Any], known: Sequence[str] = (), largest: int
     classes are numbered already: a text is one of them, a number stays.
     """
     texts = [_as_text(value) for value in values]
-    different = {text for text in texts if isinstance(text, str)}
-    if all(text is None or (isinstance(text, str) and _is_negative(text)) for text in texts):
+    different = {text for text in texts if text is not None and not isinstance(text, UnreadableCell)}
+    if all(text is None or (text in different and _is_negative(text)) for text in texts):
         return None
     largest = largest or MAX_LABEL
     named = {text for text in different if not is_number(text)}
@@ -63,7 +64,7 @@ def number_labels(values: Sequence[Any], known: Sequence[str] = (), largest: int
         names = sorted(text for text in different if not _is_negative(text))
         of_text = {text: _number(text, largest) for text in different - set(names)}
         of_text.update((name, label) for label, name in enumerate(names))
-    found = [of_text[text] if isinstance(text, str) else text or "no label" for text in texts]
+    found = [of_text[text] if text in different else text or "no label" for text in texts]
     labels = np.array([one if isinstance(one, int) else -1 for one in found], dtype=np.int64)
     return Labels(names, labels, {item: str(one) for item, one in enumerate(found) if not isinstance(one, int)})
 
@@ -74,6 +75,8 @@ def _as_text(value: Any) -> str | UnreadableCell | None:
         return None
     if isinstance(value, UnreadableCell):
         return value
+    if isinstance(value, float) and math.isinf(value):
+        return UnreadableCell(f"label {value} is not a whole number")
     if isinstance(value, (list, tuple, dict, set)):
         return UnreadableCell(f"label {str(value)[:_QUOTED]} is not one class")
     text = str(value).strip("\ufeff \t\r\n")

@@ -67,6 +67,8 @@ class SamplingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{self.option(name)} {value}: choose at least 1")
+            if value is not None and value > _MOST:
+                raise UserError(f"{self.option(name)} {value}: choose at most {_MOST}")
         self._check_prompts()
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
@@ -116,6 +118,7 @@ def read_classes(text: str) -> tuple[int, ...]:
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
 _FOLDER: dict[str, Any] = {"metavar": "DIR"}
 # What argparse needs to know of the option of each field.
+_MOST = 10**8  # images, steps, ranks: beyond it a job would not end
 _OPTIONS: dict[str, dict[str, Any]] = {
     "num": {"type": int, "metavar": "N", "help": "how many images (default with prompts: one of each)"},
     "steps": {"type": int, "metavar": "N", "help": "sampler steps (default 50; dopri5 chooses its own)"},

@@ -177,6 +177,20 @@ def _check(path: Path) -> None:
             assert text == text.strip() != "" and json.loads(fields["json"])["captions"][0] == text
 
 
+@pytest.mark.parametrize("odd", [[1], {"a": 1}, {}, "\ud800", "a\0b"])
+def test_a_label_of_no_kind_that_a_class_can_have_is_a_bad_item_and_never_a_class(odd: Any) -> None:
+    nothing = number_labels([odd, odd, odd])
+    assert nothing is not None and not nothing.class_names and set(nothing.problems) == {0, 1, 2}
+    for good, names in ((["4", "2"], ["0", "1", "2", "3", "4"]), (["cat", "dog"], ["cat", "dog"])):
+        found = number_labels([odd, good[0], odd, good[1], odd])
+        assert found is not None and list(found.class_names) == names and set(found.problems) == {0, 2, 4}
+
+
+def test_an_infinite_label_among_numbers_is_a_bad_item() -> None:
+    found = number_labels([float("inf"), 1.0, 1.0])
+    assert found is not None and list(found.class_names) == ["0", "1"] and set(found.problems) == {0}
+
+
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=4), st.booleans())
 def test_any_json_lines_give_right_values_bad_items_or_one_line(rows: list[tuple[Any, Any, Any]], real: bool) -> None:
