@@ -173,7 +173,7 @@ def _check_parallel(config: Config) -> None:
     if parallel.tensor != 1:
         raise UserError(f"parallel.tensor={parallel.tensor}: tensor parallelism is not available yet; use 1")
     kind = "sample" if config.experts is None else config.experts.pool_kind()
-    if kind not in ("global", "expert_parallel") and parallel.score_exchange != "all_to_all":
+    if kind not in ("global", "expert_parallel") and parallel.score_exchange != "auto":
         what = f"moe.pool={kind}" if hasattr(config.moe, "pool") else f"moe.router={config.moe.router}"
         raise UserError(
             f"parallel.score_exchange={parallel.score_exchange} has no effect with {what}, which exchanges no scores; "

@@ -80,7 +80,13 @@ class ParallelConfig:
     tensor: int = 1
     zero_stage: Literal[1, 2] = 1
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange and add up gradients
-    score_exchange: Literal["all_to_all", "all_gather"] = "all_to_all"
+    # How a pool's scores travel, with equal results: each expert's to one rank and cutoffs back, or all to all ranks in
+    # one round. auto: the second where a layer's scores of the whole pool are at most 1 MiB.
+    score_exchange: Literal["auto", "all_to_all", "all_gather"] = "auto"
+
+    def gathers_scores(self, pool_bytes: int) -> bool:
+        """Whether every rank gets all the scores of a pool that have so many bytes."""
+        return self.score_exchange == "all_gather" or (self.score_exchange == "auto" and pool_bytes <= 2**20)
 
 
 @dataclass(frozen=True)

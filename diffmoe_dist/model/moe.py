@@ -140,7 +140,8 @@ class Experts(nn.Module):
         groups: tuple[int | Sequence[int] | None, Tensor | None] = (rows.rows_per_expert, None)
         if rows.rows_per_expert is None:
             # A grouped product of no rows at all has no kernel.
-            nothing = not torch.compiler.is_compiling() and rows.counts is not None and not any(rows.counts)
+            picked = rows.x if rows.token_index is None else rows.token_index
+            nothing = not torch.compiler.is_compiling() and len(picked) == 0
             if is_grouped(rows.x, self.w1, self.w2) and not nothing:
                 groups = (None, rows.tokens_per_expert.cumsum(0, dtype=torch.int32))
             else:

@@ -11,6 +11,7 @@ K kinds of scores (1, or 2 with the second scores), P = Q * T tokens of the pool
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,15 +53,18 @@ class _SumOverRanks(torch.autograd.Function):
 class DistributedPool:
     """One pool over the tokens of all ranks of a group; every rank has the same number of tokens.
 
-    `exchange` says how scores travel, with equal results: `all_to_all` sends each column to its owner alone,
-    T * N floats a rank; `all_gather` sends everything everywhere, Q times that, in one round instead of two.
+    How scores travel has equal results: by an all-to-all each column goes to its owner alone, T * N floats a rank; an
+    all-gather sends everything everywhere, Q times that, in one round instead of two.
+
+    Args:
+        gathers: whether all scores of the pool, of so many bytes, go everywhere.
     """
 
-    def __init__(self, group: dist.ProcessGroup, exchange: str) -> None:
+    def __init__(self, group: dist.ProcessGroup, gathers: Callable[[int], bool]) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.exchange = {"all_to_all": self._select_all_to_all, "all_gather": self._select_all_gather}[exchange]
+        self.gathers = gathers
 
     def num_tokens(self, local_tokens: int) -> int:
         return self.ranks * local_tokens
@@ -73,7 +77,9 @@ class DistributedPool:
     def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
         scores_NKT = columns([scores_TN, second_TN], kind_dim=1)
         per_expert = slots if isinstance(slots, int) else slots[0]
-        reply_N3, arrivals_EQ = self.exchange(scores_NKT, per_expert)
+        gathers = self.gathers(self.ranks * scores_NKT.numel() * scores_NKT.element_size())
+        exchange = self._select_all_gather if gathers else self._select_all_to_all
+        reply_N3, arrivals_EQ = exchange(scores_NKT, per_expert)
         cutoff_N, ties_N, kth_N = reply_N3.unbind(dim=1)
         return Selection(
             chosen=topk_mask(scores_NKT[:, 0], cutoff_N, ties_N.long()),
@@ -138,6 +144,8 @@ def reply(columns_QEKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
     """
     ranks, experts, kinds, tokens = columns_QEKT.shape
     assert tokens < _FP32_EXACT_INTEGERS, "tie counts travel as fp32"
+    if experts == 0:  # more ranks than experts: CUDA launches no top-k of no rows
+        return columns_QEKT.new_empty(ranks, 0, 3), torch.empty(0, ranks, dtype=torch.int64, device=columns_QEKT.device)
     columns_EKQT = columns_QEKT.permute(1, 2, 0, 3).contiguous()
     scores_EQT = columns_EKQT[:, 0]
     cutoff, left = cutoffs(scores_EQT.flatten(1), slots)

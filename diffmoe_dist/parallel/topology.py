@@ -24,8 +24,10 @@ from diffmoe_dist.model.precision import set_tf32
 Group = dist.ProcessGroup
 _SECONDS_BEFORE_A_WORD = 20.0  # that a rank waits for the others without one
 
-# gathered, mine, group: torch renamed it in 2.13.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+def all_gather(gathered: torch.Tensor, mine: torch.Tensor, group: Group | None = None) -> None:
+    """Every rank's tensor, one after the other, on every rank. (torch renamed it in 2.13.)"""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(gathered, mine, group)
 
 
 @dataclass(frozen=True)

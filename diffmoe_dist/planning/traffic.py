@@ -82,11 +82,12 @@ def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups,
     pool = pools.get(experts.pool_kind())
     if pool is not None:
         scores = 4 * N * work.tokens * experts.score_kinds()
-        if config.parallel.score_exchange == "all_to_all":
+        of_pool = scores * groups.size(pool)
+        if config.parallel.gathers_scores(of_pool):
+            transfers.append(groups.all_gather("scores", pool, of_pool, times))
+        else:
             # And the replies: three numbers for each expert.
             transfers.append(groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times))
-        else:
-            transfers.append(groups.all_gather("scores", pool, scores * groups.size(pool), times))
     transfers.append(groups.all_reduce("sums of the batch", "world", experts.batch_sum_bytes(D), times))
     return transfers
 

@@ -38,15 +38,15 @@ token_choice swiglu layer                    29       27           0     0    1 
 prototype layer                              81      131           0     1    1      0
 prototype block                              98      165           0     1    1      0
 prototype expert_choice layer               104      123           0     1    1      0
-global_pool layer, whole                     72       38           2     1    1      0
-global_pool swiglu layer, whole              65       36           2     1    1      0
+global_pool layer, whole                     71       38           1     1    1      0
+global_pool swiglu layer, whole              64       36           1     1    1      0
 global_pool sample layer, whole              39       34           0     0    0      0
 expert_choice layer, whole                   25       21           0     0    0      0
 token_choice layer, whole                    38       29           1     0    1      0
 prototype layer, whole                       83      132           1     1    1      0
 prototype expert_choice layer, whole        106      123           1     1    1      0
-global_pool layer, sharded                   81       37           6     1    1      0
-global_pool swiglu layer, sharded            82       39           6     1    1      0
+global_pool layer, sharded                   80       37           5     1    1      0
+global_pool swiglu layer, sharded            81       39           5     1    1      0
 global_pool sample layer, sharded            44       37           4     0    0      0
 expert_choice layer, sharded                 30       24           4     0    0      0
 expert_choice predictor layer, sharded       44       37           4     0    0      0

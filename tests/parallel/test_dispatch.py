@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from diffmoe_dist.parallel.dispatch import all_to_all_rows, permute_rows, plan_dispatch
+from diffmoe_dist.parallel.dispatch import Exchange, all_to_all_rows, even_plan, permute_rows, plan_dispatch
 from tests.distributed import RankError, run_ranks
 
 # (tokens of each rank for each expert here, where each row of the expert-by-expert order has arrived)
@@ -63,6 +64,16 @@ def test_a_rank_sends_each_rank_the_rows_of_that_ranks_experts() -> None:
     assert plan.send == [3, 0, 4] and plan.receive == [2, 5, 0]
 
 
+def test_where_every_rank_sends_every_expert_as_many_rows_the_plan_needs_no_order() -> None:
+    counts = torch.full((3, 2), 4)
+    plan, even = plan_dispatch(counts, counts), even_plan(ranks=3, experts=2, rows=4)
+    x = torch.arange(24.0)[:, None]
+
+    assert (even.send, even.receive) == (plan.send, plan.receive)
+    assert torch.equal(even.to_experts(x), plan.to_experts(x))
+    assert torch.equal(even.to_ranks(even.to_experts(x)), x) and torch.equal(plan.to_ranks(plan.to_experts(x)), x)
+
+
 def test_permuted_rows_bring_their_gradient_back_to_their_place() -> None:
     x = torch.arange(8.0).view(4, 2).requires_grad_()
     order, inverse = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 3, 0, 2])
@@ -98,6 +109,44 @@ def test_rows_travel_by_uneven_splits_and_their_gradients_travel_back() -> None:
     # Each row was given itself + 1000 * (the rank that it went to) as gradient.
     assert first["grad"] == [0, 1001, 1002] and second["grad"] == [100, 101, 102]
     assert first["empty"] == second["empty"] == [0, 2]
+
+
+class LoggedExchange(Exchange):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.log: list[str] = []
+
+    def begin(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        self.log.append("begin")
+        return super().begin(x, send, receive)
+
+    def wait(self) -> Tensor:
+        self.log.append("wait")
+        return super().wait()
+
+
+def compute_beside_an_exchange(rank: int, world_size: int) -> dict[str, Any]:
+    assert dist.group.WORLD is not None
+    exchange = LoggedExchange([1, 2], [1, 1] if rank == 0 else [2, 2], dist.group.WORLD)
+    x = (100 * rank + torch.arange(3.0)[:, None] * torch.ones(1, 2)).requires_grad_()
+    arriving = exchange.start(x)
+    beside = x * 2
+    exchange.log.append("beside")
+    assert beside.grad_fn is not None
+    beside.grad_fn.register_hook(lambda *gradients: exchange.log.append("beside"))
+    y = exchange.finish(arriving)
+    (y.square().sum() + beside.sum()).backward()
+    assert x.grad is not None
+    return {"log": exchange.log, "rows": y.detach()[:, 0].tolist(), "grad": x.grad[:, 0].tolist()}
+
+
+def test_what_stands_beside_an_exchange_is_computed_while_rows_travel_and_while_their_gradients_do() -> None:
+    first, second = run_ranks(2, compute_beside_an_exchange)
+
+    for result in (first, second):
+        assert result["log"] == ["begin", "beside", "wait", "begin", "beside", "wait"]
+    assert first["rows"] == [0, 100] and second["rows"] == [1, 2, 101, 102]
+    assert first["grad"] == [2, 4, 6] and second["grad"] == [202, 204, 206]
 
 
 def fail_on_rank_one(rank: int, world_size: int) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffmoe_dist.config.schema import ParallelConfig
 from diffmoe_dist.model.routing import LocalPool
 from diffmoe_dist.parallel.pool import DistributedPool, experts_per_rank, reply
 from tests.distributed import run_ranks
@@ -18,7 +20,7 @@ GROUPS = {"all": [[0, 1, 2, 3]], "neighbours": [[0, 1], [2, 3]], "strided": [[0,
 EXPERTS = [3, 4, 8]  # fewer than ranks, as many, more; 3 does not divide over 2 or 4
 SCORES = ["different", "heavy ties", "all equal"]
 SLOTS = ["one", "some", "all", "some alone", "per expert"]
-EXCHANGES = ["all_to_all", "all_gather"]
+EXCHANGES: list[Literal["all_to_all", "all_gather"]] = ["all_to_all", "all_gather"]
 
 
 def test_the_owner_replies_with_cutoff_ties_and_the_kth_largest() -> None:
@@ -53,6 +55,37 @@ def test_the_owner_replies_for_each_expert_by_its_own_number_of_slots() -> None:
     assert replies_QE3[0].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 1, 0], [1, 1, 0]]
     assert replies_QE3[1].tolist() == [[torch.inf, 0, 0], [2, 1, 0], [2, 2, 0], [1, 0, 0]]
     assert arrivals_EQ.tolist() == [[0, 0], [1, 1], [1, 2], [2, 2]]
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("slots", [3, torch.zeros(0, dtype=torch.int64)], ids=["one number", "per expert"])
+def test_an_owner_of_no_expert_asks_for_no_topk_of_no_rows(slots: int | Tensor) -> None:
+    with Operations() as computed:
+        replies_QE3, arrivals_EQ = reply(torch.empty(4, 0, 1 + isinstance(slots, int), 6), slots)
+    with Operations() as usual:
+        reply(torch.rand(4, 1, 2, 6), 3)
+
+    assert replies_QE3.shape == (4, 0, 3) and arrivals_EQ.shape == (0, 4) and arrivals_EQ.dtype == torch.int64
+    assert not computed.names & {"topk", "sort", "amin"} and "topk" in usual.names
+
+
+def test_scores_are_gathered_where_they_are_few_unless_a_setting_says_how_they_travel() -> None:
+    few, many = 2**20, 2**20 + 1
+
+    assert ParallelConfig().gathers_scores(few) and not ParallelConfig().gathers_scores(many)
+    assert not ParallelConfig(score_exchange="all_to_all").gathers_scores(few)
+    assert ParallelConfig(score_exchange="all_gather").gathers_scores(many)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +133,7 @@ def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[st
         ranks, place = len(members[mine]), members[mine].index(rank)
         local = slice(place * TOKENS, (place + 1) * TOKENS)
         for exchange in EXCHANGES:
-            pool = DistributedPool(groups[mine], exchange)
+            pool = DistributedPool(groups[mine], ParallelConfig(score_exchange=exchange).gathers_scores)
             for scores_kind, slots_kind, experts in make_cases():
                 scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)[local]
                 slots = make_slots(slots_kind, experts, ranks * TOKENS)

@@ -124,6 +124,7 @@ ON_RANKS: dict[int, dict[str, Case]] = {
         "accumulated": {**SHARDED, **ACCUMULATED},
         "gradients in bf16": BF16_GRADIENTS,
         "scores gathered": {"parallel": {"expert": 2, "score_exchange": "all_gather"}},
+        "scores to their owners": {"parallel": {"expert": 2, "score_exchange": "all_to_all"}},
         "pool of a rank": {"moe": {"pool": "rank", "capacity": 0.8}, **SHARDED},
         "expert choice": EXPERT_CHOICE,
         "token choice": TOKEN_CHOICE,
