@@ -64,6 +64,7 @@ def train_on_ranks(rank: int, world_size: int) -> list[Log]:
     return [train(model(settings, dtype), *inputs()) for settings in sharded for dtype in TYPES]
 
 
+@pytest.mark.slow
 def test_a_training_step_with_experts_over_two_ranks_asks_nothing_that_cuda_refuses() -> None:
     for logs in run_ranks(2, train_on_ranks):
         assert [log.faults + log.copies for log in logs] == [[]] * len(logs)
@@ -80,6 +81,7 @@ def recompute_on_ranks(rank: int, world_size: int) -> dict[str, list[Log]]:
     return logs
 
 
+@pytest.mark.slow
 def test_recomputation_routes_waits_and_communicates_no_second_time() -> None:
     for of_rank in run_ranks(2, recompute_on_ranks):
         for plain, *recomputed in of_rank.values():
@@ -131,6 +133,7 @@ def test_the_simulated_device_computes_what_the_cpu_does(moe: str) -> None:
         torch.testing.assert_close(values_of(there.losses[name]), loss)
 
 
+@pytest.mark.slow
 def test_weights_lie_where_grouped_mm_takes_them_in_the_memory_of_a_run(digits: Path, tmp_path: Path) -> None:
     # ZeRO keeps all weights in one buffer, where the last bias of a predictor for four experts, 8 bytes, would move all
     # that follow off the boundary. Experts that every rank has whole take ragged rows of a pool over ranks.
