@@ -27,6 +27,7 @@ _SECONDS_TO_SPEAK = 5.0
 # Of a path that the user has named, or that lies below one.
 _OF_A_FILE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.EINVAL,
 )  # fmt: skip
 
 

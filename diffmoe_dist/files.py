@@ -43,7 +43,7 @@ class AppendedFile:
     """A file that grows by whole pieces: of one for which there is no space, nothing stays. One process writes it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._file = refuse_irregular(path).open("ab", buffering=0)
 
     def append(self, piece: bytes) -> None:
         """Raises OSError when the piece cannot be written; the file is then as it was."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+needs_mpirun = pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="needs mpirun: an MPI library (Debian: openmpi-bin)"
+)
 TIME_LIMIT = 300.0  # seconds for a command that takes a few: other work may keep the machine busy
 
 # Below those that Linux gives to outgoing connections (net.ipv4.ip_local_port_range starts at 32768), and above those

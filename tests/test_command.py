@@ -40,6 +40,7 @@ run_command(lambda: {action})
         ("Path('README.md/x').exists() or open('README.md/x')", 2, "error: 'README.md/x': Not a directory;"),
         ("Path('/sys/x').write_text('')", 2, "error: '/sys/x': "),
         ("bytearray(2**62)", 2, "error: not enough memory (for what is asked); ask for less"),
+        ("Path('README.md').mkdir()", 2, "error: 'README.md': File exists; check the path and its permissions"),
         ("open('/nowhere')", 1, "FileNotFoundError"),  # a fault, where no command has looked before
         ("[].pop()", 1, "IndexError: pop from empty list"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.commands import ENV, run, start
-from tests.machine import ROOT, free_port
+from tests.machine import ROOT, free_port, needs_mpirun
 
 pytestmark = pytest.mark.slow
 
@@ -36,10 +35,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(name, marks=needs_mpirun if name == "mpirun" else ()) for name in LAUNCHERS]
+)
 def test_training_runs_and_ends_cleanly_under(launcher: str, runs: Path, digits: Path) -> None:
-    if launcher == "mpirun" and shutil.which("mpirun") is None:
-        pytest.skip("no MPI library on this machine (Debian: openmpi-bin)")
     command = [part.replace("PORT", str(free_port())) for part in LAUNCHERS[launcher]]
     ended = run(
         *command, "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",

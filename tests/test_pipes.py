@@ -17,11 +17,13 @@ from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.data.prompts import read_prompts
 from diffmoe_dist.engine.checkpoint import verify_checkpoint
 from diffmoe_dist.engine.conversion import read_state_dict
+from diffmoe_dist.engine.run_folder import FolderClaim
 from diffmoe_dist.engine.weights import read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import open_features, open_inception
 from diffmoe_dist.evaluation.image_sources import NpzImages
 from diffmoe_dist.evaluation.reference import read_reference
+from diffmoe_dist.files import AppendedFile
 from diffmoe_dist.report_page.samples import FinishedSamples
 from tests.data.encoders import save_encoder
 
@@ -57,6 +59,15 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path: P
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError):
         READERS[name](tmp_path / name)
+
+
+def test_a_pipe_in_a_run_folder_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "attempt")
+    with pytest.raises(OSError, match="not a regular file"):
+        AppendedFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="not a regular file"):
+        FolderClaim(tmp_path, "1", None).check()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import lock_file, make_writable, write_atomically
+from diffmoe_dist.files import lock_file, make_writable, refuse_irregular, write_atomically
 from diffmoe_dist.parallel.topology import on_first_rank
 
 ATTEMPT_VARIABLE = "DIFFMOE_ATTEMPT"  # JOB.RESTARTS of a scheduler that restarts jobs
@@ -140,6 +140,6 @@ def _is_later_restart(attempt: str | None, before: str | None) -> bool:
 
 def _read_attempt(run_dir: Path) -> str | None:
     try:
-        return (run_dir / "attempt").read_text().strip()
+        return refuse_irregular(run_dir / "attempt").read_text(errors="replace").strip()
     except FileNotFoundError:
         return None

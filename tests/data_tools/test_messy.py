@@ -21,7 +21,7 @@ from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import BAD, NUM_GOOD, make_messy_folder
-from tests.machine import ROOT, TIME_LIMIT
+from tests.machine import ROOT, TIME_LIMIT, needs_mpirun
 
 ARGUMENTS = ("--samples-per-shard", "10", "--crop", "adm", "--size", "32")
 
@@ -105,7 +105,7 @@ def test_processes_write_the_same_bytes_as_one(messy: Path, serial: Path, tmp_pa
     assert _contents(tmp_path / "out") == _contents(serial)
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
+@needs_mpirun
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_mpi_ranks_write_the_same_bytes_as_one_process(messy: Path, serial: Path, tmp_path: Path, ranks: int) -> None:
     launcher = ("mpirun", "--oversubscribe", "-n", str(ranks))
@@ -115,7 +115,7 @@ def test_mpi_ranks_write_the_same_bytes_as_one_process(messy: Path, serial: Path
     assert _contents(tmp_path / "out") == _contents(serial)
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
+@needs_mpirun
 def test_a_mistake_under_mpi_is_one_line_and_exit_code_2(messy: Path, tmp_path: Path) -> None:
     done = _run(messy, tmp_path / "out", "--max-bad", "3", launcher=("mpirun", "--oversubscribe", "-n", "2"))
     assert done.returncode == 2

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +11,10 @@ import pytest
 
 from data_tools.parallel import SERIAL, make_workers
 from diffmoe_dist.errors import UserError
-from tests.machine import ROOT, TIME_LIMIT
+from tests.machine import ROOT, TIME_LIMIT, needs_mpirun
 
 pytestmark = pytest.mark.slow
 
-needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 
 # What a rank of the real command does, with a job that goes wrong on one of them.
 _PROGRAM = """
