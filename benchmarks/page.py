@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ def _head(result: dict[str, Any]) -> str:
     threads = f"{result['threads']} thread{'s' if result['threads'] != 1 else ''}"
     precision = f", {result['precision']}" if "precision" in result else ""
     what = f"{result['date']}, commit {result['commit']}, {result['machine']}"
-    return f"{what}, torch {result['torch']}, {threads}{precision}."
+    return textwrap.fill(f"{what}, torch {result['torch']}, {threads}{precision}.", 100)
 
 
 def main() -> None:
