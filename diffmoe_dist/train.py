@@ -122,9 +122,11 @@ def train(config: Config, stop: StopSignals) -> int:
 
 def open_device(config: Config, launch: Launch) -> torch.device:
     """This rank's device, set up as the settings say; to be called before deepspeed is imported."""
+    from diffmoe_dist.model.precision import check_device
     from diffmoe_dist.parallel.topology import choose_device, set_deterministic
 
     device = choose_device(config.device, launch, config.tf32)
+    check_device(device, config.precision)
     if config.profile.memory_snapshot and device.type != "cuda":
         raise UserError(f"profile.memory_snapshot=true has no effect on device={device.type}; remove it")
     if config.deterministic:

@@ -9,11 +9,15 @@ are in fp32, as the weights.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.logs import logger
 
 MIXED = "bf16_mixed"  # the `precision` that means this
 
@@ -38,6 +42,24 @@ def product_type(x: Tensor) -> torch.dtype:
     if x.is_floating_point() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def check_device(device: torch.device, precision: str) -> None:
+    """Refuse bf16 on a GPU that has none, and say where a CPU has no instructions for it.
+
+    Raises:
+        UserError: the GPU is older than Ampere.
+    """
+    if precision == "fp32":
+        return
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"precision={precision}: {name} has no bf16 arithmetic; use fp32, or a GPU from Ampere on")
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if device.type == "cpu" and x86 and not torch.cpu._is_avx512_bf16_supported():
+        logger.warning(
+            "precision=%s: this CPU has no bf16 instructions, so products are slower than in fp32", precision
+        )
 
 
 def set_weight_type(model: nn.Module, precision: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, DiTOutput, initialize
 from diffmoe_dist.model.moe import Experts, MoELayer
 from diffmoe_dist.model.pool_choice import PoolChoice
+from diffmoe_dist.model.precision import check_device
 from diffmoe_dist.model.routing import Routing
 from diffmoe_dist.sampling.routing_trace import overlap_of_rules
 from tests.engine.runs import tiny_config
@@ -183,3 +187,22 @@ def test_the_rules_that_a_report_compares_decide_in_fp32_within_a_pass() -> None
         got = overlap_of_rules(full.moe_layers[0].router, x_TD, null_T)
     assert got == overlap_of_rules(full.moe_layers[0].router, x_TD, null_T)
     assert overlap_of_rules(mixed.moe_layers[0].router, x_TD, null_T) is not None
+
+
+def test_a_gpu_without_bf16_is_refused_and_a_cpu_without_its_instructions_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(logging.getLogger("diffmoe_dist"), "propagate", True)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for device in (cuda, cpu):
+        check_device(device, "fp32")
+    assert not caplog.text
+    for precision in ("bf16_mixed", "bf16"):
+        with pytest.raises(UserError, match=f"precision={precision}: Tesla V100-SXM2-32GB has no bf16 arithmetic"):
+            check_device(cuda, precision)
+        check_device(cpu, precision)
+        assert f"precision={precision}: this CPU has no bf16 instructions" in caplog.text
