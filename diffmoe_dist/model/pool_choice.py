@@ -71,8 +71,9 @@ class PoolChoice(Router):
         if not self.training:
             return route(scores_TN, self._select(scores_TN.detach(), logits_TN.detach()), losses={})
         selection = self._select_slots(scores_TN.detach(), logits_TN.detach())
-        loss = capacity_loss(logits_TN, selection.chosen.T, self.layers)
-        losses = {"capacity": with_gradients_now(loss, self.capacity_predictor.parameters())}
+        loss, gradient_TN = capacity_loss(logits_TN, selection.chosen.T, self.layers)
+        predictor = self.capacity_predictor.parameters()
+        losses = {"capacity": with_gradients_now(loss, logits_TN, gradient_TN, predictor)}
         assert selection.kth_largest is not None
         threshold_GN = selection.kth_largest.sigmoid()  # which has the same order as the logits; eq. 17
         threshold = threshold_GN.mean(dim=0) if len(threshold_GN) > 1 else threshold_GN[0]

@@ -14,49 +14,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def capacity_loss(logits_TN: Tensor, chosen_TN: Tensor, layers: int = 1) -> Tensor:
+def capacity_loss(logits_TN: Tensor, chosen_TN: Tensor, layers: int = 1) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy of the capacity predictor: does each expert take this token? (DiffMoE eq. 12)
 
     This is the mean over the tokens and experts of one layer, divided by the number of layers: eq. 12 is also a mean
     over them, and the model adds its layers' losses up. (The published code sums over the layers.)
 
     Args:
-        logits_TN: fp32, the predictor's outputs, with gradient.
+        logits_TN: fp32, the predictor's outputs.
         chosen_TN: bool, the tokens in each expert's top k.
 
     Returns:
-        () fp32.
+        () fp32, without gradient, and its gradient at the logits, (T, N).
     """
-    return _CapacityLoss.apply(logits_TN, chosen_TN, layers)
+    logits_TN, target_TN = logits_TN.detach(), chosen_TN.float()
+    loss = F.binary_cross_entropy_with_logits(logits_TN, target_TN) / layers
+    return loss, logits_TN.sigmoid().sub_(target_TN).mul_(1 / (logits_TN.numel() * layers))
 
 
-class _CapacityLoss(torch.autograd.Function):
-    """By the formula sigmoid(logit) - target for the gradient, in place."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, chosen: Tensor, layers: int) -> Tensor:
-        target = chosen.float()
-        ctx.save_for_backward(logits, target)
-        ctx.layers = layers
-        return F.binary_cross_entropy_with_logits(logits, target) / layers
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, target = ctx.saved_tensors
-        return logits.sigmoid().sub_(target).mul_(grad / (logits.numel() * ctx.layers)), None, None
-
-
-def with_gradients_now(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+def with_gradients_now(loss: Tensor, output: Tensor, gradient: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """The loss, with its gradients computed already: nothing but them is kept for backward.
 
     For a loss that depends on nothing else than these parameters, whose gradients are smaller than what they are
     computed from.
+
+    Args:
+        loss: () without gradient.
+        output: what the loss is computed from.
+        gradient: of the loss, at the output.
     """
-    if not loss.requires_grad:
+    if not output.requires_grad:
         return loss
     parameters = list(parameters)
-    return _KnownGradients.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters)
+    return _KnownGradients.apply(loss, torch.autograd.grad(output, parameters, gradient), *parameters)
 
 
 class _KnownGradients(torch.autograd.Function):

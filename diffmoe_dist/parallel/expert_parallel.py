@@ -58,7 +58,7 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
         if kind in ("global", "expert_parallel"):
             group = topology.world_group if kind == "global" else topology.expert_group
             if dist.get_world_size(group) > 1:
-                layer.router.pool = DistributedPool(group, config.parallel.gathers_scores)
+                layer.router.pool = DistributedPool(group, config.parallel.score_exchange)
         if topology.expert > 1:
             layer.experts = ExpertShard(layer.experts, topology)
             layer.dispatcher = AllToAllDispatcher(topology.expert_group)

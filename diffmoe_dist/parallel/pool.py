@@ -11,13 +11,13 @@ K kinds of scores (1, or 2 with the second scores), P = Q * T tokens of the pool
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from diffmoe_dist.config.schema import ParallelConfig
 from diffmoe_dist.model.routing import Selection, columns, cutoffs, kth_largest, topk_mask
 from diffmoe_dist.parallel.topology import all_gather
 
@@ -57,14 +57,14 @@ class DistributedPool:
     all-gather sends everything everywhere, Q times that, in one round instead of two.
 
     Args:
-        gathers: whether all scores of the pool, of so many bytes, go everywhere.
+        exchange: how, as `parallel.score_exchange`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, gathers: Callable[[int], bool]) -> None:
+    def __init__(self, group: dist.ProcessGroup, exchange: Literal["auto", "all_to_all", "all_gather"]) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.gathers = gathers
+        self.gathers = ParallelConfig(score_exchange=exchange).gathers_scores
 
     def num_tokens(self, local_tokens: int) -> int:
         return self.ranks * local_tokens

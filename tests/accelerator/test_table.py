@@ -24,13 +24,13 @@ TABLE = """
 layer                                   forward backward collectives waits fp32 copies
 dense MLP                                     3        7           0     0    0      0
 dense block                                  20       41           0     0    0      0
-global_pool layer                            36       34           0     0    0      0
-global_pool block                            53       68           0     0    0      0
-global_pool swiglu layer                     37       36           0     0    0      0
-global_pool sample layer                     39       34           0     0    0      0
+global_pool layer                            38       30           0     0    0      0
+global_pool block                            55       64           0     0    0      0
+global_pool swiglu layer                     39       32           0     0    0      0
+global_pool sample layer                     41       30           0     0    0      0
 expert_choice layer                          25       21           0     0    0      0
 expert_choice block                          42       55           0     0    0      0
-expert_choice predictor layer                39       34           0     0    0      0
+expert_choice predictor layer                41       30           0     0    0      0
 token_choice layer                           36       29           0     0    1      0
 token_choice block                           53       63           0     0    1      0
 token_choice balanced layer                  36       29           0     0    1      0
@@ -38,18 +38,18 @@ token_choice swiglu layer                    29       27           0     0    1 
 prototype layer                              81      131           0     1    1      0
 prototype block                              98      165           0     1    1      0
 prototype expert_choice layer               104      123           0     1    1      0
-global_pool layer, whole                     71       38           1     1    1      0
-global_pool swiglu layer, whole              64       36           1     1    1      0
-global_pool sample layer, whole              39       34           0     0    0      0
+global_pool layer, whole                     73       34           1     1    1      0
+global_pool swiglu layer, whole              66       32           1     1    1      0
+global_pool sample layer, whole              41       30           0     0    0      0
 expert_choice layer, whole                   25       21           0     0    0      0
 token_choice layer, whole                    38       29           1     0    1      0
 prototype layer, whole                       83      132           1     1    1      0
 prototype expert_choice layer, whole        106      123           1     1    1      0
-global_pool layer, sharded                   80       37           5     1    1      0
-global_pool swiglu layer, sharded            81       39           5     1    1      0
-global_pool sample layer, sharded            44       37           4     0    0      0
+global_pool layer, sharded                   82       33           5     1    1      0
+global_pool swiglu layer, sharded            83       35           5     1    1      0
+global_pool sample layer, sharded            46       33           4     0    0      0
 expert_choice layer, sharded                 30       24           4     0    0      0
-expert_choice predictor layer, sharded       44       37           4     0    0      0
+expert_choice predictor layer, sharded       46       33           4     0    0      0
 token_choice layer, sharded                  57       32           6     1    1      0
 token_choice swiglu layer, sharded           50       30           6     1    1      0
 prototype layer, sharded                    102      135           6     1    1      0

@@ -133,7 +133,7 @@ def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[st
         ranks, place = len(members[mine]), members[mine].index(rank)
         local = slice(place * TOKENS, (place + 1) * TOKENS)
         for exchange in EXCHANGES:
-            pool = DistributedPool(groups[mine], ParallelConfig(score_exchange=exchange).gathers_scores)
+            pool = DistributedPool(groups[mine], exchange)
             for scores_kind, slots_kind, experts in make_cases():
                 scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)[local]
                 slots = make_slots(slots_kind, experts, ranks * TOKENS)
