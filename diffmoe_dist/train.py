@@ -109,7 +109,7 @@ def train(config: Config, stop: StopSignals) -> int:
         )
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size))
-        topology = create_topology(launch, device, config.parallel.expert)
+        topology = create_topology(launch, device, config.parallel.expert, config.parallel.tensor)
         trainer = build_trainer(config, topology, data, start, periodic, RunGuards(claim, stop.asked, watchdog))
         finished = trainer.train()
         stop.ignore()
@@ -125,6 +125,8 @@ def open_device(config: Config, launch: Launch) -> torch.device:
     from diffmoe_dist.model.precision import check_device
     from diffmoe_dist.parallel.topology import choose_device, set_deterministic
 
+    if config.parallel.tensor > 1:  # Megatron's exchanges then begin before the products that hide them
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = choose_device(config.device, launch, config.tf32)
     check_device(device, config.precision)
     if config.profile.memory_snapshot and device.type != "cuda":

@@ -25,7 +25,7 @@ MODELS = [
     (f"{router}_{size}", total)
     for router, totals in TOTALS.items()
     for size, total in zip(("s", "b", "l", "xl"), totals, strict=True)
-]
+] + [("global_pool_xl_tp2", 2924.99)]
 
 
 @pytest.mark.parametrize(("name", "millions"), MODELS)

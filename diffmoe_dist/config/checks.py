@@ -170,8 +170,7 @@ def _check_experts(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     parallel = config.parallel
-    if parallel.tensor != 1:
-        raise UserError(f"parallel.tensor={parallel.tensor}: tensor parallelism is not available yet; use 1")
+    _check_tensor(config)
     kind = "sample" if config.experts is None else config.experts.pool_kind()
     if kind not in ("global", "expert_parallel") and parallel.score_exchange != "auto":
         what = f"moe.pool={kind}" if hasattr(config.moe, "pool") else f"moe.router={config.moe.router}"
@@ -179,6 +178,25 @@ def _check_parallel(config: Config) -> None:
             f"parallel.score_exchange={parallel.score_exchange} has no effect with {what}, which exchanges no scores; "
             "remove it"
         )
+
+
+def _check_tensor(config: Config) -> None:
+    """Every layer that tensor parallelism cuts has a width that it divides."""
+    tensor, model, experts = config.parallel.tensor, config.model, config.experts
+    if tensor > 1 and config.train.compile:
+        raise UserError(
+            f"train.compile=true compiles no layer that parallel.tensor={tensor} cuts; choose one of the two settings"
+        )
+    widths = {f"model.num_heads={model.num_heads}": model.num_heads}
+    if len(config.moe_blocks) < model.depth:
+        hidden = int(model.hidden_size * model.mlp_ratio)
+        widths[f"model.mlp_ratio={model.mlp_ratio:g}, which makes dense layers {hidden} wide,"] = hidden
+    if experts is not None and experts.shared_experts:
+        hidden = experts.shared_experts * int(model.hidden_size * experts.expert_mlp_ratio)
+        widths[f"moe.shared_experts={experts.shared_experts}, which are {hidden} wide,"] = hidden
+    for setting, width in widths.items():
+        if width % tensor:
+            raise UserError(f"parallel.tensor={tensor} does not divide {setting.rstrip(',')}; choose a divisor")
 
 
 def _check_held_out(config: Config) -> None:
@@ -275,11 +293,13 @@ def for_world(config: Config, world_size: int) -> Config:
     Raises:
         UserError: the ranks, the expert-parallel size and the batch do not fit together.
     """
-    ep, batch, micro = config.parallel.expert, config.train.global_batch_size, config.train.micro_batch_size
-    if world_size % ep:
-        raise UserError(
-            f"parallel.expert={ep} does not divide the {world_size} ranks; choose a divisor of {world_size}"
-        )
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    for name in ("expert", "tensor"):
+        size = getattr(config.parallel, name)
+        if world_size % size:
+            raise UserError(
+                f"parallel.{name}={size} does not divide the {world_size} ranks; choose a divisor of {world_size}"
+            )
     if not micro and batch % world_size:
         raise UserError(
             f"train.global_batch_size={batch} does not divide over {world_size} ranks; "

@@ -77,7 +77,7 @@ class EMAConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     expert: int = 1  # ranks that one set of experts is sharded over
-    tensor: int = 1
+    tensor: int = 1  # ranks that attention and dense feed-forward layers are cut over
     zero_stage: Literal[1, 2] = 1
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange and add up gradients
     # How a pool's scores travel, with equal results: each expert's to one rank and cutoffs back, or all to all ranks in

@@ -116,6 +116,10 @@ def _build_engine(config: Config, topology: Topology) -> Any:
     if config.train.compile:
         apply_compile(model)
     apply_recompute(model, config.train.recompute)
+    if config.parallel.tensor > 1:
+        from diffmoe_dist.parallel.tensor_parallel import apply_tensor_parallel  # imports megatron-core
+
+        apply_tensor_parallel(model, topology)
     optimizer = torch.optim.AdamW(
         parameter_groups(model),
         lr=config.optim.lr,
@@ -164,6 +168,8 @@ def _summary(config: Config, topology: Topology, model: nn.Module, progress: Pro
     counts = account(config)
     work = f"{sum(counts.macs().values()) / 1e9:.4g} GMAC an image forward"
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
+    if topology.tensor > 1:
+        where += f", layers cut over {topology.tensor} ranks"
     experts = config.experts
     if experts is None:
         return f"dense model, {held:.2f} M parameters, {work}; {where}"

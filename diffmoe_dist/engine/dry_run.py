@@ -50,10 +50,16 @@ def build_on_meta(config: Config, world_size: int) -> str:
     progress = progress_from(found[-1] if found else None, config, data, world_size)
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        topology = create_topology(Launch(0, world_size, 0, "environment"), META, config.parallel.expert)
+        topology = create_topology(
+            Launch(0, world_size, 0, "environment"), META, config.parallel.expert, config.parallel.tensor
+        )
         with META:
             whole, model = DiT(config), DiT(config)
         apply_expert_parallel(model, config, topology)
+        if config.parallel.tensor > 1:
+            from diffmoe_dist.parallel.tensor_parallel import apply_tensor_parallel  # imports megatron-core
+
+            apply_tensor_parallel(model, topology)
         _check_experts_cover(whole, config, topology)
         _check_batches(config, progress, world_size)
         _check_forward(model, config)
@@ -146,6 +152,11 @@ def _report(
             "experts",
             f"{config.experts.num_experts} in {len(config.moe_blocks)} layers; {ranks // topology.expert} groups of "
             f"{topology.expert} ranks hold them, {config.experts.num_experts // topology.expert} a layer and rank",
+        )
+    if topology.tensor > 1:
+        yield (
+            "layers",
+            f"attention and dense layers are cut over {topology.tensor} ranks, {ranks // topology.tensor} such groups",
         )
     yield (
         "batch",

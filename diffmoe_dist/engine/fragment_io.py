@@ -1,7 +1,8 @@
 """Fragments to files and back through torch.distributed.checkpoint; reading them cannot execute code.
 
-A `Fragment` is an interval of a flattened tensor (`sharded_state`). Each rank writes the fragments it owns and reads
-those it needs; the ranks that write and those that read may be different in number.
+A `Fragment` is an interval of a flattened tensor (`sharded_state`), and stored as that; a fragment of some columns of a
+matrix is stored as rectangles. Each rank writes the fragments it owns and reads those it needs, in either form; those
+that write and those that read may be different in number.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -38,6 +40,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from diffmoe_dist.engine.sharded_state import Fragment
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
+from diffmoe_dist.parallel.slices import Columns
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -68,17 +71,14 @@ def load_fragments(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
     Raises:
         UserError: the checkpoint's files are missing or damaged, or its tensors are not these.
     """
+    planner = _LoadFragments(checkpoint, fragments)
     try:
-        dcp.load(
-            {},
-            storage_reader=_SafeReader(checkpoint),
-            planner=_LoadFragments(checkpoint, fragments),
-            no_dist=not dist.is_initialized(),
-        )
+        dcp.load({}, storage_reader=_SafeReader(checkpoint), planner=planner, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
         for failure in error.failures.values():
             _refuse(checkpoint, failure[0])
         raise
+    planner.cut_columns()
 
 
 def check_stored(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
@@ -108,7 +108,7 @@ def _refuse(checkpoint: Path, cause: BaseException) -> NoReturn:
 def _stored(checkpoint: Path, metadata: Metadata, fragment: Fragment) -> TensorStorageMetadata:
     """Where the tensor of a fragment is. Raises UserError if it has another size, RuntimeError if a part is missing."""
     stored = metadata.state_dict_metadata.get(fragment.name)
-    if not isinstance(stored, TensorStorageMetadata) or stored.size != torch.Size([fragment.total]):
+    if not isinstance(stored, TensorStorageMetadata) or not _has_size(stored, fragment):
         what = "nothing" if stored is None else f"{list(getattr(stored, 'size', []))} elements"
         raise UserError(
             f"checkpoint {checkpoint} is of another model: this one needs {fragment.total} elements of "
@@ -116,6 +116,14 @@ def _stored(checkpoint: Path, metadata: Metadata, fragment: Fragment) -> TensorS
         )
     _check_whole(fragment.name, stored)
     return stored
+
+
+def _has_size(stored: TensorStorageMetadata, fragment: Fragment) -> bool:
+    columns = stored.size[1] if fragment.columns is None and len(stored.size) == 2 else None
+    if fragment.columns is not None:
+        columns = fragment.columns.of
+    sizes = [[fragment.total]] if columns is None else [[fragment.total], [fragment.total // columns, columns]]
+    return list(stored.size) in sizes
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -141,6 +149,9 @@ def check_coverage(metadata: Metadata) -> None:
 
 
 def _check_whole(name: str, stored: TensorStorageMetadata) -> None:
+    if len(stored.size) == 2:
+        _check_whole_matrix(name, stored)
+        return
     end = 0
     for start, size in sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in stored.chunks):
         if start != end:
@@ -150,10 +161,58 @@ def _check_whole(name: str, stored: TensorStorageMetadata) -> None:
         raise RuntimeError(f"{name}: elements {end} to {stored.size[0]} are owned by no rank")
 
 
+def _check_whole_matrix(name: str, stored: TensorStorageMetadata) -> None:
+    """Its rectangles are inside of it, as large as it together, and no two overlap."""
+    rows, columns = stored.size
+    rectangles = sorted((*chunk.offsets, *chunk.sizes) for chunk in stored.chunks)
+    for number, (row, column, height, width) in enumerate(rectangles):
+        if row + height > rows or column + width > columns:
+            raise RuntimeError(f"{name}: a part at row {row} and column {column} goes beyond it")
+        for other_row, other_column, _, other_width in rectangles[number + 1 :]:
+            if other_row >= row + height:
+                break
+            if other_column < column + width and column < other_column + other_width:
+                raise RuntimeError(f"{name}: row {other_row}, column {other_column} is owned by two ranks")
+    if sum(height * width for _, _, height, width in rectangles) != rows * columns:
+        raise RuntimeError(f"{name}: a part of it is owned by no rank")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a fragment that is one block of the stored tensor, an interval or a rectangle."""
+
+    name: str
+    offsets: torch.Size
+    size: torch.Size  # of the whole tensor
+    data: Tensor
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=self.offsets, sizes=self.data.shape)
+
+    @property
+    def key(self) -> tuple[str, torch.Size]:
+        return self.name, self.offsets
+
+
+def _pieces(fragment: Fragment, columns: Columns | None) -> list[_Piece]:
+    """The fragment as an interval, or as rectangles of a matrix of which it has these columns."""
+    if columns is None:
+        return [_Piece(fragment.name, torch.Size([fragment.start]), torch.Size([fragment.total]), fragment.data)]
+    size = torch.Size([fragment.total // columns.of, columns.of])
+    pieces, done = [], 0
+    for place, (height, width) in columns.rectangles(fragment.start, len(fragment.data)):
+        data = fragment.data[done : done + height * width].view(height, width)
+        pieces.append(_Piece(fragment.name, torch.Size(place), size, data))
+        done += height * width
+    return pieces
+
+
 class _SaveFragments(dcp.DefaultSavePlanner):
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         super().__init__()
-        self.data = {(fragment.name, fragment.start): fragment for fragment in fragments}
+        pieces = [piece for fragment in fragments for piece in _pieces(fragment, fragment.columns)]
+        self.pieces = {piece.key: piece for piece in pieces}
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -161,7 +220,7 @@ class _SaveFragments(dcp.DefaultSavePlanner):
         self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([_write_item(fragment) for fragment in self.data.values()])
+        self.plan = SavePlan([_write_item(piece) for piece in self.pieces.values()])
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
@@ -171,46 +230,68 @@ class _SaveFragments(dcp.DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
-        return self.data[index.fqn, index.offset[0]].data
+        return self.pieces[index.fqn, index.offset].data
 
 
 class _LoadFragments(dcp.DefaultLoadPlanner):
     def __init__(self, checkpoint: Path, fragments: Sequence[Fragment]) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self.fragments = {(fragment.name, fragment.start): fragment for fragment in fragments}
+        self.fragments = fragments
+        self.pieces: dict[tuple[str, torch.Size], _Piece] = {}
+        self.whole_rows: list[tuple[Fragment, Tensor]] = []
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         assert metadata is not None
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([item for fragment in self.fragments.values() for item in self._read_items(fragment)])
+        return LoadPlan([item for fragment in self.fragments for item in self._read_items(fragment)])
 
     def _read_items(self, fragment: Fragment) -> list[ReadItem]:
         assert self.metadata is not None
         stored = _stored(self.checkpoint, self.metadata, fragment)
-        return create_read_items_for_chunk_list(fragment.name, stored, [_chunk(fragment)])
+        columns = fragment.columns
+        if columns is not None and len(stored.size) == 1:
+            fragment, columns = self._rows_of(fragment, columns), None
+        elif columns is None and len(stored.size) == 2:
+            columns = Columns(0, stored.size[1], stored.size[1])
+        pieces = _pieces(fragment, columns)
+        self.pieces |= {piece.key: piece for piece in pieces}
+        return [
+            item for piece in pieces for item in create_read_items_for_chunk_list(fragment.name, stored, [piece.chunk])
+        ]
+
+    def _rows_of(self, fragment: Fragment, columns: Columns) -> Fragment:
+        """Whole rows in place of some columns of them: a matrix stored as one interval has no other way to be read."""
+        first, end = fragment.start // columns.count, -(-(fragment.start + len(fragment.data)) // columns.count)
+        rows = fragment.data.new_empty((end - first) * columns.of)
+        self.whole_rows.append((fragment, rows))
+        return Fragment(fragment.name, first * columns.of, fragment.total, rows)
+
+    def cut_columns(self) -> None:
+        """Once everything is read: fill the fragments of which whole rows were read."""
+        for fragment, rows in self.whole_rows:
+            columns = fragment.columns
+            assert columns is not None
+            cut = rows.view(-1, columns.of)[:, columns.first : columns.first + columns.count].flatten()
+            fragment.data.copy_(cut[fragment.start % columns.count :][: len(fragment.data)])
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         index = read_item.dest_index
         assert index.offset is not None
-        data = self.fragments[index.fqn, index.offset[0]].data
-        return data.narrow(0, read_item.dest_offsets[0], read_item.lengths[0])
+        data = self.pieces[index.fqn, index.offset].data
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            data = data.narrow(dim, start, length)
+        return data
 
 
-def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size([fragment.start]), sizes=torch.Size([fragment.data.numel()]))
-
-
-def _write_item(fragment: Fragment) -> WriteItem:
+def _write_item(piece: _Piece) -> WriteItem:
     return WriteItem(
-        index=MetadataIndex(fragment.name, torch.Size([fragment.start])),
+        index=MetadataIndex(piece.name, piece.offsets),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            chunk=_chunk(fragment),
-            properties=TensorProperties.create_from_tensor(fragment.data),
-            size=torch.Size([fragment.total]),
+            chunk=piece.chunk, properties=TensorProperties.create_from_tensor(piece.data), size=piece.size
         ),
     )
 

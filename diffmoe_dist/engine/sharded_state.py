@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffmoe_dist.engine.zero import ReducingZero
 from diffmoe_dist.model.moe import Experts
+from diffmoe_dist.parallel.slices import Columns
 
 _ROW = 1024
 MASTER, EXP_AVG, EXP_AVG_SQ, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
@@ -23,12 +24,13 @@ MASTER, EXP_AVG, EXP_AVG_SQ, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
 
 @dataclass(frozen=True)
 class Fragment:
-    """An interval of a flattened tensor."""
+    """An interval of a flattened tensor, or of some columns of a matrix, flattened."""
 
     name: str
     start: int
     total: int  # elements of the whole tensor
     data: Tensor  # (n,) the elements start to start + n; a view that can be written
+    columns: Columns | None = None
 
 
 class ShardedState:
@@ -64,11 +66,10 @@ class ShardedState:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # what this rank owns of it; None: nothing
             if mapping is None:
                 continue
-            offset, total = _place_in_whole(self.model, name, parameter)
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             for kind, flats in self.flat.items():
                 data = flats[mapping.param_group_index].narrow(0, there.start, there.numel)
-                yield Fragment(f"{kind}.{name}", offset + here.start, total, data)
+                yield from _in_whole(self.model, name, parameter, here.start, kind, data)
 
     def gradient_squares(self) -> Tensor:
         """The sum of the squares of the gradients that this rank owns, () fp64 on the device.
@@ -99,13 +100,25 @@ def _row_norms(flat: Tensor) -> Iterator[Tensor]:
         yield torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1)
 
 
-def _place_in_whole(model: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, int]:
-    """Where the parameter at hand begins in the whole flattened tensor, and how long that is."""
+def _in_whole(
+    model: nn.Module, name: str, parameter: nn.Parameter, start: int, kind: str, data: Tensor
+) -> Iterator[Fragment]:
+    """Elements from `start` of the parameter at hand, flattened, as fragments of the whole one."""
     owner: Any = model.get_submodule(name.rpartition(".")[0])
-    if not hasattr(owner, "num_local_experts"):  # of a shard of the experts
-        return 0, parameter.numel()
-    one_expert = parameter[0].numel()
-    return owner.first * one_expert, owner.num_experts * one_expert
+    key, cut = f"{kind}.{name}", getattr(parameter, "slice", None)
+    if hasattr(owner, "num_local_experts"):  # of a shard of the experts
+        one_expert = parameter[0].numel()
+        yield Fragment(key, owner.first * one_expert + start, owner.num_experts * one_expert, data)
+    elif cut is None:
+        yield Fragment(key, start, parameter.numel(), data)
+    elif cut.dim == 1:
+        yield Fragment(key, start, parameter.numel() * cut.ranks, data, cut.columns(parameter.shape))
+    else:
+        for here, there, length in cut.intervals(parameter.shape):
+            first, end = max(start, here), min(start + len(data), here + length)
+            if first < end:
+                total = parameter.numel() * cut.ranks
+                yield Fragment(key, there + first - here, total, data[first - start : end - start])
 
 
 def weights(model: nn.Module, kind: str) -> list[Fragment]:
@@ -114,8 +127,9 @@ def weights(model: nn.Module, kind: str) -> list[Fragment]:
         "a shard of the experts knows how many there are"
     )
     return [
-        Fragment(f"{kind}.{name}", *_place_in_whole(model, name, parameter), parameter.detach().view(-1))
+        fragment
         for name, parameter in model.named_parameters()
+        for fragment in _in_whole(model, name, parameter, 0, kind, parameter.detach().view(-1))
     ]
 
 

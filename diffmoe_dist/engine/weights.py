@@ -125,7 +125,7 @@ def fill_fragments(folder: Path, fragments: Sequence[Fragment]) -> None:
         for fragment in fragments:
             kind, _, name = fragment.name.partition(".")
             if kind in (MASTER, EMA, "buffer"):
-                fragment.data.copy_(_interval(file, name, fragment.start, fragment.data.numel()))
+                fragment.data.copy_(_read(file, name, fragment))
 
 
 def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, source: Mapping[str, Any]) -> None:
@@ -234,12 +234,14 @@ def open_tensors(folder: Path, needed: Mapping[str, Tensor]) -> Iterator[Any]:
         yield file
 
 
-def _interval(file: Any, name: str, start: int, length: int) -> Tensor:
-    """Elements `start` to `start + length` of a flattened tensor."""
+def _read(file: Any, name: str, fragment: Fragment) -> Tensor:
+    """The elements of a fragment; of a tensor of several rows, only the rows that have some are read."""
     stored = file.get_slice(name)
-    shape = stored.get_shape()
+    shape, start, length = stored.get_shape(), fragment.start, len(fragment.data)
     if not shape:
         return file.get_tensor(name).view(1)[start : start + length]
-    row = math.prod(shape[1:])
+    columns = fragment.columns
+    row = math.prod(shape[1:]) if columns is None else columns.count
     first, end = start // row, -(-(start + length) // row)
-    return stored[first:end].flatten()[start - first * row :][:length]
+    rows = stored[first:end] if columns is None else stored[first:end, columns.first : columns.first + columns.count]
+    return rows.flatten()[start - first * row :][:length]

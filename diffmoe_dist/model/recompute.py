@@ -1,7 +1,7 @@
 """Selective recomputation: parts of a block keep their inputs alone, and are computed once more in backward.
 
-No router and no exchange between ranks is ever part of what is computed again: a choice is made once, and the tokens
-that have arrived for the experts are kept.
+No router and no exchange of tokens is ever part of what is computed again: a choice is made once, and the tokens that
+have arrived for the experts are kept. Layers that tensor parallelism cuts do gather their input once more.
 """
 
 from __future__ import annotations

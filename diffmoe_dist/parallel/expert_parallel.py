@@ -27,12 +27,17 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*is deprecat
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def create_topology(launch: Launch, device: torch.device, expert: int) -> Topology:
-    """Make DeepSpeed's expert-parallel and expert-data-parallel groups; torch.distributed is initialised already."""
+def create_topology(launch: Launch, device: torch.device, expert: int, tensor: int = 1) -> Topology:
+    """Make DeepSpeed's groups; torch.distributed is initialised already.
+
+    Of `n` consecutive ranks among which parameters are sharded, and of the ranks, n apart, that hold the same ones,
+    DeepSpeed speaks as of expert-parallel and expert-data-parallel groups. So slices of tensor parallelism are to it
+    what experts are.
+    """
     deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
-    name = _group_name(expert)
-    if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(expert)
+    for size in sorted({expert, tensor}):
+        if _group_name(size) not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(size)
     assert dist.group.WORLD is not None
     return Topology(
         rank=launch.rank,
@@ -40,8 +45,10 @@ def create_topology(launch: Launch, device: torch.device, expert: int) -> Topolo
         device=device,
         expert=expert,
         world_group=dist.group.WORLD,
-        expert_group=groups._get_expert_parallel_group(name),
-        expert_data_group=groups._get_expert_data_parallel_group(name),
+        expert_group=groups._get_expert_parallel_group(_group_name(expert)),
+        expert_data_group=groups._get_expert_data_parallel_group(_group_name(expert)),
+        tensor=tensor,
+        tensor_group=groups._get_expert_parallel_group(_group_name(tensor)),
     )
 
 
@@ -64,20 +71,31 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
             layer.dispatcher = AllToAllDispatcher(topology.expert_group)
 
 
-class ExpertShard(MoE):
-    """This rank's shard of the experts, consecutive ones, as a layer that DeepSpeed's engine recognises.
+class Sharded(MoE):
+    """A module by which DeepSpeed's engine notices that `ranks` consecutive ranks hold different parameters.
 
-    DeepSpeed reduces expert parameters over their own groups only inside a subclass of its MoE layer. Nothing else of
+    It reduces such parameters over their own groups only where it meets a subclass of its MoE layer. Nothing else of
     that layer is used.
     """
 
-    def __init__(self, experts: Experts, topology: Topology) -> None:
+    def __init__(self, ranks: int) -> None:
         nn.Module.__init__(self)
-        self.ep_size = topology.expert
+        self.ep_size = self.num_experts = ranks
+        self.group_name = _group_name(ranks)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """DeepSpeed's engine calls this to make the groups; `create_topology` has made them."""
+        assert self.group_name in groups._get_expert_parallel_group_dict()
+
+
+class ExpertShard(Sharded):
+    """This rank's shard of the experts, consecutive ones."""
+
+    def __init__(self, experts: Experts, topology: Topology) -> None:
+        super().__init__(topology.expert)
         self.num_experts = len(experts.w1)
         self.activation = experts.activation
         self.num_local_experts = self.num_experts // topology.expert
-        self.expert_group_name = _group_name(topology.expert)
         self.first = topology.expert_rank * self.num_local_experts
         self.b1, self.b2 = None, None
         for name, parameter in experts.named_parameters():
@@ -86,26 +104,30 @@ class ExpertShard(MoE):
     def forward(self, rows: ExpertInput) -> Tensor:
         return Experts.forward(self, rows)
 
-    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """DeepSpeed's engine calls this to make the groups; `create_topology` has made them."""
-        assert self.expert_group_name in groups._get_expert_parallel_group_dict()
-
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups as DeepSpeed's ZeRO needs them: sharded experts in a group of their own, marked.
+    """The optimizer's parameter groups as DeepSpeed's ZeRO needs them: what is sharded in groups of its own, marked.
 
     Call it when the parameters are on their device: moving a module off the meta device makes new ones.
     """
-    shards = [module for module in model.modules() if isinstance(module, ExpertShard)]
-    experts = [parameter for shard in shards for parameter in shard.parameters()]
-    for parameter in experts:
-        parameter.allreduce = False
-        parameter.group_name = shards[0].expert_group_name
-    marked = set(experts)
-    result: list[dict[str, Any]] = [{"name": "dense", "params": [p for p in model.parameters() if p not in marked]}]
-    if experts:
-        result.append({"name": shards[0].expert_group_name, "params": experts, "moe": True})
-    return result
+    group_of: dict[nn.Parameter, str] = {}
+    for module in model.modules():
+        if isinstance(module, ExpertShard):
+            group_of |= dict.fromkeys(module.parameters(), module.group_name)
+    for part in model.parameters():
+        if (cut := getattr(part, "slice", None)) is not None:
+            group_of[part] = _group_name(cut.ranks)
+    members: dict[str, list[nn.Parameter]] = {"dense": []}
+    parameter: Any
+    for parameter in model.parameters():
+        name = group_of.get(parameter, "dense")
+        if name != "dense":
+            parameter.allreduce, parameter.group_name = False, name
+        members.setdefault(name, []).append(parameter)
+    return [
+        {"name": name, "params": parameters} | ({} if name == "dense" else {"moe": True})
+        for name, parameters in members.items()
+    ]
 
 
 def _group_name(expert: int) -> str:

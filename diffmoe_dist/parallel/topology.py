@@ -35,7 +35,8 @@ class Topology:
     """The process groups of a run.
 
     An expert-parallel group is `expert` consecutive ranks over which one set of experts is sharded. An
-    expert-data-parallel group is the ranks, `expert` apart, that hold the same shard.
+    expert-data-parallel group is the ranks, `expert` apart, that hold the same shard. A tensor-parallel group is
+    `tensor` consecutive ranks that cut attention and dense layers among them; else they are ranks as any others.
     """
 
     rank: int
@@ -45,10 +46,16 @@ class Topology:
     world_group: Group
     expert_group: Group
     expert_data_group: Group
+    tensor: int  # size of a tensor-parallel group
+    tensor_group: Group
 
     @property
     def expert_rank(self) -> int:
         return self.rank % self.expert
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over all ranks, fp64, of the shape of `values`; exact where all ranks agree. Collective."""

@@ -12,6 +12,7 @@ from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings
 from diffmoe_dist.model.accounting import account, meta_model
+from diffmoe_dist.parallel.slices import is_cut
 from diffmoe_dist.planning.workload import Workload
 
 REDUCTION_CHUNK = 32 * 2**20  # gradients that are reduced together, elements
@@ -21,7 +22,7 @@ _MLPS = ("dense MLP", "routed experts", "shared experts", "unconditional expert"
 # The parts of the model that `train.recompute` computes again.
 RECOMPUTED_PARTS = {"none": (), "mlp": _MLPS, "block": (*_MLPS, "attention", "cross-attention", "adaLN")}
 
-RankGroup = Literal["world", "expert", "expert data"]  # the process groups of `parallel.topology`
+RankGroup = Literal["world", "expert", "expert data", "tensor", "tensor data"]  # process groups of `parallel.topology`
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,24 @@ class ZeroGroup:
 
 
 def zero_groups(config: Config, ranks: int) -> list[ZeroGroup]:
-    """All parameters as one group; with expert parallelism the dense ones and a rank's experts as two."""
-    expert = config.parallel.expert
-    sizes = {name: parameter.numel() for name, parameter in meta_model(config).named_parameters()}
+    """Parameters by the number of ranks that hold different ones: of a shard of the experts, of a slice of a layer."""
+    expert, tensor = config.parallel.expert, config.parallel.tensor
+    sizes: dict[int, list[int]] = {1: []}
+    for name, parameter in meta_model(config).named_parameters():
+        holders = expert if ".mlp.experts." in name else tensor if is_cut(name) else 1
+        sizes.setdefault(holders, []).append(parameter.numel() // holders)
+    return [_zero_group(config, holders, sizes[holders], ranks, len(sizes) == 1) for holders in sizes]
 
-    def group(name: str, ranks_of: RankGroup, sizes: list[int], number: int) -> ZeroGroup:
-        unit = 16 // weight_bytes(config)
-        gaps = sum(-size % unit for size in sizes[:-1])
-        return ZeroGroup(name, ranks_of, sum(sizes), sum(sizes) + gaps, number)
 
-    if expert == 1:
-        return [group("all", "world", list(sizes.values()), ranks)]
-    routed = {name: size for name, size in sizes.items() if ".mlp.experts." in name}
-    dense = [size for name, size in sizes.items() if name not in routed]
-    return [
-        group("dense", "world", dense, ranks),
-        group("experts", "expert data", [size // expert for size in routed.values()], ranks // expert),
-    ]
+def _zero_group(config: Config, holders: int, sizes: list[int], ranks: int, is_only: bool) -> ZeroGroup:
+    expert, tensor = config.parallel.expert, config.parallel.tensor
+    group: RankGroup = "world" if holders == 1 else "expert data" if holders == expert else "tensor data"
+    name = "all" if is_only else "dense"
+    if holders > 1:
+        name = " and ".join(kind for kind, size in (("experts", expert), ("slices", tensor)) if size == holders)
+    unit = 16 // weight_bytes(config)
+    gaps = sum(-size % unit for size in sizes[:-1])
+    return ZeroGroup(name, group, sum(sizes), sum(sizes) + gaps, ranks // holders)
 
 
 def weight_bytes(config: Config) -> int:
@@ -99,7 +101,7 @@ def peak_bytes(config: Config, ranks: int, work: Workload) -> dict[str, float]:
     again = {"recomputed activations": recomputed_bytes(config, work)} if config.train.recompute != "none" else {}
     return {
         "gradients": gradient_bytes(config, ranks, work.micro_steps),
-        "activations": activation_bytes(config, work) + _largest_backward(config, work),
+        "activations": activation_bytes(config, work) + _largest_backward(config, work) + _gathered_bytes(config, work),
         **again,
     }
 
@@ -156,6 +158,8 @@ def _rounded_weight_bytes(config: Config) -> float:
         return 0
     parts = account(config).parameters
     parts["routed experts"] //= config.parallel.expert
+    for part in ("attention", "cross-attention", "dense MLP", "shared experts"):
+        parts[part] //= config.parallel.tensor
     return product_bytes(config) * sum(
         elements
         for part, elements in parts.items()
@@ -208,6 +212,12 @@ def recomputed_bytes(config: Config, work: Workload) -> float:
     if mode == "block":
         parts.append(work.tokens * (11 if model.condition == "text" else 7) * D * e)
     return max(parts)
+
+
+def _gathered_bytes(config: Config, work: Workload) -> float:
+    """Images of a whole tensor-parallel group, in backward of a cut layer: its input, two gradients of that size."""
+    tensor = config.parallel.tensor
+    return 0.0 if tensor == 1 else 3 * tensor * work.tokens * config.model.hidden_size * product_bytes(config)
 
 
 def _largest_backward(config: Config, work: Workload) -> float:

@@ -9,7 +9,7 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.model.accounting import Accounting
 from diffmoe_dist.planning.accelerators import Accelerator, matmul_format
 from diffmoe_dist.planning.memory import activation_bytes, weight_bytes, wire_bytes, zero_groups
-from diffmoe_dist.planning.traffic import GRADIENTS, PARAMETERS, ROW_GRADIENTS, ROWS, Transfer
+from diffmoe_dist.planning.traffic import CUT_LAYERS, GRADIENTS, PARAMETERS, ROW_GRADIENTS, ROWS, Transfer
 from diffmoe_dist.planning.workload import Workload
 
 # Fractions of the data sheet's numbers. ProMoE's Dense-L at 213 images a second on an A800 (from its Table 14) is 33 %
@@ -45,11 +45,13 @@ def step_seconds(
     reduction = sum(seconds for name, seconds in collectives.items() if name.startswith(GRADIENTS))
     gather = sum(seconds for name, seconds in collectives.items() if name.startswith(PARAMETERS))
     tokens = sum(collectives.get(name, 0.0) for name in (ROWS, ROW_GRADIENTS))
+    cut = sum(seconds for name, seconds in collectives.items() if name.startswith(CUT_LAYERS))
     compute = {"arithmetic": arithmetic} if arithmetic >= moved else {"activations": moved}
     return {
         **compute,
         "token exchange": tokens,
-        "other routing and report": sum(collectives.values()) - tokens - reduction - gather,
+        **({"cut layers": cut} if config.parallel.tensor > 1 else {}),
+        "other routing and report": sum(collectives.values()) - tokens - reduction - gather - cut,
         "gradients beyond backward": max(0.0, reduction - 2 / 3 * max(arithmetic, moved)),
         "parameter gather": gather,
         "optimizer": optimizer,

@@ -58,6 +58,7 @@ def _settings_dict(plan: Plan) -> dict[str, Any]:
         "precision": config.precision,
         "zero_stage": config.parallel.zero_stage,
         "expert_parallel": config.parallel.expert,
+        "tensor_parallel": config.parallel.tensor,
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": work.images,
         "micro_steps": work.micro_steps,
@@ -122,6 +123,11 @@ def _heading(plan: Plan, path: str) -> list[str]:
         f"{config.train.global_batch_size} images a step: {cluster.ranks} ranks x {work.images} images x "
         f"{work.micro_steps} micro-steps; {work.tokens} tokens of a rank at once",
     ]
+    if config.parallel.tensor > 1:
+        lines.append(
+            f"attention and dense layers are cut over {config.parallel.tensor} ranks "
+            f"({cluster.ranks // config.parallel.tensor} such groups)"
+        )
     if config.experts is not None:
         groups = cluster.ranks // config.parallel.expert
         lines.append(

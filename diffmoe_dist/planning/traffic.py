@@ -23,10 +23,11 @@ from diffmoe_dist.planning.memory import (
 )
 from diffmoe_dist.planning.workload import Cluster, Workload
 
-Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce"]
+Collective = Literal["all-to-all", "all-reduce", "all-gather", "reduce", "reduce-scatter"]
 
 # Transfers that the step time looks up by name.
 ROWS, ROW_GRADIENTS = "tokens to experts and back", "their gradients"
+CUT_LAYERS = "cut layers"
 GRADIENTS, PARAMETERS = "gradients", "parameters"  # and the name of a ZeRO group
 
 
@@ -54,8 +55,9 @@ def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Tran
     2 (n - 1) / n b, an all-gather that ends with b bytes (n - 1) / n b, as does a reduce to one rank in the mean over
     the ranks. Neighbours in a ring are neighbours in rank.
     """
-    groups = _Groups(cluster, config.parallel.expert)
+    groups = _Groups(cluster, config.parallel.expert, config.parallel.tensor)
     transfers = [] if config.experts is None else _routing_transfers(config, config.experts, groups, work)
+    transfers += _tensor_transfers(config, groups, work)
     transfers.append(groups.all_reduce("losses, thresholds, load", "world", _report_bytes(config), 1))
     reductions = work.micro_steps if config.parallel.zero_stage == 2 else 1
     for zero in zero_groups(config, cluster.ranks):
@@ -92,6 +94,42 @@ def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups,
     return transfers
 
 
+def _tensor_transfers(config: Config, groups: _Groups, work: Workload) -> list[Transfer]:
+    """Gathers of a group's images before its cut layers, and scattered sums behind them, forward and backward.
+
+    A layer of some outputs gathers its input, gathers it again in backward and scatters its gradient; a layer of some
+    inputs scatters its output and gathers the gradient of that. What is recomputed gathers once more.
+    """
+    model, experts, mode = config.model, config.experts, config.train.recompute
+    again_dense, again_attention = int(mode != "none"), int(mode == "block")
+    dense, gathers, scatters = model.depth - len(config.moe_blocks), 0, 0
+
+    def add(layers: int, columns: int, again: int) -> None:
+        nonlocal gathers, scatters
+        gathers += layers * (columns * (2 + again) + 1)
+        scatters += layers * (columns + 1)
+
+    add(model.depth, 1, again_attention)
+    scatters += again_attention * model.depth  # the gate behind attention needs its output
+    add(dense, 1, again_dense)
+    if experts is not None and experts.shared_experts:
+        add(len(config.moe_blocks), 2 if experts.activation == "swiglu" else 1, again_dense)
+    images = config.parallel.tensor * work.tokens * model.hidden_size * product_bytes(config)
+    captions = mask = 0
+    if model.condition == "text":
+        add(model.depth, 1, again_attention)
+        mask = config.parallel.tensor * work.images * model.text_max_length
+        captions = mask * model.hidden_size * product_bytes(config)
+    of_captions = model.depth * work.micro_steps
+    return [
+        groups.all_gather(f"{CUT_LAYERS}: images", "tensor", images, gathers * work.micro_steps),
+        groups.reduce_scatter(f"{CUT_LAYERS}: sums of images", "tensor", images, scatters * work.micro_steps),
+        groups.all_gather(f"{CUT_LAYERS}: captions", "tensor", captions, of_captions * (2 + again_attention)),
+        groups.reduce_scatter(f"{CUT_LAYERS}: sums of captions", "tensor", captions, of_captions),
+        groups.all_gather(f"{CUT_LAYERS}: lengths of captions", "tensor", mask, of_captions * (1 + again_attention)),
+    ]
+
+
 def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int) -> bool:
     """Whether the dispatcher learns from the pool how many rows arrive; else ranks exchange their counts."""
     if not experts.score_kinds():
@@ -112,16 +150,18 @@ def _report_bytes(config: Config) -> int:
 class _Groups:
     """The process groups of `parallel.topology`, and how much of each collective leaves a node.
 
-    An expert group is consecutive ranks, an expert data group ranks that many apart; nodes are filled rank by rank.
+    An expert or tensor group is consecutive ranks, its data groups ranks that many apart. Nodes fill up rank by rank.
     """
 
-    def __init__(self, cluster: Cluster, expert: int) -> None:
+    def __init__(self, cluster: Cluster, expert: int, tensor: int) -> None:
         self.cluster = cluster
         everyone = range(cluster.ranks)
         self.members: dict[RankGroup, list[Sequence[int]]] = {
             "world": [everyone],
             "expert": [everyone[first : first + expert] for first in range(0, cluster.ranks, expert)],
             "expert data": [everyone[first::expert] for first in range(expert)],
+            "tensor": [everyone[first : first + tensor] for first in range(0, cluster.ranks, tensor)],
+            "tensor data": [everyone[first::tensor] for first in range(tensor)],
         }
 
     def size(self, group: RankGroup) -> int:
@@ -151,6 +191,10 @@ class _Groups:
     def all_gather(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
         n = self.size(group)
         return self._ring(name, "all-gather", group, payload * calls, calls, (n - 1) / n * payload * calls)
+
+    def reduce_scatter(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
+        n = self.size(group)
+        return self._ring(name, "reduce-scatter", group, payload * calls, calls, (n - 1) / n * payload * calls)
 
     def _ring(self, name: str, kind: Collective, group: RankGroup, payload: float, calls: int, sent: float) -> Transfer:
         edges = [

@@ -58,7 +58,9 @@ def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
 
     config = for_world(config, world_size)
     cpu = torch.device("cpu")
-    topology = create_topology(Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert)
+    topology = create_topology(
+        Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert, config.parallel.tensor
+    )
     data = open_data(config)
     config = with_text_encoder(config, data)
     start = find_start(config, data, world_size)
@@ -73,9 +75,9 @@ def curve(run_dir: Path, name: str = "loss") -> list[float]:
     return [line[name] for line in metrics(run_dir)]
 
 
-def whole_state(run_dir: Path, digits: Path, kind: str, step: int) -> dict[str, torch.Tensor]:
+def whole_state(run_dir: Path, digits: Path, kind: str, step: int, *layers: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One kind of state of a checkpoint, by parameter, and the buffers."""
-    model = empty_model(run_dir, digits)
+    model = empty_model(run_dir, digits, *layers)
     tensors = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
     wanted = [Fragment(f"{kind}.{name}", 0, value.numel(), value.view(-1)) for name, value in tensors.items()]
     checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
@@ -83,7 +85,7 @@ def whole_state(run_dir: Path, digits: Path, kind: str, step: int) -> dict[str, 
     return {**tensors, **{fragment.name: fragment.data.clone() for fragment in buffers(model)}}
 
 
-def empty_model(run_dir: Path, digits: Path) -> DiT:
-    model = DiT(tiny_config(run_dir, digits))
+def empty_model(run_dir: Path, digits: Path, *layers: dict[str, Any]) -> DiT:
+    model = DiT(tiny_config(run_dir, digits, *layers))
     initialize(model, 0)
     return model

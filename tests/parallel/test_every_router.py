@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.launch import Launch
-from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.dit import DiT, DiTOutput
 from tests.distributed import run_ranks
 from tests.parallel.weights import fill_by_name, small_config
 
@@ -46,22 +46,31 @@ def fill(model: DiT) -> DiT:
     return model
 
 
-def run(model: DiT, part: slice, ranks: int) -> dict[str, Any]:
-    """Forward and backward in training, and forward in evaluation, of a part of the batch."""
-    generator = torch.Generator().manual_seed(5)
-    x, t = torch.randn(IMAGES, 3, 8, 8, generator=generator)[part], torch.rand(IMAGES, generator=generator)[part]
-    y = torch.tensor(LABELS)[part]
-    output = model.train()(x, t, y)
+def run_training(model: DiT, part: slice, ranks: int) -> DiTOutput:
+    """Forward and backward of a part of the batch."""
+    output = model(*inputs(part))
     loss = output.prediction.square().mean()
     for value in output.losses.values():
         loss = loss + value
     (loss / ranks).backward()
+    return output
+
+
+def inputs(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x, t = torch.randn(IMAGES, 3, 8, 8, generator=generator), torch.rand(IMAGES, generator=generator)
+    return x[part], t[part], torch.tensor(LABELS)[part]
+
+
+def run(model: DiT, part: slice, ranks: int) -> dict[str, Any]:
+    """Forward and backward in training, and forward in evaluation, of a part of the batch."""
+    output = run_training(model.train(), part, ranks)
     return {
         "prediction": output.prediction.detach(),
         "losses": {name: value.detach() for name, value in output.losses.items()},
         "load": torch.stack([stats.tokens_per_expert for stats in output.routing]),
         "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
-        "evaluated": model.eval()(x, t, y).prediction.detach(),
+        "evaluated": model.eval()(*inputs(part)).prediction.detach(),
     }
 
 
