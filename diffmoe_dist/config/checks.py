@@ -43,7 +43,7 @@ RULES: dict[str, Rule] = {
     "train.global_batch_size": up_to(2**24),
     "train.micro_batch_size": (lambda value: value >= 0, "at least 1, or 0 for no accumulation"),
     "train.label_dropout": BELOW_ONE,
-    "train.hang_timeout": (lambda value: 0 <= value <= 10**8, "from 0 (no limit) to 100000000 seconds"),
+    "train.hang_timeout": (lambda value: 0 <= value <= 10**8, "0 (no limit) or more, and at most 100000000 seconds"),
     "optim.lr": POSITIVE,
     "optim.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
     "optim.eps": POSITIVE,
