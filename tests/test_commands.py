@@ -213,7 +213,15 @@ BAD = {
         (*TRAIN, "profile.memory_snapshot=true", "device=cpu"),
         "profile.memory_snapshot=true has no effect on device=cpu",
     ),
-    "tensor parallelism": ((*TRAIN, "parallel.tensor=2"), "parallel.tensor=2: tensor parallelism is not available yet"),
+    "layers over ranks": ((*TRAIN, "parallel.tensor=2"), "parallel.tensor=2 does not divide the 1 ranks"),
+    "layers over more ranks than heads": (
+        (*TRAIN, "parallel.tensor=64"),
+        "parallel.tensor=64 does not divide model.num_heads=",
+    ),
+    "compiled layers over ranks": (
+        (*TRAIN, "parallel.tensor=2", "train.compile=true"),
+        "train.compile=true compiles no layer that parallel.tensor=2 cuts",
+    ),
     "experts over ranks": ((*TRAIN, "parallel.expert=3"), "parallel.expert=3 does not divide moe.num_experts=8"),
     "ranks over experts": ((*TRAIN, "parallel.expert=8"), "parallel.expert=8 does not divide the 1 ranks"),
     "batch": ((*TRAIN, "train.micro_batch_size=5"), "train.global_batch_size=32 is not a multiple of"),
