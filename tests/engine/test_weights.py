@@ -18,10 +18,11 @@ from diffmoe_dist import load_model
 from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model
 from diffmoe_dist.engine.conversion import convert_published, export_checkpoint
 from diffmoe_dist.engine.resume import check_initial_weights
-from diffmoe_dist.engine.sharded_state import EMA, MASTER
-from diffmoe_dist.engine.weights import _interval, read_model
+from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
+from diffmoe_dist.engine.weights import _read, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.parallel.slices import Columns
 from tests.commands import start
 from tests.distributed import run_ranks
 from tests.engine.runs import curve, tiny_config, train_all
@@ -242,8 +243,18 @@ def test_an_interval_of_a_stored_tensor_is_that_of_the_flattened_one(tmp_path: P
     save_file({"w1": whole, "flat": whole.flatten().clone(), "one": torch.tensor(7)}, tmp_path / "w.safetensors")
     with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
         for name in ("w1", "flat"):
-            assert torch.equal(_interval(file, name, start, length), whole.flatten()[start : start + length])
-        assert _interval(file, "one", 0, 1).tolist() == [7]
+            wanted = Fragment(name, start, 24, torch.empty(length))
+            assert torch.equal(_read(file, name, wanted), whole.flatten()[start : start + length])
+        assert _read(file, "one", Fragment("one", 0, 1, torch.empty(1))).tolist() == [7]
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 12), (1, 1), (2, 7), (5, 4), (11, 1)])
+def test_some_columns_of_a_stored_matrix_are_those_of_the_whole_one(tmp_path: Path, start: int, length: int) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    save_file({"w": whole}, tmp_path / "w.safetensors")
+    wanted = Fragment("w", start, 24, torch.empty(length), Columns(first=3, count=3, of=6))
+    with safe_open(tmp_path / "w.safetensors", framework="pt") as file:
+        assert torch.equal(_read(file, "w", wanted), whole[:, 3:].flatten()[start : start + length])
 
 
 def test_a_folder_of_weights_has_every_tensor_of_its_model_and_no_other(folder: Path) -> None:
