@@ -92,7 +92,8 @@ def _tell_of_repeated(overrides: Sequence[str]) -> None:
     values: dict[str, str] = {}
     for key, _, value in (override.partition("=") for override in overrides):
         if values.setdefault(key, value) != value:
-            logger.warning("%s is given twice, as %s and as %s; the last one counts", key, values[key], value)
+            both = (repr(given)[1:-1] for given in (values[key], value))  # on one line, whatever is in them
+            logger.warning("%s is given twice, as %s and as %s; the last one counts", repr(key)[1:-1], *both)
         values[key] = value
 
 
