@@ -19,6 +19,7 @@ what bounds it. It needs no GPU, no data and no other process, and refuses what 
   python -m diffmoe_dist.plan --config configs/imagenet256/global_pool_l.yaml --nodes 4 --gpus-per-node 8 \\
       parallel.expert=8 precision=bf16 --accelerator H200-141
   python -m diffmoe_dist.plan --config FILE --nodes 1 --gpus-per-node 8 --json
+  python -m diffmoe_dist.plan --config FILE --nodes 4 --gpus-per-node 8 --sweep --days 7
 
 How to read it. "exact" numbers are what the engine holds and sends, checked by its tests; "estimate" numbers rest on
 the assumptions that the last lines print, and are for comparing settings, not for promises.
@@ -29,6 +30,9 @@ the assumptions that the last lines print, and are for comparing settings, not f
 - What bounds it? See STEP. Communication: keep an expert group inside a node (parallel.expert at most
   --gpus-per-node), or give each GPU more images. Compute: more GPUs. precision=bf16 makes arithmetic several times
   faster.
+- Which settings, and how many machines? --sweep plans every expert- and tensor-parallel size, precision and, where no
+  pool depends on it, micro-batch size on 1 to N machines, with recomputation where memory asks for it. It prints the
+  command of the best. Settings given here stay as they are.
 - C, the capacity, is the mean number of experts per token; a run logs the measured one as `capacity`. Give it as
   --capacity to plan with it.
 """
@@ -43,6 +47,7 @@ def main() -> None:
     if arguments.capacity is not None and config.experts is None:
         raise UserError(f"--capacity {arguments.capacity} has no effect with moe.router=dense; remove it")
 
+    from diffmoe_dist.planning import sweep
     from diffmoe_dist.planning.accelerators import ACCELERATORS
     from diffmoe_dist.planning.estimate import make_plan
     from diffmoe_dist.planning.table import as_dict, as_text
@@ -50,7 +55,17 @@ def main() -> None:
 
     if arguments.accelerator not in ACCELERATORS:
         raise UserError(f"--accelerator {arguments.accelerator}: choose from {', '.join(ACCELERATORS)}")
-    cluster = Cluster(arguments.nodes, arguments.gpus_per_node, ACCELERATORS[arguments.accelerator])
+    accelerator = ACCELERATORS[arguments.accelerator]
+    if arguments.sweep:
+        given = {override.partition("=")[0] for override in arguments.overrides}
+        plans = list(sweep.sweep(config, arguments.nodes, arguments.gpus_per_node, accelerator, given))
+        sweep.by_cost([plan for plan in plans if plan.config.precision == config.precision], arguments.days)
+        settings = [arguments.config, *arguments.overrides]
+        as_json = json.dumps(sweep.as_dicts(plans, config), indent=2)
+        text = as_json if arguments.json else sweep.as_text(plans, config, settings, arguments.days)
+        sys.stdout.write(text + "\n")
+        return
+    cluster = Cluster(arguments.nodes, arguments.gpus_per_node, accelerator)
     plan = make_plan(config, cluster, arguments.capacity)
     text = json.dumps(as_dict(plan), indent=2) if arguments.json else as_text(plan, arguments.config)
     sys.stdout.write(text + "\n")
@@ -66,6 +81,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--accelerator", default="H100-80", metavar="NAME", help="default H100-80; the choices are below"
     )
+    parser.add_argument("--sweep", action="store_true", help="compare every way to run it on 1 to N of these machines")
+    parser.add_argument("--days", type=float, metavar="D", help="with --sweep: the fewest GPU-hours within D days")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object, in bytes and seconds")
     parser.epilog = "accelerators: A100-80 A800-80 H100-80 H800-80 H200-141 (data sheet numbers, SXM boards)"
     arguments = parser.parse_intermixed_args()
@@ -74,6 +91,12 @@ def _parse() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
     if arguments.capacity is not None and not 0 <= arguments.capacity < float("inf"):
         raise UserError(f"--capacity {arguments.capacity}: must be 0 or more, such as 0.95")
+    if arguments.capacity is not None and arguments.sweep:
+        raise UserError(f"--capacity {arguments.capacity} has no effect with --sweep; remove one of them")
+    if arguments.days is not None and not arguments.sweep:
+        raise UserError(f"--days {arguments.days} has no effect without --sweep; add it")
+    if arguments.days is not None and not 0 < arguments.days < float("inf"):
+        raise UserError(f"--days {arguments.days}: must be more than 0, such as 7")
     return arguments
 
 

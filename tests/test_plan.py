@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.plan import main
 from tests.commands import start
 from tests.machine import ROOT
@@ -79,3 +81,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messa
     assert ended.wait() == 2
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+SMALL = str(ROOT / "configs/imagenet256/global_pool_s.yaml")
+
+
+def test_a_sweep_prints_the_command_of_the_fastest_plan_and_as_json_all_plans(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--config", SMALL, "--nodes", "2", "--gpus-per-node", "4", "--sweep", "parallel.tensor=1")
+    text = plan(monkeypatch, capsys, *arguments)
+    found = json.loads(plan(monkeypatch, capsys, *arguments, "--json"))
+    assert found == sorted(found, key=lambda row: -row["images_per_second"])
+    fastest = next(row for row in found if row["precision"] == "fp32")
+    command = text.splitlines()[-1]
+    assert "parallel.tensor=1" in command, "what was given belongs to the command"
+    assert command.endswith(" ".join(["parallel.tensor=1", *fastest["overrides"]]))
+    assert f"--nproc-per-node {fastest['ranks'] // fastest['nodes']}" in command
+    for title in ("MOST IMAGES A SECOND", "FEWEST GPU-HOURS", "OTHER PRECISIONS"):
+        assert title in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--days", "3"), "--days 3.0 has no effect without --sweep; add it"),
+        (("--sweep", "--days", "0"), "--days 0.0: must be more than 0"),
+        (("--sweep", "--days", "0.001"), "--days 0.001: the fastest plan takes"),
+        (("--sweep", "--capacity", "1"), "--capacity 1.0 has no effect with --sweep"),
+    ],
+)
+def test_a_sweep_refuses_what_it_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(monkeypatch, capsys, "--config", SMALL, "--nodes", "1", "--gpus-per-node", "8", *arguments)

@@ -1,6 +1,6 @@
 """Every setting of a run: what it is called, its default, and which combinations are impossible. No torch here."""
 
-from diffmoe_dist.config.checks import for_world, pool_samples
+from diffmoe_dist.config.checks import check, for_world, pool_samples
 from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, load_config, router_names, save_config
 from diffmoe_dist.config.router import RouterSettings, expert_slots
 from diffmoe_dist.config.schema import (
@@ -28,6 +28,7 @@ __all__ = [
     "ProfileConfig",
     "RouterSettings",
     "build_config",
+    "check",
     "data_sets",
     "expert_slots",
     "flat_settings",
