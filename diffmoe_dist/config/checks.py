@@ -85,6 +85,7 @@ def check(config: Config) -> None:
     _check_condition(config.model)
     _check_ddpm(config)
     _check_experts(config)
+    _check_compile(config)
     _check_parallel(config)
     _check_held_out(config)
     _check_data(config)
@@ -180,13 +181,24 @@ def _check_parallel(config: Config) -> None:
         )
 
 
-def _check_tensor(config: Config) -> None:
-    """Every layer that tensor parallelism cuts has a width that it divides."""
-    tensor, model, experts = config.parallel.tensor, config.model, config.experts
-    if tensor > 1 and config.train.compile:
+def _check_compile(config: Config) -> None:
+    if not config.train.compile:
+        return
+    tensor, schedule = config.parallel.tensor, getattr(config.moe, "capacity_schedule", None)
+    if tensor > 1:
         raise UserError(
             f"train.compile=true compiles no layer that parallel.tensor={tensor} cuts; choose one of the two settings"
         )
+    if schedule is not None:
+        raise UserError(
+            f"train.compile=true would compile anew in each step that moe.capacity_schedule={list(schedule)} changes; "
+            "remove one of the two settings"
+        )
+
+
+def _check_tensor(config: Config) -> None:
+    """Every layer that tensor parallelism cuts has a width that it divides."""
+    tensor, model, experts = config.parallel.tensor, config.model, config.experts
     widths = {f"model.num_heads={model.num_heads}": model.num_heads}
     if len(config.moe_blocks) < model.depth:
         hidden = int(model.hidden_size * model.mlp_ratio)

@@ -105,7 +105,7 @@ class PoolChoice(Router):
     def _select_slots(self, scores_TN: Tensor, second_TN: Tensor | None = None) -> Selection:
         capacity = self.training_capacity if self.training else self.settings.capacity
         slots = expert_slots(self.pool.num_tokens(len(scores_TN)), self.num_experts, capacity)
-        return self.pool.select(scores_TN, slots, second_TN)
+        return self.pool.select(scores_TN, slots, second_TN, at_least_zero=True)
 
     def _select(self, scores_TN: Tensor, logits_TN: Tensor) -> Selection:
         if self.inference == "static":

@@ -114,15 +114,18 @@ class TokenPool(Protocol):
         """How many tokens of each pool are flagged, (G, N) int64."""
         ...
 
-    def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
+    def select(
+        self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None, *, at_least_zero: bool = False
+    ) -> Selection:
         """For each expert, the `slots` tokens of the pool with the highest scores. Ties: the lower global token id.
 
         Args:
-            scores_TN: fp32; where `slots` is one number, not below 0. NaN counts as lower than any number: so the
-                choice stays well defined on every rank, and the NaN still reaches the loss through the gate.
+            scores_TN: fp32. NaN counts as lower than any number: so the choice stays well defined on every rank, and
+                the NaN still reaches the loss through the gate.
             slots: the tokens that each expert takes, one number or (G, N).
             second_TN: other fp32 scores, whose slots-th largest over each pool becomes `kth_largest`. Only where
                 `slots` is one number.
+            at_least_zero: no score is below 0, as after a softmax: there is a faster way for them.
         """
         ...
 
@@ -139,15 +142,21 @@ class LocalPool:
     def count(self, flags_TN: Tensor) -> Tensor:
         return flags_TN.view(*self._split(len(flags_TN)), -1).sum(dim=1)
 
-    def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
+    def select(
+        self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None, *, at_least_zero: bool = False
+    ) -> Selection:
         tokens, experts = scores_TN.shape
         kinds_KNGP = columns([scores_TN, second_TN]).view(-1, experts, *self._split(tokens))
-        if not isinstance(slots, int):
-            cutoff, ties = cutoffs(kinds_KNGP[0], slots.T)
-            chosen_NGP = topk_mask(kinds_KNGP[0], cutoff, ties)
-            return Selection(chosen_NGP.view(experts, tokens), pool_ranks=1, slots_per_expert=None)
+        pools = kinds_KNGP.shape[2]
+        if not isinstance(slots, int) or not at_least_zero:
+            cutoff, ties = cutoffs(kinds_KNGP[0], slots if isinstance(slots, int) else slots.T)
+            return Selection(
+                chosen=topk_mask(kinds_KNGP[0], cutoff, ties).view(experts, tokens),
+                pool_ranks=1,
+                slots_per_expert=pools * slots if isinstance(slots, int) else None,
+                kth_largest=None if second_TN is None else kth_largest(kinds_KNGP[1], int(slots)).T,
+            )
         place_NGK = best_places(kinds_KNGP[0], slots)
-        pools = place_NGK.shape[1]
         if pools > 1:
             place_NGK += torch.arange(0, tokens, tokens // pools, device=place_NGK.device)[:, None]
         token_NK = place_NGK.view(experts, -1)

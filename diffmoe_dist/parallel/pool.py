@@ -74,7 +74,9 @@ class DistributedPool:
         dist.all_reduce(counts, group=self.group)
         return counts
 
-    def select(self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None) -> Selection:
+    def select(
+        self, scores_TN: Tensor, slots: int | Tensor, second_TN: Tensor | None = None, *, at_least_zero: bool = False
+    ) -> Selection:
         scores_NKT = columns([scores_TN, second_TN], kind_dim=1)
         per_expert = slots if isinstance(slots, int) else slots[0]
         gathers = self.gathers(self.ranks * scores_NKT.numel() * scores_NKT.element_size())

@@ -119,14 +119,21 @@ def generate(
         nfe += 1
         prediction, variance = guided(z, t)
         finite_EN.append(prediction.isfinite().flatten(1).all(dim=1))
-        if settings.sampler == ADAPTIVE and not finite_EN[-1].all():  # it would look for ever smaller steps
-            raise FloatingPointError(f"sampling: {_non_finite(finite_EN, numbers)}")
+        if settings.sampler == ADAPTIVE and not finite_EN[-1].all():
+            raise _NotFinite
         return prediction, variance
 
     generators = [step_generator(settings.seed, key) for key in keys]
-    images = sample(settings.sampler, counted, noise, objective, settings.steps, generators)
+    try:
+        images = sample(settings.sampler, counted, noise, objective, settings.steps, generators)
+    except _NotFinite:
+        images = noise  # of which the caller keeps nothing
     total = float(torch.stack(slots).sum()) if slots else 0.0
     return Generated(images, nfe, total, tokens, _non_finite(finite_EN, numbers))
+
+
+class _NotFinite(Exception):  # noqa: N818
+    """Ends an adaptive sampler, which would look for ever smaller steps."""
 
 
 def _non_finite(finite_EN: list[Tensor], numbers: list[int]) -> NonFinite | None:
@@ -180,7 +187,7 @@ def choose_sampler(name: str | None, steps: int | None, objective: str) -> tuple
     if name == "ddim" and (steps < 2 or DDPM_STEPS % steps):
         raise UserError(f"--steps {steps}: --sampler ddim takes a divisor of {DDPM_STEPS} above 1, such as 50 or 250")
     if name == "dpm-solver++" and steps >= DDPM_STEPS:
-        raise UserError(f"--steps {steps}: --sampler dpm-solver++ takes 1 to {DDPM_STEPS - 1}; 20 are many")
+        raise UserError(f"--steps {steps}: --sampler dpm-solver++ takes 1 to {DDPM_STEPS - 1}; 20 are usually enough")
     return name, steps
 
 

@@ -138,6 +138,10 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"model": {"size": None, "depth": 2, "hidden_size": 6, "num_heads": 3}}, r"hidden_size=6 .* by 4"),
         ({"parallel": {"tensor": 5}}, r"parallel\.tensor=5 does not divide model\.num_heads="),
         ({"parallel": {"tensor": 2}, "train": {"compile": True}}, r"train\.compile=true compiles no layer"),
+        (
+            {"moe": {"capacity_schedule": [10, 20]}, "train": {"compile": True}},
+            r"train\.compile=true .* moe\.capacity_schedule=\[10, 20\]",
+        ),
         ({"parallel": {"expert": 3}}, r"parallel\.expert=3 does not divide moe\.num_experts=8"),
         ({"moe": {"num_experts": None}}, r"moe\.num_experts is not set"),
         ({"moe": {"capacity": 9.0}}, r"moe\.capacity=9\.0 is more than moe\.num_experts=8"),

@@ -150,7 +150,7 @@ def test_the_inference_rules_equal_the_slow_reference(pool: str, kind: str, rule
 def test_ties_go_to_the_lower_global_token_id(slots: int | Tensor) -> None:
     scores_TN = torch.tensor([[1, 3], [2, 2], [1, 2], [3, 2], [1, 2], [1, 1], [2, 2], [1, 9]]).float()
 
-    chosen = LocalPool().select(scores_TN, slots).chosen
+    chosen = LocalPool().select(scores_TN, slots, at_least_zero=True).chosen
 
     assert chosen[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 6]  # 3; 2 and 2; the first two of five ones
     assert chosen[1].nonzero()[:, 0].tolist() == ([0, 1, 2, 3, 7] if isinstance(slots, int) else [0, 7])
@@ -159,7 +159,7 @@ def test_ties_go_to_the_lower_global_token_id(slots: int | Tensor) -> None:
 @pytest.mark.parametrize("slots", [1, 7, 23, 24])
 def test_where_all_scores_are_equal_the_first_tokens_are_chosen(slots: int) -> None:
     for value in (0.0, 0.25, torch.inf, -1.0):
-        chosen = LocalPool().select(torch.full((24, 3), value), slots).chosen
+        chosen = LocalPool().select(torch.full((24, 3), value), slots, at_least_zero=value >= 0).chosen
         per_expert = LocalPool().select(torch.full((24, 3), value), torch.full((1, 3), slots)).chosen
         assert torch.equal(chosen, (torch.arange(24) < slots).expand(3, 24)) and torch.equal(per_expert, chosen)
 
@@ -174,6 +174,27 @@ def test_every_number_of_slots_from_none_to_all_is_filled_with_the_best() -> Non
         column = scores_TN[:, expert].tolist()
         best = sorted(range(12), key=lambda token: (-column[token], token))[:expert]
         assert chosen[expert].nonzero()[:, 0].tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_scores_below_zero_are_in_their_order_too(images: int, slots: int) -> None:
+    scores_TN = torch.randint(-3, 4, (12, 5), generator=torch.Generator().manual_seed(6)) / 2
+    selection = LocalPool(tokens_per_pool=12 // images).select(scores_TN, slots)
+
+    assert selection.slots_per_expert == images * slots
+    for expert, column in enumerate(scores_TN.T.tolist()):
+        pools = [range(first, first + 12 // images) for first in range(0, 12, 12 // images)]
+        best = [sorted(pool, key=lambda token: (-column[token], token))[:slots] for pool in pools]
+        assert selection.chosen[expert].nonzero()[:, 0].tolist() == sorted(token for pool in best for token in pool)
+
+
+def test_the_faster_way_for_scores_of_zero_and_more_chooses_the_same() -> None:
+    scores_TN = torch.randint(0, 4, (24, 5), generator=torch.Generator().manual_seed(6)) / 4
+    for slots in (1, 5, 24):
+        one, other = (LocalPool().select(scores_TN, slots, at_least_zero=known) for known in (False, True))
+        assert torch.equal(one.chosen, other.chosen)
+        assert one.slots_per_expert == other.slots_per_expert
 
 
 def test_an_image_pool_chooses_in_each_image_by_its_own_count() -> None:

@@ -167,7 +167,8 @@ def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_cho
             key = (layout, exchange, scores_kind, slots_kind, experts)
             selections = [results[rank][key] for rank in members]
             chosen_NP = torch.cat([selection["chosen"] for selection in selections], dim=1)
-            local = LocalPool().select(scores_TN, slots, second_TN if has_second(slots_kind) else None)
+            second = second_TN if has_second(slots_kind) else None
+            local = LocalPool().select(scores_TN, slots, second, at_least_zero=True)
 
             assert torch.equal(chosen_NP, local.chosen), key
             per_expert = [slots] * experts if isinstance(slots, int) else slots[0].tolist()

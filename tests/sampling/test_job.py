@@ -244,11 +244,14 @@ def diverged(trained: Path, tmp_path: Path) -> Path:
     return tmp_path / "diverged"
 
 
-def test_images_that_are_not_finite_are_counted_and_end_the_job_on_every_rank(diverged: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("--steps", "3"), ("--sampler", "dopri5")])
+def test_images_that_are_not_finite_are_counted_and_end_the_job_on_every_rank(
+    diverged: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
         "-m", "diffmoe_dist.sample", "--checkpoint", diverged, "--out", tmp_path / "out", "--num-images", "7",
-        "--steps", "3", "--batch-size", "3", "--device", "cpu",
+        *options, "--batch-size", "3", "--device", "cpu",
     ]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""A router a file, named as its settings in config/routers/: which tokens go to which experts."""
+"""One file for each router, named as its settings in config/routers/: which tokens go to which experts."""
 
 from __future__ import annotations
 
