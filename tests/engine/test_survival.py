@@ -318,7 +318,7 @@ def test_a_rank_that_hangs_ends_every_rank_with_the_stacks_of_its_threads(tmp_pa
     commands = train(config_file, run_dir, "train.hang_timeout=10", prepare=rank_1_hangs)
     assert [command.wait() for command in commands] == [124, 124], commands[0].stderr
     assert last_step(run_dir) == 2
-    for rank, place in enumerate(["in all_to_all_single", "in sleep_for_ever"]):
+    for rank, place in enumerate(["in all_gather", "in sleep_for_ever"]):
         log = (run_dir / f"logs/rank-{rank}.log").read_text()
         assert "step 3 has not ended after 10 seconds (train.hang_timeout)" in log
         assert log.count("Thread 0x") > 2

@@ -107,8 +107,11 @@ def experts_of_configs(rank: int, world_size: int, folder: Path, paths: list[Pat
     for path in paths:
         changes = ["precision=bf16", "model.size=null", "model.depth=4", "model.hidden_size=24", "model.num_heads=2"]
         changes += [f"run_dir={folder}", "data.shards=unused", f"parallel.expert={world_size}"]
+        changes += [f"parallel.tensor={min(world_size, load_config(path, changes).parallel.tensor)}"]
         config = for_world(load_config(path, [*changes, f"train.global_batch_size={world_size}"]), world_size)
-        topology = create_topology(Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert)
+        topology = create_topology(
+            Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert, config.parallel.tensor
+        )
         engine = _build_engine(config, topology)
         experts = {name: p for name, p in engine.module.named_parameters() if ".experts.w" in name}
         addresses[str(path)] = [parameter.data_ptr() for parameter in experts.values()]

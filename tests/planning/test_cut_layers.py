@@ -30,7 +30,8 @@ def cases() -> Iterator[tuple[str, str, Config]]:
         for mode in MODES:
             config = make_config(name, tensor=RANKS)
             train = replace(config.train, recompute=mode, global_batch_size=IMAGES)
-            yield name, mode, for_world(replace(config, train=train), RANKS)
+            parallel = replace(config.parallel, score_exchange="all_to_all")  # so that nothing else is gathered
+            yield name, mode, for_world(replace(config, train=train, parallel=parallel), RANKS)
 
 
 def exchanged(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
