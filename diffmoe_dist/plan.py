@@ -59,11 +59,10 @@ def main() -> None:
     if arguments.sweep:
         given = {override.partition("=")[0] for override in arguments.overrides}
         plans = list(sweep.sweep(config, arguments.nodes, arguments.gpus_per_node, accelerator, given))
-        sweep.by_cost([plan for plan in plans if plan.config.precision == config.precision], arguments.days)
-        settings = [arguments.config, *arguments.overrides]
-        as_json = json.dumps(sweep.as_dicts(plans, config), indent=2)
-        text = as_json if arguments.json else sweep.as_text(plans, config, settings, arguments.days)
-        sys.stdout.write(text + "\n")
+        best = sweep.choose(plans, config, arguments.days)
+        as_json = json.dumps(sweep.as_dict(plans, best, config), indent=2)
+        as_table = sweep.as_text(plans, best, config, [arguments.config, *arguments.overrides])
+        sys.stdout.write((as_json if arguments.json else as_table) + "\n")
         return
     cluster = Cluster(arguments.nodes, arguments.gpus_per_node, accelerator)
     plan = make_plan(config, cluster, arguments.capacity)

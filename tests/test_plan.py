@@ -92,8 +92,9 @@ def test_a_sweep_prints_the_command_of_the_fastest_plan_and_as_json_all_plans(
     arguments = ("--config", SMALL, "--nodes", "2", "--gpus-per-node", "4", "--sweep", "parallel.tensor=1")
     text = plan(monkeypatch, capsys, *arguments)
     found = json.loads(plan(monkeypatch, capsys, *arguments, "--json"))
-    assert found == sorted(found, key=lambda row: -row["images_per_second"])
-    fastest = next(row for row in found if row["precision"] == "fp32")
+    assert found["plans"] == sorted(found["plans"], key=lambda row: -row["images_per_second"])
+    fastest = next(row for row in found["plans"] if row["precision"] == "fp32")
+    assert found["best"] == fastest
     command = text.splitlines()[-1]
     assert "parallel.tensor=1" in command, "what was given belongs to the command"
     assert command.endswith(" ".join(["parallel.tensor=1", *fastest["overrides"]]))

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from urllib.request import url2pathname
 import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import gopen_schemes
+from webdataset.gopen import gopen_ais, gopen_curl, gopen_gsutil, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from diffmoe_dist.data.batch import Batch, BatchBuffer
@@ -185,12 +186,18 @@ class StreamedDataset(IterableDataset[Batch]):
         return [urls[shard] for shard in np.atleast_1d(mine).tolist()]
 
 
+_PROGRAMS = {gopen_curl: "curl", gopen_gsutil: "gsutil", gopen_ais: "ais"}  # that webdataset reads URLs with
+
+
 def _check_url(url: str, scheme: str) -> None:
-    """Raises UserError for a path where no file is, and for a scheme that webdataset does not open."""
+    """Raises UserError for a path where no file is, and for a scheme that webdataset cannot open here."""
     if scheme not in ("", "file"):
         if scheme not in gopen_schemes or scheme.startswith("__"):
             known = ", ".join(name for name in gopen_schemes if not name.startswith("__"))
             raise UserError(f"data.shards={url}: no way to open {scheme}:; name a path or one of {known}")
+        program = _PROGRAMS.get(gopen_schemes[scheme])
+        if program is not None and shutil.which(program) is None:
+            raise UserError(f"data.shards={url}: {scheme}: is read with {program}, which is not installed; install it")
         return
     path = Path(url2pathname(urlparse(url).path) if scheme else url)
     if path.is_dir():

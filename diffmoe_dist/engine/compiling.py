@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 from torch._dynamo.callback import callback_handler
@@ -26,6 +28,12 @@ def check_compiler(device: torch.device) -> None:
                 "train.compile=true needs a C++ compiler, and torch finds neither $CXX nor g++; install one, or set "
                 "train.compile=false"
             ) from None
+        headers = Path(sysconfig.get_paths()["include"])
+        if not (headers / "Python.h").is_file():
+            raise UserError(
+                f"train.compile=true needs the headers of Python, and {headers} has no Python.h; install them (Debian: "
+                "python3-dev), or set train.compile=false"
+            )
     elif not has_triton():
         raise UserError(
             "train.compile=true needs Triton, which torch does not find for this GPU; install it, or set "

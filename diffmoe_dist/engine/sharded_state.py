@@ -78,7 +78,8 @@ class ShardedState:
         (35 times as slow on a CPU) and wait for the value twice.
         """
         norms = [norm for gradient in self.zero.owned_gradients() for norm in _row_norms(gradient)]
-        return torch.cat(norms).double().square().sum()
+        # A rank may own nothing but the padding at the end of the flat groups.
+        return torch.cat([*norms, torch.zeros(1, device=self.flat[MASTER][0].device)]).double().square().sum()
 
     def set_norm(self, norm: float, skip: bool) -> None:
         """Tell the next optimizer step the global norm of the gradients, and whether to leave its update out."""

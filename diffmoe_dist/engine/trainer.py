@@ -244,6 +244,9 @@ class Trainer:
 
     def _log_step(self, report: StepReport, measured: dict[str, float | None]) -> None:
         if report.non_finite:
+            if measured:
+                values = ", ".join(f"{name} {value}" for name, value in measured.items())
+                logger.warning("step %d was skipped and has no line of metrics: %s", self.progress.step, values)
             return
         self.log.metrics(self._metrics(report) | measured)
         if len(report.load_LN):

@@ -120,14 +120,7 @@ class _Column(_MixedPrecision, ColumnParallelLinear):
 
     def __init__(self, whole: Any, topology: Topology, parts: int = 1) -> None:
         with whole.weight.device:
-            super().__init__(
-                whole.in_features,
-                whole.out_features,
-                config=_settings(topology),
-                init_method=nn.init.zeros_,
-                bias=whole.bias is not None,
-                tp_group=topology.tensor_group,
-            )
+            super().__init__(**_like(whole, topology))
         cut = Slice(0, topology.tensor_rank, topology.tensor, parts)
         _take(self.weight, whole.weight, cut)
         if whole.bias is not None:
@@ -142,16 +135,7 @@ class _Row(_MixedPrecision, RowParallelLinear):
 
     def __init__(self, whole: Any, topology: Topology) -> None:
         with whole.weight.device:
-            super().__init__(
-                whole.in_features,
-                whole.out_features,
-                config=_settings(topology),
-                init_method=nn.init.zeros_,
-                bias=whole.bias is not None,
-                input_is_parallel=True,
-                skip_bias_add=False,
-                tp_group=topology.tensor_group,
-            )
+            super().__init__(**_like(whole, topology), input_is_parallel=True, skip_bias_add=False)
         _take(self.weight, whole.weight, Slice(1, topology.tensor_rank, topology.tensor))
         if whole.bias is not None:  # added to a rank's own images, so it is no slice
             self.bias = whole.bias
@@ -160,13 +144,22 @@ class _Row(_MixedPrecision, RowParallelLinear):
         return super().forward(x)[0]
 
 
-def _settings(topology: Topology) -> ModelParallelConfig:
-    return ModelParallelConfig(
+def _like(whole: Any, topology: Topology) -> dict[str, Any]:
+    """What Megatron's layers are told: a layer of this size, whose values come later."""
+    config = ModelParallelConfig(
         tensor_model_parallel_size=topology.tensor,
         sequence_parallel=True,
         use_cpu_initialization=True,  # that is, on the device that torch is told
         perform_initialization=False,
     )
+    return {
+        "input_size": whole.in_features,
+        "output_size": whole.out_features,
+        "bias": whole.bias is not None,
+        "config": config,
+        "init_method": nn.init.zeros_,
+        "tp_group": topology.tensor_group,
+    }
 
 
 @torch.no_grad()

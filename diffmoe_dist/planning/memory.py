@@ -32,6 +32,7 @@ class ZeroGroup:
     name: str
     group: RankGroup
     elements: int
+    largest: int  # elements of its largest parameter
     aligned: int  # elements with the gaps between parameters, each of which begins at 16 bytes
     ranks: int
 
@@ -64,7 +65,7 @@ def _zero_group(config: Config, holders: int, sizes: list[int], ranks: int, is_o
         name = " and ".join(kind for kind, size in (("experts", expert), ("slices", tensor)) if size == holders)
     unit = 16 // weight_bytes(config)
     gaps = sum(-size % unit for size in sizes[:-1])
-    return ZeroGroup(name, group, sum(sizes), sum(sizes) + gaps, ranks // holders)
+    return ZeroGroup(name, group, sum(sizes), max(sizes), sum(sizes) + gaps, ranks // holders)
 
 
 def weight_bytes(config: Config) -> int:
@@ -110,8 +111,8 @@ def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
     """Bytes of gradients at their peak: an estimate.
 
     Backward makes gradients until a chunk of them is complete, which is copied, and reduced while the next two are
-    made; the owner keeps the fp32 sum. Where no other rank has the same parameters, gradients stay as they are, and
-    AdamW makes fp32 copies of a chunk at a time.
+    made; a gradient is freed once all chunks that have a part of it are copied. The owner keeps the fp32 sum. Where no
+    other rank has the same parameters, gradients stay as they are, and AdamW makes fp32 copies of a chunk at a time.
     """
     element, most = weight_bytes(config), 0.0
     for group in zero_groups(config, ranks):
@@ -119,7 +120,9 @@ def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
         if group.ranks == 1:
             most += group.elements * element + (4 * chunk if element < 4 else 0)
             continue
-        waiting = group.elements if micro_steps > 1 and config.parallel.zero_stage == 1 else chunk
+        waiting = min(group.elements, chunk + group.largest)
+        if micro_steps > 1 and config.parallel.zero_stage == 1:
+            waiting = group.elements
         most += 4 * group.partition + 3 * chunk * wire_bytes(config) + waiting * element
     return most
 

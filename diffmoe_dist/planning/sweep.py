@@ -96,49 +96,67 @@ def overrides(plan: Plan, config: Config) -> list[str]:
     return [f"{name}={value}" for name, (value, given) in values.items() if value != given]
 
 
-def as_text(plans: Sequence[Plan], config: Config, settings: Sequence[str], within_days: float | None) -> str:
-    """The fastest plans, the cheapest ones, and the command of the best in the precision of the settings.
+def choose(plans: Sequence[Plan], config: Config, within_days: float | None) -> Plan:
+    """The fastest plan in the precision of the settings, or the one with the fewest GPU-hours that ends in time.
 
-    Args:
-        settings: of the command, the path of the configuration and what overrides it.
-        within_days: the cheapest plan that takes at most as long is the best; None: the fastest one.
+    Raises:
+        UserError: none fits, or none ends in time.
     """
-    own = [plan for plan in plans if plan.config.precision == config.precision]
-    fastest, cheapest = by_speed(own), by_cost(own, within_days)
-    in_time = "" if within_days is None else f" within {within_days:g} days"
-    lines = [
-        f"{settings[0]} on 1 to {max(plan.cluster.nodes for plan in plans)} nodes of {plans[0].cluster.gpus_per_node} "
-        f"{plans[0].cluster.accelerator.name}: {len(plans)} plans fit. Times are estimates, see docs/planning.md.",
-        "",
-        *_table("most images a second", fastest[:_ROWS]),
-        "",
-        *_table(f"fewest GPU-hours{in_time}", cheapest[:_ROWS]),
-    ]
-    others = [plan for plan in plans if plan.config.precision != config.precision]
-    if others:
-        best: dict[tuple[str, int], Plan] = {}
-        for plan in by_speed(others):
-            best.setdefault((plan.config.precision, plan.cluster.nodes), plan)
-        lines += ["", *_table("other precisions round otherwise: another curve", list(best.values()))]
-    what, best_plan = ("the fastest", fastest[0]) if within_days is None else ("the cheapest", cheapest[0])
-    return "\n".join([*lines, "", f"{what}:", f"  {_command(best_plan, config, settings)}"])
+    own = _in_own_precision(plans, config)
+    if not own:
+        raise UserError(
+            f"train.global_batch_size={config.train.global_batch_size}, precision={config.precision}: no number of "
+            "these GPUs divides that batch and has the memory; give other nodes, or another batch"
+        )
+    fastest = by_speed(own)[0]
+    if within_days is None:
+        return fastest
+    if days(fastest) > within_days:
+        raise UserError(f"--days {within_days:g}: the fastest plan takes {days(fastest):.2f}; give more nodes")
+    return by_cost([plan for plan in own if days(plan) <= within_days])[0]
 
 
 def by_speed(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda plan: (-plan.images_per_second, gpu_hours(plan)))
 
 
-def by_cost(plans: Sequence[Plan], within_days: float | None = None) -> list[Plan]:
+def by_cost(plans: Sequence[Plan]) -> list[Plan]:
+    return sorted(plans, key=lambda plan: (gpu_hours(plan), -plan.images_per_second))
+
+
+def _in_own_precision(plans: Sequence[Plan], config: Config) -> list[Plan]:
+    return [plan for plan in plans if plan.config.precision == config.precision]
+
+
+def as_text(plans: Sequence[Plan], best: Plan, config: Config, settings: Sequence[str]) -> str:
+    """The fastest plans, the cheapest ones, and the command of the best.
+
+    Args:
+        settings: of the command, the path of the configuration and what overrides it.
     """
-    Raises:
-        UserError: none fits, or none ends in time.
-    """
-    if not plans:
-        raise UserError("no plan fits on these GPUs in the precision of the settings; give more nodes")
-    in_time = [plan for plan in plans if within_days is None or days(plan) <= within_days]
-    if not in_time:
-        raise UserError(f"--days {within_days:g}: the fastest plan takes {min(map(days, plans)):.1f}; give more nodes")
-    return sorted(in_time, key=lambda plan: (gpu_hours(plan), -plan.images_per_second))
+    own, cluster = _in_own_precision(plans, config), best.cluster
+    lines = [
+        f"{settings[0]} on up to {max(plan.cluster.nodes for plan in plans)} nodes of {cluster.gpus_per_node} "
+        f"{cluster.accelerator.name}: {len(plans)} plans fit. Times are estimates, see docs/planning.md.",
+        "",
+        *_table("most images a second", by_speed(own)[:_ROWS]),
+        "",
+        *_table("fewest GPU-hours", by_cost(own)[:_ROWS]),
+    ]
+    others: dict[tuple[str, int], Plan] = {}
+    for plan in by_speed(plans):
+        if plan.config.precision != config.precision:
+            others.setdefault((plan.config.precision, plan.cluster.nodes), plan)
+    if others:
+        lines += ["", *_table("other precisions round otherwise: another curve", list(others.values()))]
+    if len({_pool(plan) for plan in own}) > 1:
+        lines += ["", "Plans with another pool are other runs, with other losses."]
+    return "\n".join([*lines, "", "the best:", f"  {_command(best, config, settings)}"])
+
+
+def _pool(plan: Plan) -> int:
+    """Images that are routed together."""
+    return pool_samples(plan.config, plan.cluster.ranks)
 
 
 def _command(plan: Plan, config: Config, settings: Sequence[str]) -> str:
@@ -158,33 +176,33 @@ def _table(title: str, plans: Sequence[Plan]) -> list[str]:
 
 def _line(plan: Plan) -> str:
     config, cluster = plan.config, plan.cluster
-    pool = pool_samples(config, cluster.ranks)
     return (
         f"{cluster.nodes:5} {cluster.ranks:5} {config.parallel.expert:6} {config.parallel.tensor:6} "
-        f"{config.train.micro_batch_size:5} {config.train.recompute:>9} {config.precision:>10} {pool:6} "
+        f"{config.train.micro_batch_size:5} {config.train.recompute:>9} {config.precision:>10} {_pool(plan):6} "
         f"{plan.memory / 2**30:6.1f} {plan.images_per_second:9.0f} {plan.mfu:4.0%} {days(plan):6.2f} "
         f"{gpu_hours(plan):8.0f}  {plan.bound_by}"
     )
 
 
-def as_dicts(plans: Sequence[Plan], config: Config) -> list[dict[str, object]]:
-    """For programs, the fastest first."""
-    return [
-        {
-            "nodes": plan.cluster.nodes,
-            "ranks": plan.cluster.ranks,
-            "expert_parallel": plan.config.parallel.expert,
-            "tensor_parallel": plan.config.parallel.tensor,
-            "micro_batch_size": plan.config.train.micro_batch_size,
-            "recompute": plan.config.train.recompute,
-            "precision": plan.config.precision,
-            "pool_images": pool_samples(plan.config, plan.cluster.ranks),
-            "memory_bytes": round(plan.memory),
-            "images_per_second": plan.images_per_second,
-            "mfu": plan.mfu,
-            "days": days(plan),
-            "gpu_hours": gpu_hours(plan),
-            "overrides": overrides(plan, config),
-        }
-        for plan in sorted(plans, key=lambda plan: -plan.images_per_second)
-    ]
+def as_dict(plans: Sequence[Plan], best: Plan, config: Config) -> dict[str, object]:
+    """The same for programs; the plans from the fastest on."""
+    return {"best": _as_row(best, config), "plans": [_as_row(plan, config) for plan in by_speed(plans)]}
+
+
+def _as_row(plan: Plan, config: Config) -> dict[str, object]:
+    return {
+        "nodes": plan.cluster.nodes,
+        "ranks": plan.cluster.ranks,
+        "expert_parallel": plan.config.parallel.expert,
+        "tensor_parallel": plan.config.parallel.tensor,
+        "micro_batch_size": plan.config.train.micro_batch_size,
+        "recompute": plan.config.train.recompute,
+        "precision": plan.config.precision,
+        "pool_images": _pool(plan),
+        "memory_bytes": round(plan.memory),
+        "images_per_second": plan.images_per_second,
+        "mfu": plan.mfu,
+        "days": days(plan),
+        "gpu_hours": gpu_hours(plan),
+        "overrides": overrides(plan, config),
+    }

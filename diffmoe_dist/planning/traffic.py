@@ -61,7 +61,7 @@ def all_transfers(config: Config, cluster: Cluster, work: Workload) -> list[Tran
     transfers.append(groups.all_reduce("losses, thresholds, load", "world", _report_bytes(config), 1))
     reductions = work.micro_steps if config.parallel.zero_stage == 2 else 1
     for zero in zero_groups(config, cluster.ranks):
-        # Each partition is reduced to the rank that owns it, in chunks.
+        # Each partition is reduced to the rank that owns it, in chunks: at least as many as this.
         chunks = zero.ranks * math.ceil(zero.partition / REDUCTION_CHUNK)
         reduced = wire_bytes(config) * zero.elements * reductions
         transfers.append(groups.reduce(f"{GRADIENTS}, {zero.name}", zero.group, reduced, chunks * reductions))

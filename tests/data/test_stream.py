@@ -224,6 +224,15 @@ class _Server(SimpleHTTPRequestHandler):
         self.wfile.write(content[: len(content) // 2] if kind else content)
 
 
+@pytest.mark.parametrize(("scheme", "program"), [("https", "curl"), ("scp", "curl"), ("gs", "gsutil")])
+def test_a_url_whose_program_is_not_installed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, program: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=f"data.shards={scheme}://host/a.tar: {scheme}: is read with {program}, which"):
+        _data(f"{scheme}://host/a.tar")
+
+
 @pytest.fixture
 def server(shards: Path) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Server, directory=str(shards))) as serving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import torch._inductor.config
 from torch.distributed.checkpoint import FileSystemReader
 
+from diffmoe_dist.engine import compiling
 from diffmoe_dist.engine.compiling import check_compiler
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
@@ -132,6 +134,16 @@ def test_what_is_not_finite_is_found_within_compiled_parts(told: str) -> None:
 def no_compiler() -> Iterator[None]:
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         yield
+
+
+def test_without_the_headers_of_python_the_run_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "C++ compiler" in missing_compiler():
+        monkeypatch.setattr(compiling, "get_cpp_compiler", lambda: "c++")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    with pytest.raises(
+        UserError, match=r"train\.compile=true needs the headers of Python, and /nowhere has no Python.h"
+    ):
+        check_compiler(torch.device("cpu"))
 
 
 def test_without_a_compiler_the_run_does_not_start(no_compiler: None) -> None:

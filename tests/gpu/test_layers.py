@@ -127,8 +127,6 @@ def test_a_model_in_bf16_is_near_the_one_in_fp32(moe: str, precision: Any, devic
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ON_ONE_DEVICE)
 def test_a_layer_waits_for_the_device_as_often_as_on_the_simulated_one(name: str) -> None:
-    if torch.cuda.get_device_capability()[0] not in (9, 10):
-        pytest.skip("grouped_mm waits on this GPU: it has a kernel of its own on Hopper and Blackwell alone")
     moe = name.removesuffix(" MLP").removesuffix(" layer").removesuffix(" block")
     part = host_model(config(moe)).get_submodule("blocks.1" if name.endswith("block") else "blocks.1.mlp")
     set_weight_type(part.cuda(), "bf16")
@@ -145,7 +143,9 @@ def test_a_layer_waits_for_the_device_as_often_as_on_the_simulated_one(name: str
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in caught if "synchronizing" in str(w.message)]
-    assert len(waits) == int(ROWS[name][39:].split()[3]), [f"{w.filename}:{w.lineno}" for w in caught]
+    # Where grouped_mm has no kernel of its own, ragged experts are computed in bf16 as in fp32.
+    column = 3 if torch.cuda.get_device_capability()[0] in (9, 10) else 4
+    assert len(waits) == int(ROWS[name][39:].split()[column]), [f"{w.filename}:{w.lineno}" for w in caught]
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import pytest
 from diffmoe_dist.config import Config, load_config, pool_samples
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.planning.estimate import Plan
-from diffmoe_dist.planning.sweep import as_text, by_cost, by_speed, days, gpu_hours, overrides, sweep
+from diffmoe_dist.planning.sweep import as_text, by_speed, choose, days, gpu_hours, overrides, sweep
 from tests.engine.runs import tiny_config
 from tests.machine import ROOT
 from tests.planning.plans import DENSE, H100, Case, plan_of
@@ -72,23 +72,37 @@ def test_memory_that_is_short_asks_for_smaller_micro_batches_and_recomputation_a
 def test_the_command_of_the_best_has_what_differs_and_what_was_given() -> None:
     config = config_of()
     plans = list(sweep(config, 2, 4, H100, {"train.steps"}))
-    own = [plan for plan in plans if plan.config.precision == "fp32"]
-    text = as_text(plans, config, ["FILE", "train.steps=100"], None)
-    best = by_speed(own)[0]
+    best = choose(plans, config, None)
+    assert best == by_speed([plan for plan in plans if plan.config.precision == "fp32"])[0]
+    text = as_text(plans, best, config, ["FILE", "train.steps=100"])
     command = text.splitlines()[-1].split("-m diffmoe_dist.train ")[1]
     assert command.split() == ["--config", "FILE", "train.steps=100", *overrides(best, config)]
     assert "precision" not in command, "another precision is another curve, and nobody's choice but the user's"
+    assert "another pool" not in text
     assert max(map(len, text.splitlines()[:-1])) <= 120
 
 
+def test_plans_whose_pools_differ_are_told_to_be_other_runs() -> None:
+    config = config_of({"moe": {"pool": "rank"}})
+    plans = list(sweep(config, 2, 4, H100))
+    assert "Plans with another pool are other runs" in as_text(plans, choose(plans, config, None), config, ["FILE"])
+
+
 def test_the_cheapest_plan_in_time_has_the_fewest_gpu_hours_of_those_in_time() -> None:
-    plans = list(sweep(config_of(DENSE), 2, 4, H100))
-    cheapest = by_cost(plans)[0]
-    assert gpu_hours(cheapest) == min(map(gpu_hours, plans))
-    fastest = by_speed(plans)[0]
-    limit = days(fastest)
-    assert gpu_hours(by_cost(plans, limit)[0]) == min(gpu_hours(plan) for plan in plans if days(plan) <= limit)
+    config = config_of(DENSE)
+    plans = list(sweep(config, 2, 4, H100))
+    own = [plan for plan in plans if plan.config.precision == "fp32"]
+    assert gpu_hours(choose(plans, config, 1e6)) == min(map(gpu_hours, own))
+    limit = days(choose(plans, config, None))
+    in_time = [plan for plan in own if days(plan) <= limit]
+    assert gpu_hours(choose(plans, config, limit)) == min(map(gpu_hours, in_time))
     with pytest.raises(UserError, match=r"--days .*: the fastest plan takes"):
-        by_cost(plans, limit / 2)
-    with pytest.raises(UserError, match="no plan fits on these GPUs"):
-        by_cost([])
+        choose(plans, config, limit / 2)
+
+
+def test_a_batch_that_no_number_of_gpus_divides_is_refused() -> None:
+    config = config_of()
+    plans = list(sweep(config, 1, 3, H100))
+    assert plans == []
+    with pytest.raises(UserError, match=r"train\.global_batch_size=16, precision=fp32: no number of these GPUs"):
+        choose(plans, config, None)
