@@ -56,9 +56,7 @@ def expert_linear(
         ends_E: int32, where the rows of each expert end.
     """
     if token_index is None and isinstance(rows, int):
-        x_ERD = x.view(len(w_EDC), rows, w_EDC.shape[1])
-        y = torch.bmm(x_ERD, w_EDC) if b_EC is None else torch.baddbmm(b_EC[:, None], x_ERD, w_EDC)
-        return y.flatten(0, 1)
+        return _products(x, w_EDC, b_EC, rows, None)
     return _ExpertLinear.apply(x, token_index, w_EDC, b_EC, rows, ends_E)
 
 

@@ -104,9 +104,8 @@ class AllToAllDispatcher:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
-        self.timed: Timed = (
-            nullcontext  # around what starts an exchange of rows and what waits for it, also in backward
-        )
+        # Around what starts an exchange of rows and what waits for it, also in backward.
+        self.timed: Timed = nullcontext
 
     def counts(self, routing: Routing, by_expert: bool) -> Tensor | None:
         """(2 N,) the local tokens for each expert, and the tokens from each rank for each expert here."""

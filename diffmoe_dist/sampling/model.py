@@ -15,11 +15,11 @@ from torch import Tensor
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.engine.weights import read_model
+from diffmoe_dist.engine.weights import read_model, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.dit import DiT
-from diffmoe_dist.model.precision import set_weight_type, tf32_products
+from diffmoe_dist.model.precision import check_device, set_weight_type, tf32_products
 from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
 from diffmoe_dist.sampling.settings import SamplingSettings
 
@@ -37,13 +37,16 @@ def open_model(
         data: of the run, for --recalibrate.
 
     Raises:
-        UserError: the checkpoint is damaged, or --expert or --recalibrate is not for its model.
+        UserError: the checkpoint is damaged, --expert or --recalibrate is not for its model, or the GPU has no bf16 and
+            is asked for it.
     """
     shard = None
     if settings.expert > 1:
         shard = partial(shard_experts, expert=settings.expert, device=device, launch=launch)
     precision = [] if settings.precision is None else [f"precision={settings.precision}"]
-    model, config = read_model(checkpoint, device, [*settings.overrides, *precision], shard)
+    overrides = [*settings.overrides, *precision]
+    check_device(device, read_settings(checkpoint, overrides).precision)
+    model, config = read_model(checkpoint, device, overrides, shard)
     weights = weights_fingerprint(model, settings.expert > 1)
     set_weight_type(model, config.precision)
     if data is not None:

@@ -163,3 +163,11 @@ def test_tf32_is_as_asked_within_and_as_before_outside(monkeypatch: pytest.Monke
     assert now() == before
     with tf32_products(CPU, True):
         assert now() == before, "a CPU has no TF32, but may take the setting for another one"
+
+
+def test_a_gpu_without_bf16_does_not_sample_in_it(bf16_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-32GB")
+    launch = Launch(0, 1, 0, "environment")
+    with pytest.raises(UserError, match="precision=bf16: Tesla V100-SXM2-32GB has no bf16 arithmetic; use fp32"):
+        open_model(asked(bf16_run), find_model(bf16_run), torch.device("cuda"), launch, None)
