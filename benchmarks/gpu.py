@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -198,12 +199,26 @@ def parts(
             yield f"sampling {size} {rule}", partial(sampling_rows, setting, size, rule)
 
 
-def run(part: Callable[[], list[Row]]) -> list[Row] | str:
-    """In a process of its own. A text is why it failed."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+def start_process(device: str) -> ProcessPoolExecutor:
+    """That loads torch, deepspeed and the device's libraries while another one measures."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    pool.submit(load, device)
+    return pool
+
+
+def load(device: str) -> None:
+    import diffmoe_dist.engine.build  # noqa: F401  (takes seconds)
+
+    torch.zeros(1, device=device)
+
+
+def run(part: Callable[[], list[Row]], pool: ProcessPoolExecutor) -> list[Row] | str:
+    """In a process that ends then. A text is why it failed."""
+    with pool:
         try:
             return pool.submit(part).result()
         except Exception as error:  # whatever it is, the other parts are worth their time
+            traceback.print_exception(error)
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -246,14 +261,20 @@ def main() -> None:
     accelerator = ACCELERATORS[arguments.accelerator]
     setting = Setting(arguments.device, accelerator, arguments.precision, arguments.images, arguments.rounds)
     begun, rows, left_out = time.monotonic(), [], []
+    ready = start_process(arguments.device)
     for name, part in parts(setting, arguments.sizes, arguments.models):
         elapsed = time.monotonic() - begun
-        found = run(part) if elapsed < arguments.minutes * 60 else f"not begun: {elapsed:.0f} s are over"
+        if elapsed < arguments.minutes * 60:
+            pool, ready = ready, start_process(arguments.device)
+            found = run(part, pool)
+        else:
+            found = f"not begun: {elapsed:.0f} s are over"
         print(f"{name}: {found if isinstance(found, str) else 'measured'}", flush=True)
         if isinstance(found, str):
             left_out.append(f"{name}: {found}")
         else:
             rows += found
+    ready.shutdown()
     write(arguments, rows, left_out)
     if any("not begun" not in line for line in left_out):
         sys.exit(1)

@@ -238,9 +238,10 @@ def _serve(connection: Connection, model: str, config: Config) -> None:
 
 
 def processes(device: str) -> Any:
-    """Where new processes come from: forks of one that has imported torch and deepspeed, which takes seconds."""
-    if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # as `choose_device` would say, too late for the import
+    """Where new processes come from: on a CPU forks of one that has imported torch and deepspeed, which takes seconds."""
+    if device == "cuda":  # deepspeed's import asks for the GPU, which a fork cannot use then
+        return multiprocessing.get_context("spawn")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # as `choose_device` would say, too late for the import
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffmoe_dist.engine.build", "benchmarks.other_layers", "deepspeed.moe.layer"])
     return context
