@@ -238,7 +238,7 @@ def _serve(connection: Connection, model: str, config: Config) -> None:
 
 
 def processes(device: str) -> Any:
-    """Where new processes come from: on a CPU forks of one that has imported torch and deepspeed, which takes seconds."""
+    """Where new processes come from: on a CPU forks of one that has imported torch and deepspeed, for that is slow."""
     if device == "cuda":  # deepspeed's import asks for the GPU, which a fork cannot use then
         return multiprocessing.get_context("spawn")
     os.environ["DS_ACCELERATOR"] = "cpu"  # as `choose_device` would say, too late for the import
