@@ -179,10 +179,14 @@ def test_a_dry_run_builds_a_rank_of_64_without_memory_and_leaves_nothing_behind(
 def test_a_dry_run_says_where_a_run_would_go_on(runs: Path, digits: Path, tmp_path: Path) -> None:
     command = start(
         "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
-        f"run_dir={runs}/python", "--dry-run", "--world-size", "8", "parallel.expert=8", folder=tmp_path,
+        f"run_dir={runs}/python", "--dry-run", "--world-size", "8", "parallel.expert=8", "optim.warmup_steps=2",
+        folder=tmp_path,
     )[0]  # fmt: skip
     assert command.wait() == 0, command.stderr
     assert f"step {STEPS}, from {runs}/python/checkpoints/step-{STEPS:08d}" in command.stdout
+    lines = command.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("lr:"))
+    assert lines[first].endswith("from step 2 on") and "####" in lines[first + 1] and lines[first + 7].endswith("100")
 
 
 TRAIN = ("diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", "data.shards=DIGITS")

@@ -3,6 +3,7 @@
 from diffmoe_dist.config.checks import check, for_world, pool_samples
 from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, load_config, router_names, save_config
 from diffmoe_dist.config.router import RouterSettings, expert_slots
+from diffmoe_dist.config.schedule import draw_schedule, learning_rate
 from diffmoe_dist.config.schema import (
     CheckpointConfig,
     Config,
@@ -30,9 +31,11 @@ __all__ = [
     "build_config",
     "check",
     "data_sets",
+    "draw_schedule",
     "expert_slots",
     "flat_settings",
     "for_world",
+    "learning_rate",
     "load_config",
     "loss_weights",
     "model_settings",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffmoe_dist.config.require import require
+from diffmoe_dist.config.schedule import check_schedule
 from diffmoe_dist.config.schema import Config, ModelConfig, data_sets
 from diffmoe_dist.errors import UserError
 
@@ -45,6 +46,9 @@ RULES: dict[str, Rule] = {
     "train.label_dropout": BELOW_ONE,
     "train.hang_timeout": (lambda value: 0 <= value <= 10**8, "0 (no limit) or more, and at most 100000000 seconds"),
     "optim.lr": POSITIVE,
+    "optim.warmup_steps": (lambda value: value >= 0, "0 (none) or more"),
+    "optim.decay_steps": (lambda value: value >= 0, "at least 1, or 0 for all steps after the warm-up"),
+    "optim.final_lr": (lambda value: 0 <= value < math.inf, "0 or more, and finite"),
     "optim.betas": (lambda value: all(0 <= beta < 1 for beta in value), "two numbers in [0, 1)"),
     "optim.eps": POSITIVE,
     "optim.weight_decay": NOT_NEGATIVE,
@@ -91,6 +95,7 @@ def check(config: Config) -> None:
     _check_data(config)
     _check_online(config)
     _check_periods(config)
+    check_schedule(config)
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -84,7 +84,7 @@ class PoolChoiceSettings(RouterSettings):
         if self.capacity_schedule is None:
             return self.capacity
         begin, end = self.capacity_schedule
-        if step < begin:
+        if step <= begin:
             return float(self.num_experts)
-        left = max(end - step, 0) / max(end - begin, 1)
+        left = (end - step) / (end - begin) if step < end else 0.0
         return self.capacity + left * (self.num_experts - self.capacity)

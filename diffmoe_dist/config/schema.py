@@ -62,7 +62,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    lr: float = 1e-4
+    lr: float = 1e-4  # the highest one; config/schedule.py says what the rate of a step is
+    schedule: Literal["constant", "cosine", "linear", "wsd", "milestones"] = "constant"
+    warmup_steps: int = 0  # the rate grows linearly up to this step
+    decay_steps: int = 0  # length of the decay; cosine and linear: 0 is all after the warm-up; wsd: the last ones
+    final_lr: float | None = None  # where the decay ends; default: 0, with milestones a tenth after each
+    milestones: list[int] = field(default_factory=list)  # steps after which the rate falls
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0

@@ -17,7 +17,7 @@ from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.fragment_io import load_fragments
-from diffmoe_dist.engine.resume import Start, changed_settings
+from diffmoe_dist.engine.resume import Start, changed_rate, changed_settings
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.sharded_state import ShardedState, buffers
 from diffmoe_dist.engine.trainer import Periodic, RunGuards, Trainer
@@ -53,7 +53,7 @@ def build_trainer(
     _load(start, config, state)
     if topology.rank == 0:
         if start.checkpoint is not None:
-            _keep_changed_settings(start.checkpoint, config, run_dir)
+            _keep_changed_settings(start, config, run_dir)
         save_config(config, run_dir / "config.yaml")
     logger.info(_summary(config, topology, engine.module, start.progress))
     loader = _open_loader(config, topology, data, start.progress)
@@ -78,13 +78,17 @@ def _load(start: Start, config: Config, state: ShardedState) -> None:
         logger.info("started from the weights in %s", initial_weights)
 
 
-def _keep_changed_settings(checkpoint: Path, config: Config, run_dir: Path) -> None:
+def _keep_changed_settings(start: Start, config: Config, run_dir: Path) -> None:
     """Say which settings a resume changes, and keep those until here as config-until-step-N.yaml."""
+    checkpoint = start.checkpoint
+    assert checkpoint is not None
     changed = changed_settings(checkpoint, config)
     if changed:
         kept = run_dir / f"config-until-{checkpoint.name}.yaml"
         write_atomically(kept, (checkpoint / "config.yaml").read_bytes())
         logger.warning("settings change after %s: %s; the old ones stay in %s", checkpoint.name, changed, kept)
+        if rate := changed_rate(checkpoint, start.progress.step + 1, config):
+            logger.warning("%s", rate)
 
 
 def _open_loader(

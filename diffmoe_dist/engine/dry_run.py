@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from diffmoe_dist.config import Config, ModelConfig
+from diffmoe_dist.config import Config, ModelConfig, draw_schedule
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
@@ -64,7 +64,7 @@ def build_on_meta(config: Config, world_size: int) -> str:
         _check_batches(config, progress, world_size)
         _check_forward(model, config)
         lines = _report(config, topology, data, progress, found, whole, model)
-        return "".join(f"{name + ':':<13}{text}\n" for name, text in lines)
+        return "".join(f"{name + ':' if name else '':<13}{text}".rstrip() + "\n" for name, text in lines)
     finally:
         dist.destroy_process_group()
 
@@ -178,6 +178,8 @@ def _report(
         f"{format_bytes(written)}, {format_bytes(written // ranks)} of it copied to host memory by a rank; "
         f"{format_bytes(shutil.disk_usage(_existing(Path(config.run_dir))).free)} are free at run_dir",
     )
+    for number, line in enumerate(draw_schedule(config)):
+        yield "" if number else "lr", line
     yield "start", f"step {progress.step}" + (f", from {found[-1]}" if found else ", there is no checkpoint")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffmoe_dist.config import Config, flat_settings, load_config, model_settings, pool_samples
+from diffmoe_dist.config import Config, flat_settings, learning_rate, load_config, model_settings, pool_samples
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, read_progress
@@ -90,6 +90,13 @@ def changed_settings(checkpoint: Path, config: Config) -> str:
     now = flat_settings(config)
     # Of one model, by `_check_same_model`: so both know the same settings.
     return ", ".join(f"{name} {saved[name]} -> {value}" for name, value in now.items() if saved[name] != value)
+
+
+def changed_rate(checkpoint: Path, step: int, config: Config) -> str:
+    """How the learning rate of step `step`, the next one, is not what it would have been; else empty."""
+    before = learning_rate(load_config(checkpoint / "config.yaml", training=False), step)
+    now = learning_rate(config, step)
+    return f"the learning rate of step {step} is {now:g}; it would have been {before:g}" if now != before else ""
 
 
 def _check_same_model(checkpoint: Path, config: Config) -> None:

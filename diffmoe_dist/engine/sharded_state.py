@@ -85,6 +85,11 @@ class ShardedState:
         """Tell the next optimizer step the global norm of the gradients, and whether to leave its update out."""
         self.zero.norm, self.zero.skip = norm, skip
 
+    def set_learning_rate(self, rate: float) -> None:
+        """That of the next optimizer step."""
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+
     def after_load(self, updates: int) -> None:
         """Bring AdamW's step count and the model's own weights in line with partitions just written."""
         for group in self.adamw.param_groups:

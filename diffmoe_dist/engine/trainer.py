@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import Config, loss_weights
+from diffmoe_dist.config import Config, learning_rate, loss_weights
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.loader import BatchLoader
 from diffmoe_dist.diffusion.objectives import build_objective
@@ -309,6 +309,7 @@ class Trainer:
         with self.timings.part("checkpoint"):
             self.checkpointer.wait_staged()
         self.state.set_norm(report.grad_norm, skip=bool(report.non_finite))
+        self.state.set_learning_rate(learning_rate(self.config, self.progress.step + 1))
         with self.timings.part("optimizer"):
             self.engine.step()
         return report
@@ -354,7 +355,7 @@ class Trainer:
             "images_seen": self.progress.images_seen,
             **report.losses,
             "grad_norm": report.grad_norm,
-            "lr": self.config.optim.lr,
+            "lr": learning_rate(self.config, self.progress.step),
             "images_per_second": images_per_second,
             "step_seconds": seconds,
             **mfu,

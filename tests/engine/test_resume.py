@@ -25,6 +25,8 @@ def test_a_resume_says_in_one_line_which_settings_it_changes_and_keeps_the_old_f
         "train.steps 2 -> 3, optim.lr 0.001 -> 0.0005, optim.betas (0.9, 0.999) -> (0.9, 0.95), ema.decay 0.9 -> 0.8, "
         f"checkpoint.keep 2 -> 5; the old ones stay in {run_dir}/config-until-step-00000002.yaml"
     )
+    rates = [line for line in (run_dir / "logs/rank-0.log").read_text().splitlines() if "learning rate" in line]
+    assert len(rates) == 1 and "the learning rate of step 3 is 0.0005; it would have been 0.001" in rates[0]
     assert "step-00000003: train.steps 3 -> 4; the old ones" in told[1], "what had changed before is not told again"
     written = {path.name: load_config(path) for path in run_dir.glob("config*.yaml")}
     assert written == {

@@ -434,7 +434,7 @@ def test_the_capacity_schedule_starts_with_all_experts_and_falls_linearly_to_the
     settings = replace(CONFIG, capacity_schedule=(2, 4))
     # The published code's schedule for four experts and these bounds, counted from step 0.
     assert [settings.capacity_at(step) for step in range(7)] == [4.0, 4.0, 4.0, 2.5, 1.0, 1.0, 1.0]
-    assert [replace(CONFIG, capacity_schedule=(2, 2)).capacity_at(step) for step in (1, 2)] == [4.0, 1.0]
+    assert [replace(CONFIG, capacity_schedule=(2, 2)).capacity_at(step) for step in (1, 2, 3)] == [4.0, 4.0, 1.0]
     assert CONFIG.capacity_at(0) == 1.0
 
 
