@@ -108,6 +108,10 @@ class ExpertShard(Sharded):
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's parameter groups as DeepSpeed's ZeRO needs them: what is sharded in groups of its own, marked.
 
+    The last parameters come first, as in backward: so the owners of chunks that are reduced one after the other are
+    neighbours in NCCL's ring, where a reduction starts behind its owner and ends there. It starts when the one before
+    has passed, and not when that has been around all ranks.
+
     Call it when the parameters are on their device: moving a module off the meta device makes new ones.
     """
     group_of: dict[nn.Parameter, str] = {}
@@ -119,7 +123,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             group_of[part] = _group_name(cut.ranks)
     members: dict[str, list[nn.Parameter]] = {"dense": []}
     parameter: Any
-    for parameter in model.parameters():
+    for parameter in reversed(list(model.parameters())):
         name = group_of.get(parameter, "dense")
         if name != "dense":
             parameter.allreduce, parameter.group_name = False, name

@@ -90,7 +90,7 @@ def check_curve(got: list[dict[str, Any]], expected: list[dict[str, Any]], steps
     assert [line["step"] for line in got] == list(range(1, steps + 1))
     for ours, theirs in zip(got, expected[:steps], strict=True):
         # fp32 sums in another order; later rounding grows, with DDPM beyond 1e-6 (docs/log.md).
-        tolerance = 5e-6 if ours["step"] > 20 and "loss_vb" in ours else 1e-6
+        tolerance = 5e-6 if ours["step"] > 20 and "loss_variational" in ours else 1e-6
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=tolerance)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=5e-5)
         assert ours["capacity"] == theirs["capacity"]
