@@ -33,6 +33,8 @@ the assumptions that the last lines print, and are for comparing settings, not f
 - Which settings, and how many machines? --sweep plans every expert- and tensor-parallel size, precision and, where no
   pool depends on it, micro-batch size on 1 to N machines, with recomputation where memory asks for it. It prints the
   command of the best. Settings given here stay as they are.
+- What to compare it with? --dense adds the dense models with as many activated parameters, and with as much
+  arithmetic, by the ratio of their MLPs and by their width.
 - C, the capacity, is the mean number of experts per token; a run logs the measured one as `capacity`. Give it as
   --capacity to plan with it.
 """
@@ -44,13 +46,16 @@ _UNUSED = ("run_dir=unused", "data.shards=unused")
 def main() -> None:
     arguments = _parse()
     config = load_config(arguments.config, [*_UNUSED, *arguments.overrides])
-    if arguments.capacity is not None and config.experts is None:
-        raise UserError(f"--capacity {arguments.capacity} has no effect with moe.router=dense; remove it")
+    if config.experts is None:
+        if arguments.capacity is not None:
+            raise UserError(f"--capacity {arguments.capacity} has no effect with moe.router=dense; remove it")
+        if arguments.dense:
+            raise UserError("--dense has no effect with moe.router=dense; give a mixture of experts")
 
     from diffmoe_dist.planning import sweep
     from diffmoe_dist.planning.accelerators import ACCELERATORS
     from diffmoe_dist.planning.estimate import make_plan
-    from diffmoe_dist.planning.table import as_dict, as_text
+    from diffmoe_dist.planning.table import as_dict, as_text, dense_models, dense_models_dict
     from diffmoe_dist.planning.workload import Cluster
 
     if arguments.accelerator not in ACCELERATORS:
@@ -66,8 +71,11 @@ def main() -> None:
         return
     cluster = Cluster(arguments.nodes, arguments.gpus_per_node, accelerator)
     plan = make_plan(config, cluster, arguments.capacity)
-    text = json.dumps(as_dict(plan), indent=2) if arguments.json else as_text(plan, arguments.config)
-    sys.stdout.write(text + "\n")
+    as_object, text = as_dict(plan), as_text(plan, arguments.config)
+    if arguments.dense:
+        as_object["dense_models"] = dense_models_dict(plan)
+        text = "\n".join([text, *dense_models(plan)])
+    sys.stdout.write((json.dumps(as_object, indent=2) if arguments.json else text) + "\n")
 
 
 def _parse() -> argparse.Namespace:
@@ -82,6 +90,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--sweep", action="store_true", help="compare every way to run it on 1 to N of these machines")
     parser.add_argument("--days", type=float, metavar="D", help="with --sweep: the fewest GPU-hours within D days")
+    parser.add_argument("--dense", action="store_true", help="also the dense models that equal it; see above")
     parser.add_argument("--json", action="store_true", help="everything as one JSON object, in bytes and seconds")
     parser.epilog = "accelerators: A100-80 A800-80 H100-80 H800-80 H200-141 (data sheet numbers, SXM boards)"
     arguments = parser.parse_intermixed_args()
@@ -92,6 +101,8 @@ def _parse() -> argparse.Namespace:
         raise UserError(f"--capacity {arguments.capacity}: must be 0 or more, such as 0.95")
     if arguments.capacity is not None and arguments.sweep:
         raise UserError(f"--capacity {arguments.capacity} has no effect with --sweep; remove one of them")
+    if arguments.dense and arguments.sweep:
+        raise UserError("--dense has no effect with --sweep; remove one of them")
     if arguments.days is not None and not arguments.sweep:
         raise UserError(f"--days {arguments.days} has no effect without --sweep; add it")
     if arguments.days is not None and not 0 < arguments.days < float("inf"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import planned
 from benchmarks.collectives import counted
 from benchmarks.measuring import in_turn, peak_bytes, ratio, spread
 from benchmarks.page import TABLES, with_tables
@@ -200,3 +201,10 @@ def test_the_peak_of_a_step_is_what_is_live_at_one_moment() -> None:
             del a, b
 
     assert peak_bytes(step, torch.device("cpu")) == pytest.approx(2 * 4e6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", planned.PAGES)
+def test_a_page_shows_what_the_planner_says_now(name: str) -> None:
+    """Else: python -m benchmarks.planned"""
+    page = (ROOT / name).read_text()
+    assert planned.with_plans(page) == page

@@ -15,6 +15,7 @@ from tests.commands import start
 from tests.machine import ROOT
 
 CONFIG = str(ROOT / "configs/imagenet256/global_pool_l.yaml")
+SMALL = str(ROOT / "configs/imagenet256/global_pool_s.yaml")
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -83,7 +84,32 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: tuple[str, ...], messa
     assert ended.stderr.count("\n") == 1
 
 
-SMALL = str(ROOT / "configs/imagenet256/global_pool_s.yaml")
+def test_the_dense_models_that_equal_a_mixture_of_experts_are_settings_that_the_training_command_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--config", SMALL, "--nodes", "1", "--gpus-per-node", "8", "--capacity", "0.5", "--dense")
+    text = plan(monkeypatch, capsys, *arguments)
+    found = json.loads(plan(monkeypatch, capsys, *arguments, "--json"))
+    macs = found["macs_per_image"]
+    wanted = {
+        "activated parameters": ("parameters_millions", found["parameters"]["activated_millions"]),
+        "arithmetic": ("macs_giga", macs["linear_giga"] + macs["attention_products_giga"]),
+    }
+    models = found["dense_models"]
+    assert [list(model["settings"])[-1] for model in models] == ["model.mlp_ratio", "model.num_heads"] * 2
+    for model in models:
+        key, number = wanted[model["equal"]]
+        # A width must divide by its heads, a ratio by nothing.
+        assert model[key] == pytest.approx(number, rel=2e-4 if "model.mlp_ratio" in model["settings"] else 0.02)
+        assert f"{model['parameters_millions']:.2f} M, {model['macs_giga']:.2f} GMAC" in text
+        settings = [f"{name}={'null' if value is None else value}" for name, value in model["settings"].items()]
+        dense = str(ROOT / "configs/imagenet256/dense_s.yaml")
+        alone = json.loads(
+            plan(monkeypatch, capsys, "--config", dense, *settings, "--nodes", "1", "--gpus-per-node", "8", "--json")
+        )
+        assert alone["parameters"]["total_millions"] == model["parameters_millions"]
+        assert alone["macs_per_image"]["linear_giga"] <= model["macs_giga"]
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_a_sweep_prints_the_command_of_the_fastest_plan_and_as_json_all_plans(
@@ -110,6 +136,7 @@ def test_a_sweep_prints_the_command_of_the_fastest_plan_and_as_json_all_plans(
         (("--sweep", "--days", "0"), "--days 0.0: must be more than 0"),
         (("--sweep", "--days", "0.001"), "--days 0.001: the fastest plan takes"),
         (("--sweep", "--capacity", "1"), "--capacity 1.0 has no effect with --sweep"),
+        (("--sweep", "--dense"), "--dense has no effect with --sweep"),
     ],
 )
 def test_a_sweep_refuses_what_it_cannot_do(

@@ -6,7 +6,7 @@ say what they assume. Nothing here needs a process group, data, or a GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffmoe_dist.config import Config, for_world
@@ -31,6 +31,7 @@ class Plan:
     peak: dict[str, float]  # bytes beside them at the peak of a step, estimates
     transfers: list[Transfer]
     seconds: dict[str, float]  # of one step, estimates
+    capacity: float | None = None  # C where it is not what the settings make it
 
     @property
     def memory(self) -> float:
@@ -45,6 +46,25 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.memory <= self.usable_memory
+
+    def largest_micro_batch(self) -> int:
+        """The most images that a rank can have at once, with the same settings otherwise; 0: not one."""
+
+        def fits(images: int) -> bool:
+            batch = images * self.cluster.ranks * self.work.micro_steps
+            train = replace(self.config.train, micro_batch_size=images, global_batch_size=batch)
+            config = replace(self.config, train=train)
+            work = workload(config, self.cluster.ranks, self.capacity)
+            peak = sum(peak_bytes(config, self.cluster.ranks, work).values())
+            return sum(self.persistent.values()) + peak <= self.usable_memory
+
+        fitting, too_many = 0, 1
+        while fits(too_many):
+            fitting, too_many = too_many, 2 * too_many
+        while too_many - fitting > 1:
+            middle = (fitting + too_many) // 2
+            fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+        return fitting
 
     @property
     def step_seconds(self) -> float:
@@ -93,4 +113,5 @@ def make_plan(config: Config, cluster: Cluster, capacity: float | None = None) -
         peak=peak_bytes(config, cluster.ranks, work),
         transfers=transfers,
         seconds=seconds,
+        capacity=capacity,
     )

@@ -16,6 +16,7 @@ from diffmoe_dist.parallel.slices import is_cut
 from diffmoe_dist.planning.workload import Workload
 
 REDUCTION_CHUNK = 32 * 2**20  # gradients that are reduced together, elements
+CHUNKS_AT_ONCE = 3  # two that are being reduced, and the one that is copied
 USABLE_MEMORY = 0.92  # fraction of the device; the rest is for CUDA's context, NCCL's buffers and fragmentation
 
 _MLPS = ("dense MLP", "routed experts", "shared experts", "unconditional expert")
@@ -46,6 +47,11 @@ class ZeroGroup:
         """Elements whose optimizer state one rank holds."""
         return self.padded // self.ranks
 
+    @property
+    def chunk(self) -> int:
+        """Elements that are reduced together: one rank owns them."""
+        return min(self.partition, REDUCTION_CHUNK)
+
 
 def zero_groups(config: Config, ranks: int) -> list[ZeroGroup]:
     """Parameters by the number of ranks that hold different ones: of a shard of the experts, of a slice of a layer."""
@@ -64,7 +70,7 @@ def _zero_group(config: Config, holders: int, sizes: list[int], ranks: int, is_o
     if holders > 1:
         name = " and ".join(kind for kind, size in (("experts", expert), ("slices", tensor)) if size == holders)
     unit = 16 // weight_bytes(config)
-    gaps = sum(-size % unit for size in sizes[:-1])
+    gaps = sum(-size % unit for size in sizes[1:])  # the first parameter is flattened last
     return ZeroGroup(name, group, sum(sizes), max(sizes), sum(sizes) + gaps, ranks // holders)
 
 
@@ -98,33 +104,59 @@ def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
 
 
 def peak_bytes(config: Config, ranks: int, work: Workload) -> dict[str, float]:
-    """Bytes that a rank holds at the peak of a step beside the persistent ones, by kind: estimates."""
-    again = {"recomputed activations": recomputed_bytes(config, work)} if config.train.recompute != "none" else {}
-    return {
-        "gradients": gradient_bytes(config, ranks, work.micro_steps),
-        "activations": activation_bytes(config, work) + _largest_backward(config, work) + _gathered_bytes(config, work),
-        **again,
-    }
+    """Bytes that a rank holds at the peak of a step beside the persistent ones, by kind: estimates.
 
-
-def gradient_bytes(config: Config, ranks: int, micro_steps: int) -> float:
-    """Bytes of gradients at their peak: an estimate.
-
-    Backward makes gradients until a chunk of them is complete, which is copied, and reduced while the next two are
-    made; a gradient is freed once all chunks that have a part of it are copied. The owner keeps the fp32 sum. Where no
-    other rank has the same parameters, gradients stay as they are, and AdamW makes fp32 copies of a chunk at a time.
+    Backward frees activations as it makes gradients; the peak is at one of the moments in `_moments`. It is that of
+    the rank whose partition backward reaches first.
     """
-    element, most = weight_bytes(config), 0.0
-    for group in zero_groups(config, ranks):
-        chunk = min(group.elements, REDUCTION_CHUNK)
+    groups, saved = zero_groups(config, ranks), activation_bytes(config, work)
+    beside = _largest_backward(config, work) + _gathered_bytes(config, work)
+
+    def at(made: float) -> dict[str, float]:
+        return {
+            "gradients": gradient_bytes(config, groups, work.micro_steps, made),
+            "activations": saved * (1 - made) + (beside if made < 1 else 0),
+        }
+
+    most = max((at(made) for made in _moments(groups)), key=lambda kinds: sum(kinds.values()))
+    again = {"recomputed activations": recomputed_bytes(config, work)} if config.train.recompute != "none" else {}
+    return {**most, **again}
+
+
+def _moments(groups: list[ZeroGroup]) -> list[float]:
+    """When memory may be at its peak, as the part of the gradients that is made: as one of the first chunks is copied,
+    while buffers still become more, and at both ends of the backward pass."""
+    chunks = [chunk * group.chunk / group.elements for group in groups for chunk in range(1, CHUNKS_AT_ONCE + 2)]
+    return sorted({0.0, 1.0, *(part for part in chunks if part < 1)})
+
+
+def gradient_bytes(config: Config, groups: list[ZeroGroup], micro_steps: int, made: float) -> float:
+    """Bytes of gradients when backward has made a part of them: an estimate.
+
+    A chunk that is complete is copied, and reduced while the next two are made; a gradient is freed once all chunks
+    that have a part of it are copied. The owner keeps the fp32 sum. Where no other rank has the same parameters,
+    gradients stay as they are, and AdamW makes fp32 copies of a chunk at a time.
+
+    Args:
+        made: of the last micro-step's gradients, between 0 and 1.
+    """
+    element, accumulates = weight_bytes(config), micro_steps > 1
+    held = travelling = 0.0
+    for group in groups:
+        so_far = made * group.elements
         if group.ranks == 1:
-            most += group.elements * element + (4 * chunk if element < 4 else 0)
+            held += element * (group.elements if accumulates else so_far)
+            held += 4 * group.chunk if element < 4 and made == 1 else 0
             continue
-        waiting = min(group.elements, chunk + group.largest)
-        if micro_steps > 1 and config.parallel.zero_stage == 1:
-            waiting = group.elements
-        most += 4 * group.partition + 3 * chunk * wire_bytes(config) + waiting * element
-    return most
+        waiting = min(so_far, group.chunk + group.largest)
+        owned = min(group.partition, max(0.0, so_far - CHUNKS_AT_ONCE * group.chunk))
+        if accumulates and config.parallel.zero_stage == 1:
+            waiting = max(waiting, group.elements - so_far)
+        elif accumulates:
+            owned = group.partition
+        held += waiting * element + owned * 4
+        travelling = max(travelling, min(so_far, CHUNKS_AT_ONCE * group.chunk) * wire_bytes(config))
+    return held + travelling
 
 
 def activation_bytes(config: Config, work: Workload) -> float:

@@ -18,6 +18,9 @@ COMPUTE_FRACTION = {"bf16": 0.35, "tf32": 0.35, "fp32": 0.7}
 MEMORY_FRACTION = 0.8
 LINK_FRACTION = 0.75
 CALL_LATENCY = 30e-6  # seconds of a collective beside its bytes
+# Seconds of a step of a collective (`Transfer.steps`): NCCL's own figures for rings with its protocol LL128. A message
+# of an all-to-all is an assumption: several travel at once.
+NVLINK_HOP, NETWORK_HOP, MESSAGE = 1.9e-6, 4e-6, 1e-6
 ACTIVATION_PASSES = 4  # times that a saved activation crosses the memory bus, with its gradient and what is not saved
 
 
@@ -97,4 +100,7 @@ def state_traffic(config: Config, ranks: int) -> dict[str, int]:
 def transfer_seconds(transfer: Transfer, accelerator: Accelerator) -> float:
     """Seconds of all calls of a collective; NVLink and the network carry their parts at the same time."""
     links = max(transfer.intra_node / accelerator.nvlink, transfer.inter_node / accelerator.network)
-    return links / LINK_FRACTION + transfer.calls * CALL_LATENCY
+    step = MESSAGE
+    if transfer.kind != "all-to-all":
+        step = (transfer.intra_node * NVLINK_HOP + transfer.inter_node * NETWORK_HOP) / transfer.sent
+    return transfer.busiest * links / LINK_FRACTION + transfer.calls * (CALL_LATENCY + transfer.steps * step)

@@ -6,8 +6,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffmoe_dist.planning.accelerators import matmul_format
+from diffmoe_dist.planning.dense import all_macs, equal_dense_models
 from diffmoe_dist.planning.estimate import Plan
-from diffmoe_dist.planning.step_time import CALL_LATENCY, COMPUTE_FRACTION, LINK_FRACTION, MEMORY_FRACTION
+from diffmoe_dist.planning.step_time import (
+    CALL_LATENCY,
+    COMPUTE_FRACTION,
+    LINK_FRACTION,
+    MEMORY_FRACTION,
+    NETWORK_HOP,
+    NVLINK_HOP,
+)
 from diffmoe_dist.planning.traffic import Transfer
 
 Unit = tuple[str, float]  # its name, and how many of the base unit it is
@@ -31,6 +39,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "total_bytes": round(plan.memory),
             "usable_bytes": round(plan.usable_memory),
             "fits": plan.fits,
+            "largest_micro_batch_size": plan.largest_micro_batch(),
         },
         "wire_per_gpu_and_step": {
             "transfers": [_transfer_dict(transfer) for transfer in plan.transfers],
@@ -168,8 +177,8 @@ def _memory(plan: Plan) -> list[str]:
     notes = {
         "weights": "persistent: the model's own, whole but for other ranks' experts",
         "fp32 master weights": "persistent: this rank's ZeRO partition, as the next two",
-        "gradients": "peak: with the buffers that reduce them",
-        "activations": "peak: saved for backward, and one layer's backward",
+        "gradients": "peak: those made by then, with the buffers that reduce them",
+        "activations": "peak: still saved for backward by then, and one layer's backward",
     }
     unit, size = _unit(plan.memory, MEMORY)
 
@@ -184,6 +193,7 @@ def _memory(plan: Plan) -> list[str]:
         *rows(plan.persistent, "exact", "persistent"),
         *rows(plan.peak, "estimate", "peak"),
         _row("total", f"{plan.memory / size:.3f}", f"{'fits' if plan.fits else 'DOES NOT FIT'} in the {usable}"),
+        _row("largest micro-batch", f"{plan.largest_micro_batch()}", "images of a rank that fit at once"),
     ]
 
 
@@ -231,8 +241,38 @@ def _assumptions(plan: Plan) -> list[str]:
         f" {LINK_FRACTION:.0%} of {accelerator.nvlink / 1e9:g} GB/s NVLink and {accelerator.network / 1e9:g}"
         f" GB/s network a GPU;",
         f"  {MEMORY_FRACTION:.0%} of {accelerator.memory_bandwidth / 1e12:g} TB/s memory;"
-        f" {CALL_LATENCY * 1e6:g} us for each collective; ranks fill nodes in order. docs/planning.md has the"
-        " formulas.",
+        f" {CALL_LATENCY * 1e6:g} us for each collective, and {NVLINK_HOP * 1e6:g} or {NETWORK_HOP * 1e6:g} a hop;"
+        " ranks fill nodes in order;",
+        *(["  train.compile=true is not counted: it keeps and moves less;"] if plan.config.train.compile else []),
+        "  docs/planning.md has the formulas.",
+    ]
+
+
+def dense_models(plan: Plan) -> list[str]:
+    """Lines of the dense models that are equal to the mixture of experts in something."""
+    C = plan.work.capacity
+    total, macs = plan.accounting.activated(C), all_macs(plan.accounting, C)
+    lines = [
+        "",
+        f"DENSE MODELS that equal it, with moe.router=dense and no other moe.* (exact); itself, at C = {C:.4g}: "
+        f"{total / 1e6:.2f} M, {macs / 1e9:.2f} GMAC",
+    ]
+    for model in equal_dense_models(plan.config, C):
+        settings = " ".join(f"{name}={'null' if value is None else value}" for name, value in model.settings.items())
+        of = f"{model.parameters / 1e6:.2f} M, {model.macs / 1e9:.2f} GMAC"
+        lines.append(f"  {model.equal:20}  {settings}: {of}")
+    return lines
+
+
+def dense_models_dict(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "equal": model.equal,
+            "settings": model.settings,
+            "parameters_millions": _millions(model.parameters),
+            "macs_giga": model.macs / 1e9,
+        }
+        for model in equal_dense_models(plan.config, plan.work.capacity)
     ]
 
 

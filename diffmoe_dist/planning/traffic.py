@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings, loss_weights
@@ -42,6 +42,9 @@ class Transfer:
     calls: int
     intra_node: float  # bytes that the rank sends to ranks of its own node
     inter_node: float  # bytes that it sends to other nodes
+    # Of one call: hops of a ring, levels of a tree, or the messages that the rank with most of them sends or receives.
+    steps: int = 1
+    busiest: float = 1.0  # bytes of the rank that receives most, over the mean
 
     @property
     def sent(self) -> float:
@@ -89,7 +92,10 @@ def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups,
             transfers.append(groups.all_gather("scores", pool, of_pool, times))
         else:
             # And the replies: three numbers for each expert.
-            transfers.append(groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times))
+            owners = groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times)
+            # Where there are more ranks than experts, few ranks get all the scores.
+            busiest = math.ceil(N / owners.group_size) * owners.group_size / N
+            transfers.append(replace(owners, busiest=busiest))
     transfers.append(groups.all_reduce("sums of the batch", "world", experts.batch_sum_bytes(D), times))
     return transfers
 
@@ -177,16 +183,22 @@ class _Groups:
         to_each = payload * times / n
         intra_node = to_each * neighbours / self.cluster.ranks
         inter_node = to_each * (n - 1) - intra_node
-        return Transfer(name, "all-to-all", n, payload * times, calls, intra_node, inter_node)
+        return Transfer(name, "all-to-all", n, payload * times, calls, intra_node, inter_node, steps=n - 1)
 
     def all_reduce(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
         n = self.size(group)
-        return self._ring(name, "all-reduce", group, payload * calls, calls, 2 * (n - 1) / n * payload * calls)
+        ring = self._ring(name, "all-reduce", group, payload * calls, calls, 2 * (n - 1) / n * payload * calls)
+        return replace(ring, steps=2 * math.ceil(math.log2(n)))  # so small that a tree is faster
 
     def reduce(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
-        """`payload` bytes in all calls together, to each rank the same part."""
+        """`payload` bytes in all calls together, to each rank the same part.
+
+        Owners follow each other around the ring, so a call starts a hop after the one before, and the last one has
+        been around it.
+        """
         n = self.size(group)
-        return self._ring(name, "reduce", group, payload, calls, (n - 1) / n * payload)
+        ring = self._ring(name, "reduce", group, payload, calls, (n - 1) / n * payload)
+        return replace(ring, steps=math.ceil((calls + 2 * (n - 1)) / calls))
 
     def all_gather(self, name: str, group: RankGroup, payload: float, calls: int) -> Transfer:
         n = self.size(group)
@@ -203,7 +215,8 @@ class _Groups:
             for place in range(len(members))
         ]
         crossing = sum(self._node(one) != self._node(other) for one, other in edges) / len(edges)
-        return Transfer(name, kind, self.size(group), payload, calls, sent * (1 - crossing), sent * crossing)
+        n = self.size(group)
+        return Transfer(name, kind, n, payload, calls, sent * (1 - crossing), sent * crossing, steps=n - 1)
 
     def _node(self, rank: int) -> int:
         return rank // self.cluster.gpus_per_node

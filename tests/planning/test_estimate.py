@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.collectives import counted
 from diffmoe_dist.planning.memory import zero_groups
 from tests.distributed import run_ranks
 from tests.engine.runs import make_trainer, tiny_config
@@ -39,8 +41,11 @@ def measure(rank: int, world_size: int, run_dir: str, digits: str, cases: list[C
         trainer = make_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
         trainer.train_step()
         sent.bytes.clear()
-        trainer.train_step()
-        results.append({"persistent": _persistent(trainer), "sent": dict(sent.bytes), "gradients": _gradients(trainer)})
+        with counted() as counts:
+            trainer.train_step()
+        every = {of: count.payload for of, count in counts.items()}
+        state = {"persistent": _persistent(trainer), "gradients": _gradients(trainer), "owners": _owners(trainer)}
+        results.append({**state, "sent": dict(sent.bytes), "every collective": every})
         trainer.close()
     return results
 
@@ -104,6 +109,14 @@ def _persistent(trainer: Any) -> dict[str, int]:
 def _gradients(trainer: Any) -> int:
     kept = [chunk for chunk in trainer.engine.optimizer.chunks if chunk.reduced is not None]
     return len(kept) + sum(parameter.grad is not None for parameter in trainer.model.parameters())
+
+
+def _owners(trainer: Any) -> dict[int, list[int]]:
+    """Of each group of parameters, the ranks to which its chunks are reduced, in that order."""
+    owners: dict[int, list[int]] = {}
+    for chunk in trainer.engine.optimizer._reductions:
+        owners.setdefault(chunk.group, []).append(chunk.owner)
+    return owners
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -185,6 +198,18 @@ def test_the_planned_bytes_are_what_the_ranks_send(ranks: int, name: str, measur
     assert payloads == {}, "nothing planned was left out of the comparison"
 
 
+@pytest.mark.parametrize(("ranks", "name"), CASES)
+def test_every_collective_of_a_step_is_planned_whoever_calls_it(ranks: int, name: str, measured: Any) -> None:
+    """By kind and ranks of the group, counted where torch hands it to the process group; the mean over the ranks."""
+    planned: Counter[tuple[str, int]] = Counter()
+    for transfer in plan_of(ON_RANKS[ranks][name], ranks).transfers:
+        planned[transfer.kind, transfer.group_size] += transfer.payload  # type: ignore[assignment]
+    sent: Counter[tuple[str, int]] = Counter()
+    for result in measured[ranks, name]:
+        sent.update(result["every collective"])
+    assert {of: total / ranks for of, total in sent.items()} == planned
+
+
 def test_every_kind_of_bytes_is_sent_in_some_case(measured: Any) -> None:
     sent = {kind for results in measured.values() for kind in results[0]["sent"]}
     assert sent == set(PLANNED)
@@ -200,6 +225,13 @@ def test_gradients_go_to_their_owners_alone(ranks: int, name: str, measured: Any
     transfers = plan_of(ON_RANKS[ranks][name], ranks).transfers
     least = sum(each * group.elements * (group.ranks - 1) / group.ranks for group in groups)
     assert sum(t.sent for t in transfers if t.name.startswith("gradients")) <= 1.02 * least
+
+
+def test_reductions_go_to_one_rank_after_the_other_in_the_order_of_the_ring(measured: Any) -> None:
+    """In the other order NCCL would begin each one only when the one before has been around all ranks."""
+    lists = [owners for results in measured.values() for owners in results[0]["owners"].values()]
+    assert all(owners == sorted(owners) for owners in lists)
+    assert max(map(len, lists)) >= 4, "four ranks own chunks"
 
 
 def test_memory_that_is_not_there_does_not_fit() -> None:

@@ -82,3 +82,14 @@ def test_what_is_computed_again_is_a_row_of_its_own_and_less_than_what_is_no_lon
     assert plans["mlp"].peak["recomputed activations"] > 0
     assert plans["none"].memory > plans["mlp"].memory > plans["block"].memory
     assert plans["none"].persistent == plans["block"].persistent
+
+
+@pytest.mark.parametrize("settings", [{}, {**DENSE, "train": {"micro_batch_size": 2}}], ids=["pool", "accumulated"])
+def test_the_largest_micro_batch_fits_and_one_image_more_does_not(settings: Case) -> None:
+    wide = {"model": {"hidden_size": 256, "num_heads": 4, "input_size": 32}}
+    plan = plan_of({**wide, **settings}, 2)
+    images = plan.largest_micro_batch()
+    assert images > 100
+    for more, fits in ((0, True), (1, False)):
+        train = {"micro_batch_size": images + more, "global_batch_size": 2 * (images + more) * plan.work.micro_steps}
+        assert plan_of({**wide, **settings, "train": train}, 2).fits == fits

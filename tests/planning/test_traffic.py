@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from diffmoe_dist.planning.estimate import Plan
+from diffmoe_dist.planning.step_time import transfer_seconds
 from diffmoe_dist.planning.traffic import Transfer
-from tests.planning.plans import plan_of
+from tests.planning.plans import H100, plan_of
 
 
 def rows_of(plan: Plan) -> Transfer:
@@ -36,3 +39,21 @@ def test_a_ring_crosses_nodes_once_each_and_expert_data_groups_at_every_edge() -
 def test_without_sharded_experts_no_row_travels() -> None:
     assert not any(transfer.kind == "all-to-all" for transfer in plan_of({"moe": {"pool": "rank"}}, 2).transfers)
     assert plan_of({}, 1).transfers == []
+
+
+def test_reductions_in_the_order_of_the_ring_pass_around_it_twice_and_not_once_each() -> None:
+    plan = plan_of({"train": {"global_batch_size": 64}, "moe": {"pool": "rank"}}, 64, 8)
+    reduced, gathered = (
+        next(t for t in plan.transfers if t.name == f"{name}, all") for name in ("gradients", "parameters")
+    )
+    assert (reduced.calls, gathered.calls, gathered.steps) == (64, 1, 63)
+    assert reduced.calls * reduced.steps <= 3 * 64 + reduced.calls
+
+
+@pytest.mark.parametrize(("experts", "busiest"), [(4, 2), (8, 1), (6, 8 / 6), (12, 16 / 12)])
+def test_ranks_that_own_experts_get_the_scores_where_others_own_fewer_or_none(experts: int, busiest: float) -> None:
+    settings = {"moe": {"num_experts": experts}, "parallel": {"score_exchange": "all_to_all"}}
+    plan = plan_of(settings, 8)
+    (scores,) = (transfer for transfer in plan.transfers if transfer.name == "scores and cutoffs")
+    assert scores.busiest == pytest.approx(busiest)
+    assert transfer_seconds(scores, H100) > transfer_seconds(replace(scores, busiest=busiest / 2), H100)
