@@ -18,7 +18,6 @@ from diffmoe_dist.engine.zero import ReducingZero
 from diffmoe_dist.model.moe import Experts
 from diffmoe_dist.parallel.slices import Columns
 
-_ROW = 1024
 MASTER, EXP_AVG, EXP_AVG_SQ, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
 
 
@@ -72,14 +71,8 @@ class ShardedState:
                 yield from _in_whole(self.model, name, parameter, here.start, kind, data)
 
     def gradient_squares(self) -> Tensor:
-        """The sum of the squares of the gradients that this rank owns, () fp64 on the device.
-
-        Added up over all ranks it is the square of the global norm. DeepSpeed would make an fp64 copy of each gradient
-        (35 times as slow on a CPU) and wait for the value twice.
-        """
-        norms = [norm for gradient in self.zero.owned_gradients() for norm in _row_norms(gradient)]
-        # A rank may own nothing but the padding at the end of the flat groups.
-        return torch.cat([*norms, torch.zeros(1, device=self.flat[MASTER][0].device)]).double().square().sum()
+        """The sum of the squares of the gradients that this rank owns, () fp64: over all ranks the global norm's."""
+        return self.zero.gradient_squares()
 
     def set_norm(self, norm: float, skip: bool) -> None:
         """Tell the next optimizer step the global norm of the gradients, and whether to leave its update out."""
@@ -95,15 +88,6 @@ class ShardedState:
         for group in self.adamw.param_groups:
             self.adamw.state[group["params"][0]]["step"].fill_(updates)
         self.zero.update_lp_params()
-
-
-def _row_norms(flat: Tensor) -> Iterator[Tensor]:
-    """Norms of short rows, (rows,) fp32: a sum of a million fp32 squares would be off by 1e-4, these are by 1e-9."""
-    whole = flat.numel() // _ROW * _ROW
-    if whole:
-        yield torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
-    if whole < flat.numel():
-        yield torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).view(1)
 
 
 def _in_whole(
