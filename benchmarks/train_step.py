@@ -94,7 +94,7 @@ def config_for(model: str, size: str, tokens: int, device: str, precision: str, 
         activated = account(build_config(*layers)).activated()
         layers[1:] = [{"moe": {"router": "dense"}}]
         missing = activated - account(build_config(*layers)).total
-        hidden = 4 * width + round(missing / (depth * (2 * width + 1)))
+        hidden = 4 * width + 8 * round(missing / (depth * (2 * width + 1)) / 8)  # the sizes that a GPU is fast for
         layers.append({"model": {"mlp_ratio": (hidden + 0.5) / width}})  # rounded down when the model is built
     return for_world(build_config(*layers, *map(_setting, settings)), ranks)
 

@@ -123,7 +123,8 @@ def test_what_a_gpu_does_is_compared_with_the_plan_in_one_table(tmp_path: Path) 
 @pytest.mark.parametrize("size", ["tiny", "S", "B"])
 def test_the_dense_model_has_the_parameters_that_a_token_of_ours_activates(size: str) -> None:
     ours, dense = (account(config_for(name, size, 1024, "cpu", "fp32")) for name in ("ours", "dense"))
-    assert dense.activated() == pytest.approx(ours.activated(), rel=1e-3)
+    # The hidden width is a multiple of 8.
+    assert dense.activated() == pytest.approx(ours.activated(), rel=5e-3)
     assert sum(dense.macs().values()) == pytest.approx(sum(ours.macs().values()), rel=0.02)
 
 
