@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data_tools.folder import PackedFolder
 from data_tools.index_tars import index_tars
-from data_tools.pack import PackSettings, pack
+from data_tools.pack import PackSettings, held_out_folder, pack, pack_and_hold_out
 from data_tools.pack_plan import plan_pack
 from data_tools.parallel import Workers, make_workers
 from data_tools.source import Source
@@ -41,6 +41,7 @@ SOURCE is the data to read; --source-format names its kind where the name does n
   image-folder  a folder with a subfolder of images for each class, or of images alone
   ilsvrc-train  ILSVRC2012_img_train.tar, read in place
   ilsvrc-val    ILSVRC2012_img_val.tar, with --devkit
+  kaggle-imagenet  ImageNet as Kaggle has it, extracted (the folder of ILSVRC and LOC_*), with --split train or val
   coco          captions_*.json, with --images where the images lie elsewhere than COCO puts them
   pairs         a folder with NAME.txt beside each image
   table         .csv, .tsv, .jsonl or .parquet: paths with captions or labels
@@ -75,12 +76,12 @@ examples:
 _LATENTS_HELP = (
     "run an autoencoder over the images of a folder",
     """\
-Encode every image, and its mirror image, with a diffusers AutoencoderKL in fp32.
+Encode every image, and its mirror image, with a diffusers AutoencoderKL or AutoencoderDC in fp32.
 
 OUT becomes a side folder of BASE that the trainer takes as data.latents: in fp16, unscaled, the mean and the log
-variance of each latent; training samples from them anew in every epoch. It has the samples of BASE in the same order.
-The index records the autoencoder's fingerprint, scale and shift, the crop and the size. An interrupted command is
-simply run again. On GPUs: one MPI rank for each, and one more that hands out the work.""",
+variance of each latent; training samples from them anew in every epoch. An AutoencoderDC has means alone. OUT has the
+samples of BASE in the same order. The index records the autoencoder's fingerprint, scale and shift, the crop and the
+size. An interrupted command is simply run again. On GPUs: one MPI rank for each, and one more to hand out work.""",
     """\
 examples:
   python -m data_tools encode-latents shards/imagenet shards/imagenet-latents --vae models/sd-vae-ft-ema --size 256
@@ -147,15 +148,20 @@ def _parser() -> CommandParser:
     add("folder", metavar="FOLDER", type=Path, help="a folder with an index")
     add("--quick", dest="full", action="store_false", help="sizes, and two samples of each shard")
     add("--full", dest="full", action="store_true", default=True, help="every byte and every image (the default)")
-    add = _command(commands, "stats", _stats, "counts, classes, sizes and captions of a folder of shards")
+    add = _command(commands, "stats", _stats, "counts, classes, sizes, captions, mean and deviation of latents")
     add("folder", metavar="FOLDER", type=Path, help="a folder with an index")
     add("--picture", metavar="FILE", type=Path, help="also write a grid of 64 random samples to this PNG")
     add = _command(commands, "encode-latents", _encode_latents, *_LATENTS_HELP)
     add("base", metavar="BASE", type=Path, help="the folder with the images")
     add("out", metavar="OUT", type=Path, help="the folder to write; new, empty, or the same latents")
-    add("--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers AutoencoderKL")
+    add("--vae", type=Path, required=True, metavar="DIR", help="local folder of a diffusers autoencoder, KL or DC")
     add("--size", type=int, metavar="PIXELS", help="side of the square that is encoded (default: the images')")
     add("--crop", choices=("adm", "center"), default="adm", help="of images of another size (default: %(default)s)")
+    add(
+        "--parametrisation", choices=("mean_logvar", "mean"),
+        help="what is stored of a latent; mean: it alone, which training then does not sample around (default: "
+        "mean_logvar of an AutoencoderKL, mean of an AutoencoderDC)",
+    )  # fmt: skip
     add("--no-flip", dest="flip", action="store_false", help="leave out the mirror images; halves the folder")
     _add_batch_size(add, 16)
     _add_device(add)
@@ -209,7 +215,11 @@ def _add_pack_options(add: Callable[..., Any]) -> None:
     add("--images", type=Path, metavar="DIR", help="coco, table: where the images lie")
     add("--devkit", type=Path, metavar="PATH", help="ilsvrc-val: ILSVRC2012_devkit_t12, the folder or its .tar.gz")
     add("--max-label", type=int, metavar="N", help="largest label that is not a bad item (default: 1000000)")
-    add("--split", metavar="NAME", help="hf-parquet: which files of a folder, such as train")
+    add(
+        "--split",
+        metavar="NAME",
+        help="hf-parquet: which files of a folder, such as train; kaggle-imagenet: train or val",
+    )
     for column in ("image", "caption", "label"):
         add(f"--{column}-column", metavar="NAME", help=f"table, hf-parquet: the {column}s (default: the usual names)")
     add(
@@ -222,6 +232,7 @@ def _add_pack_options(add: Callable[..., Any]) -> None:
     add("--upright", action="store_true", help="apply the EXIF orientation; not usual for ImageNet")
     add("--samples-per-shard", type=int, default=512, metavar="N", help="items in a tar (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the permutation (default: %(default)s)")
+    add("--hold-out", type=int, default=0, metavar="N", help="items that go to OUT-held-out instead, for validation")
     add("--order", choices=("shuffled", "listed"), default="shuffled", help="listed: unpermuted (default: shuffled)")
 
 
@@ -237,15 +248,19 @@ def _open(arguments: argparse.Namespace) -> Source:
 
 def _settings(arguments: argparse.Namespace) -> PackSettings:
     rules = ImageRules(arguments.crop, arguments.size, arguments.encoding, arguments.upright)
-    return PackSettings(arguments.samples_per_shard, arguments.seed, arguments.order == "shuffled", rules)
+    return PackSettings(
+        arguments.samples_per_shard, arguments.seed, arguments.order == "shuffled", rules, arguments.hold_out
+    )
 
 
 def _plan(arguments: argparse.Namespace, workers: Workers) -> None:
     settings = _settings(arguments)
     source = _open(arguments)
     plan = plan_pack(source, settings)
+    held_out = f" and {settings.hold_out} held out" if settings.hold_out else ""
     lines = [
-        f"{source.name}: {plan.num_items} items, {plan.num_shards} shards of at most {settings.samples_per_shard}",
+        f"{source.name}: {plan.num_items} items{held_out}, "
+        f"{plan.num_shards} shards of at most {settings.samples_per_shard}",
         f"about {format_bytes(plan.num_bytes)}, {format_bytes(plan.bytes_per_sample)} a sample",
         f"about {_duration(plan.seconds(1))} in one process, {_duration(plan.seconds(16))} in 16 "
         f"({1 / plan.seconds_per_item:.0f} items/s each)",
@@ -268,15 +283,24 @@ def _duration(seconds: float) -> str:
 
 
 def _pack(arguments: argparse.Namespace, workers: Workers) -> None:
-    settings = _settings(arguments)
+    settings, out = _settings(arguments), arguments.out
     source = _open(arguments)
     with _progress("pack", len(source)) as advance:
-        packed = pack(source, arguments.out, settings, max_bad=arguments.max_bad, workers=workers, on_shard=advance)
+        options: dict[str, Any] = {"max_bad": arguments.max_bad, "workers": workers, "on_shard": advance}
+        if not settings.hold_out:
+            _tell_packed(pack(source, out, settings, **options), "data", out)
+            return
+        trained_on, held_out = pack_and_hold_out(source, out, settings, **options)
+    _tell_packed(trained_on, "data", out)
+    _tell_packed(held_out, "validation", held_out_folder(out))
+
+
+def _tell_packed(packed: PackedFolder, section: str, out: Path) -> None:
     sys.stdout.write(
         f"packed {packed.num_samples} samples into {packed.num_shards} shards, {packed.num_bytes} bytes: "
-        f"data.shards={arguments.out}\n"
+        f"{section}.shards={out}\n"
     )
-    _tell_bad(packed.num_bad, arguments.out)
+    _tell_bad(packed.num_bad, out)
 
 
 def _index(arguments: argparse.Namespace, workers: Workers) -> None:
@@ -328,7 +352,9 @@ def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
     if size is None:
         raise UserError(f"--size: {arguments.base} has images of many sizes; give the side of the square, such as 256")
     device = choose_encoder_device(arguments.device, arguments.workers)
-    settings = LatentSettings(arguments.vae, size, arguments.crop, arguments.flip, arguments.batch_size, device)
+    settings = LatentSettings(
+        arguments.vae, size, arguments.crop, arguments.flip, arguments.batch_size, device, arguments.parametrisation
+    )
     with _progress("encode-latents", base.num_samples) as advance:
         written = encode_latents(
             base, arguments.out, settings, max_bad=arguments.max_bad, workers=workers, on_shard=advance

@@ -162,19 +162,20 @@ class ShardFolder:
 
         Raises UserError where the shards hold no sample.
         """
-        packed = write_index(self.out, self._records, {"packing": self.identity, **description})
+        packed = write_index(self.out, self.records, {"packing": self.identity, **description})
         shutil.rmtree(self._progress)
         return packed
 
     def write_quarantine(self) -> None:
         """List the bad items of the shards that are written so far."""
-        write_quarantine(self.out, self._records())
+        write_quarantine(self.out, self.records())
 
     @property
     def _progress(self) -> Path:
         return self.out / PROGRESS_NAME
 
-    def _records(self) -> Iterator[ShardRecord]:
+    def records(self) -> Iterator[ShardRecord]:
+        """Of the shards that are written so far, in order."""
         return (record for slot in self.slots if (record := slot.load()) is not None)
 
     def _difference(self) -> str:

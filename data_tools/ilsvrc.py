@@ -28,7 +28,7 @@ synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets
 rows = [(int(one["ILSVRC2012_ID"]), str(one["WNID"])) for one in synsets if int(one["num_children"]) == 0]
 sys.stdout.write(json.dumps(rows))
 """
-_WNID = re.compile(r"n\d{8}")
+WNID = re.compile(r"n\d{8}")
 _TABLES = ("meta.mat", "synsets.txt")
 
 
@@ -139,7 +139,7 @@ def _wnid_of_id(devkit: Path) -> dict[int, str]:
         (value, times), *_ = Counter(column).most_common(1)
         if times > 1:
             raise UserError(f"--devkit={devkit}: {name} has {value} in {times} rows; restore it")
-    if strange := [wnid for _, wnid in rows if not _WNID.fullmatch(wnid)]:
+    if strange := [wnid for _, wnid in rows if not WNID.fullmatch(wnid)]:
         raise UserError(f"--devkit={devkit}: {name} has {strange[0]!r} for a WordNet id (n01440764); restore it")
     return dict(rows)
 

@@ -19,7 +19,7 @@ from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem
 from data_tools.side import ShardNotes, side_names, worker_device, write_side
 from diffmoe_dist.data.encoding import model_sha256, reproducible_arithmetic, to_fp16
-from diffmoe_dist.data.format import LATENT_FIELD, MEAN_LOGVAR
+from diffmoe_dist.data.format import LATENT_FIELD
 from diffmoe_dist.data.images import Crop, ImageError, crop_image, decode_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import VIEWS, Autoencoder, npy_bytes
@@ -38,6 +38,7 @@ class LatentSettings:
     flip: bool = True  # encode the mirror image too
     batch_size: int = 16
     device: str = "cpu"  # "cpu" or "cuda"
+    parametrisation: str | None = None  # what is stored: mean_logvar or mean; None: what the autoencoder has
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -62,11 +63,11 @@ def encode_latents(
     if base.channels is None:
         raise UserError(f"BASE={base.folder}: holds no images; give the folder that pack made")
     _open_vae.cache_clear()  # the folder may hold another one since
-    vae = _open_vae(settings.vae, "cpu" if workers.executor else settings.device)
+    vae = _open_vae(settings.vae, "cpu" if workers.executor else settings.device, settings.parametrisation)
     _check(vae, settings)
     side = settings.image_size // vae.downsampling
     spec = {
-        "parametrisation": MEAN_LOGVAR,
+        "parametrisation": vae.parametrisation,
         "channels": vae.latent_channels,
         "height": side,
         "width": side,
@@ -107,7 +108,7 @@ def _samples(
     base: ShardIndex, shard: int, settings: LatentSettings, notes: ShardNotes
 ) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     """No fields where the image is bad."""
-    vae = _open_vae(settings.vae, settings.device)
+    vae = _open_vae(settings.vae, settings.device, settings.parametrisation)
     ids = base.samples_of(shard)
     for start in range(0, len(ids), settings.batch_size):
         pixels: dict[int, np.ndarray] = {}
@@ -137,7 +138,7 @@ def _pixels(base: ShardIndex, sample_id: int, channels: int, settings: LatentSet
 
 
 def _encode(vae: Autoencoder, pixels: list[np.ndarray], settings: LatentSettings) -> np.ndarray:
-    """(N, V, 2C, h, w) fp16."""
+    """(N, V, 2C or C, h, w) fp16."""
     if not pixels:
         return np.empty((0,), dtype=np.float16)
     images = torch.from_numpy(np.stack(pixels)).to(vae.module.device).float() / 127.5 - 1
@@ -148,5 +149,5 @@ def _encode(vae: Autoencoder, pixels: list[np.ndarray], settings: LatentSettings
 
 
 @lru_cache(maxsize=1)  # a process opens it once, not for every shard
-def _open_vae(folder: Path, device: str) -> Autoencoder:
-    return Autoencoder.open(folder, "--vae", worker_device(device))
+def _open_vae(folder: Path, device: str, parametrisation: str | None) -> Autoencoder:
+    return Autoencoder.open(folder, "--vae", worker_device(device), parametrisation)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.pack import PackSettings, check_settings, item_order, read_item
+from data_tools.pack import PackSettings, check_settings, item_order, positions_of, read_item
 from data_tools.source import BadItemError, Source
 from diffmoe_dist.data.format import TAR_BLOCK
 from diffmoe_dist.data.images import ImageError
@@ -17,7 +17,7 @@ _SAMPLED_ITEMS = 64
 
 @dataclass(frozen=True)
 class PackPlan:
-    """The forecast; sizes and times are extrapolated from `sampled` items."""
+    """The forecast for what is not held out; sizes and times are extrapolated from `sampled` items."""
 
     num_items: int
     num_shards: int
@@ -44,7 +44,8 @@ class PackPlan:
 def plan_pack(source: Source, settings: PackSettings) -> PackPlan:
     """Do for the first items of the order what packing does, short of writing."""
     check_settings(source, settings)
-    items = item_order(source, settings)[:_SAMPLED_ITEMS]
+    positions = positions_of(source, settings)
+    items = item_order(source, settings)[positions[:_SAMPLED_ITEMS]]
     part, bad, sizes = source.part(items), [], []
     begin = time.perf_counter()
     for item in range(len(items)):
@@ -57,8 +58,8 @@ def plan_pack(source: Source, settings: PackSettings) -> PackPlan:
     seconds = time.perf_counter() - begin
     smallest, largest = _classes(source)
     return PackPlan(
-        num_items=len(source),
-        num_shards=-(-len(source) // settings.samples_per_shard),
+        num_items=len(positions),
+        num_shards=-(-len(positions) // settings.samples_per_shard),
         num_classes=len(source.class_names),
         smallest_class=smallest,
         largest_class=largest,

@@ -14,6 +14,7 @@ from data_tools.hf_parquet import HfParquetSource, holds_images
 from data_tools.idx import IdxSource
 from data_tools.ilsvrc import train_source, validation_source
 from data_tools.image_folder import ImageFolderSource, Listing, has_classes, list_images
+from data_tools.kaggle_imagenet import KaggleImagenetSource, is_kaggle_layout
 from data_tools.pairs import PairsSource
 from data_tools.shapes import ShapesSource
 from data_tools.source import Source, Strings
@@ -42,6 +43,7 @@ _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {
     "image-folder": lambda path, options: ImageFolderSource(path),
     "ilsvrc-train": lambda path, options: train_source(path),
     "ilsvrc-val": lambda path, options: validation_source(path, options.devkit),
+    "kaggle-imagenet": lambda path, options: KaggleImagenetSource(path, options.split),
     "coco": lambda path, options: CocoSource(path, options.images),
     "pairs": lambda path, options: PairsSource(path),
     "table": lambda path, options: TableSource(path, options.images, options.columns, options.max_label),
@@ -53,7 +55,7 @@ FORMATS = tuple(_READERS)
 _USES_IMAGES = ("coco", "table")
 _USES_COLUMNS = ("table", "hf-parquet")
 _MADE_HERE = ("digits", "shapes")  # named in the place of a path
-_FOLDERS = ("image-folder", "pairs")
+_FOLDERS = ("image-folder", "pairs", "kaggle-imagenet")
 _FILES = ("ilsvrc-train", "ilsvrc-val", "coco", "table", "idx")
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
 
@@ -105,6 +107,8 @@ def _refuse_no_file(path: Path) -> None:
 
 
 def _guess_folder(path: Path) -> str:
+    if is_kaggle_layout(path):
+        return "kaggle-imagenet"
     listing = list_images(path)
     tars = [name for name in listing.top_files if is_tar_name(name)]
     stems = {name.partition(".")[0] for name in tars}
@@ -162,7 +166,7 @@ def _refuse_unused(source_format: str, options: SourceOptions) -> None:
     given = {
         "--images": (options.images, _USES_IMAGES),
         "--devkit": (options.devkit, ("ilsvrc-val",)),
-        "--split": (options.split, ("hf-parquet",)),
+        "--split": (options.split, ("hf-parquet", "kaggle-imagenet")),
         "--max-label": (options.max_label, (*_USES_COLUMNS, "webdataset")),
         "--image-column": (options.columns.image, _USES_COLUMNS),
         "--caption-column": (options.columns.caption, _USES_COLUMNS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.parallel import SERIAL, Workers
-from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, LABEL_FIELD
+from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, LABEL_FIELD, LATENT_FIELD, LatentSpec
 from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.labels import label_in_payload
@@ -41,6 +42,27 @@ class Range:
         return f"{self.low} to {self.high}, mean {self.total / self.count:.1f}" if self.count else "none"
 
 
+@dataclass(frozen=True)
+class LatentMoments:
+    """Sums over the latents of some samples, all views: each pixel a normal distribution, sampled without end."""
+
+    count: int  # pixels of a channel
+    total_C: np.ndarray  # fp64, of the means
+    squares_C: np.ndarray  # fp64, of the second moments, mean ** 2 + variance
+
+    def __add__(self, other: LatentMoments) -> LatentMoments:
+        totals = self.total_C + other.total_C, self.squares_C + other.squares_C
+        return LatentMoments(self.count + other.count, *totals)
+
+    @property
+    def mean(self) -> np.ndarray:  # (C,)
+        return self.total_C / self.count
+
+    @property
+    def deviation(self) -> np.ndarray:  # (C,)
+        return np.sqrt(np.maximum(self.squares_C / self.count - self.mean**2, 0))
+
+
 @dataclass
 class Stats:
     """Of all samples, except `pixels`, which are of at most 1000 random ones."""
@@ -50,6 +72,7 @@ class Stats:
     caption_words: Range = field(default_factory=Range)
     empty_captions: int = 0
     pixels: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height)
+    latents: LatentMoments | None = None
 
     def merge(self, other: Stats) -> None:
         self.labels.update(other.labels)
@@ -63,18 +86,23 @@ def count(
     index: ShardIndex, workers: Workers = SERIAL, on_shard: Callable[[int], None] = lambda num_samples: None
 ) -> Stats:
     """Read every label and caption, and the sizes of everything. Raises CorruptShardError for damage it meets."""
-    stats = Stats()
-    for num_samples, of_shard in workers.run(_count_shard, ((index, shard) for shard in range(len(index.shards)))):
+    stats, moments = Stats(), {}
+    for shard, of_shard, latents in workers.run(_count_shard, ((index, shard) for shard in range(len(index.shards)))):
         stats.merge(of_shard)
-        on_shard(num_samples)
+        moments[shard] = latents
+        on_shard(index.shards[shard].num_samples)
+    # Added up in the order of the shards, whoever was first: the same to the last bit.
+    found = [of_shard for _, of_shard in sorted(moments.items()) if of_shard is not None]
+    stats.latents = functools.reduce(LatentMoments.__add__, found) if found else None
     if index.channels is not None:
         for sample_id in random_samples(index, _MEASURED_IMAGES).tolist():
             stats.pixels[_image(index, sample_id).size] += 1
     return stats
 
 
-def _count_shard(job: tuple[ShardIndex, int]) -> tuple[int, Stats]:
+def _count_shard(job: tuple[ShardIndex, int]) -> tuple[int, Stats, LatentMoments | None]:
     index, shard = job
+    latents = None if index.latents is None else _latent_moments(index, shard)
     stats = Stats(bytes_of={name: Range() for name in index.fields})
     for sample_id in index.samples_of(shard):
         for name, _, size, _ in index.entries(sample_id):
@@ -88,7 +116,21 @@ def _count_shard(job: tuple[ShardIndex, int]) -> tuple[int, Stats]:
             stats.caption_words.add(words)
             stats.empty_captions += words == 0
     index.close()
-    return len(index.samples_of(shard)), stats
+    return shard, stats, latents
+
+
+def _latent_moments(index: ShardIndex, shard: int) -> LatentMoments | None:
+    from diffmoe_dist.data.latents import LatentReader, variance_of  # torch takes seconds to import
+
+    reader, sums = LatentReader(index), []
+    for sample_id in index.samples_of(shard):
+        if any(name == LATENT_FIELD and size != ABSENT for name, _, size, _ in index.entries(sample_id)):
+            moments_VCHW = reader.moments(sample_id).astype(np.float64)
+            mean_VCHW = moments_VCHW[:, : reader.spec.channels]
+            second_VCHW = mean_VCHW**2 + variance_of(moments_VCHW, reader.spec)
+            per_channel = [array.swapaxes(0, 1).reshape(reader.spec.channels, -1) for array in (mean_VCHW, second_VCHW)]
+            sums.append(LatentMoments(per_channel[0].shape[1], *(array.sum(axis=1) for array in per_channel)))
+    return functools.reduce(LatentMoments.__add__, sums) if sums else None
 
 
 def image_grid(index: ShardIndex, side: int) -> Image.Image:
@@ -130,6 +172,8 @@ def describe(index: ShardIndex, stats: Stats, folder: Path) -> str:
         lines += _describe_classes(index, stats)
     if stats.caption_words.count:
         lines.append(f"captions     words {stats.caption_words}; {stats.empty_captions} empty")
+    if index.latents is not None and stats.latents is not None:
+        lines += _describe_latents(index.latents, stats.latents)
     return "\n".join(lines) + "\n"
 
 
@@ -144,4 +188,22 @@ def _describe_classes(index: ShardIndex, stats: Stats) -> list[str]:
         width = 40 / max(counts)
         names = zip(index.class_names, counts, strict=True)
         lines += [f"  {name[:20]:20s} {number:8d} {'#' * round(number * width)}" for name, number in names]
+    return lines
+
+
+def _describe_latents(spec: LatentSpec, found: LatentMoments) -> list[str]:
+    """Of each channel what is stored, beside the shift and the scale of the autoencoder, and what training is given."""
+    shift_C, scale_C = np.array(spec.shift), np.array(spec.scale)
+    columns = (
+        found.mean, found.deviation, shift_C, 1 / scale_C,
+        (found.mean - shift_C) * scale_C, found.deviation * scale_C,
+    )  # fmt: skip
+    names = ("mean", "deviation", "its shift", "1 / its scale", "scaled mean", "scaled deviation")
+    lines = [
+        f"latents      {spec.channels}x{spec.height}x{spec.width}, {spec.parametrisation}, {' and '.join(spec.views)}; "
+        "beside the mean and deviation that the autoencoder's own scaling takes for its data's",
+        f"  {'channel':7s}" + "".join(f"{name:>18s}" for name in names),
+    ]
+    for channel, row in enumerate(zip(*columns, strict=True)):
+        lines.append(f"  {channel:<7d}" + "".join(f"{value:18.5g}" for value in row))
     return lines

@@ -156,4 +156,4 @@ class TrainingData:
 
 
 def _latent_traits(spec: LatentSpec) -> tuple[Any, ...]:
-    return spec.vae_sha256, spec.scale, spec.shift, spec.height, spec.width
+    return spec.vae_sha256, spec.parametrisation, spec.scale, spec.shift, spec.height, spec.width

@@ -20,7 +20,10 @@ from diffmoe_dist.files import file_sha256
 # What a folder may hold beside the module that is asked for: the decoder of a T5, the image's tower of a CLIP.
 _OTHER_TOWER = re.compile(r"decoder\.|vision_model\.")
 _LAYER = re.compile(r"(layers?|blocks?|resnets|attentions)\.\d+\.")
-_WIDTHS = ("block_out_channels", "d_ff", "d_kv", "d_model", "hidden_size", "intermediate_size", "vocab_size")
+_WIDTHS = (
+    "block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels", "d_ff", "d_kv", "d_model",
+    "hidden_size", "intermediate_size", "vocab_size",
+)  # fmt: skip
 
 
 def model_sha256(folder: Path, *patterns: str) -> str:

@@ -24,7 +24,8 @@ METADATA_FIELD = "json"  # an object; "captions": all captions
 LATENT_FIELD = "latent.npy"
 TEXT_FIELD = "text.npy"
 POOLED_TEXT_FIELD = "pooled.npy"
-MEAN_LOGVAR = "mean_logvar"
+MEAN_LOGVAR, MEAN = "mean_logvar", "mean"  # what is stored of a latent
+PARAMETRISATIONS = (MEAN_LOGVAR, MEAN)
 _META = re.compile(r"(^|/)__[^/]*__($|/)")  # WebDataset's own notes
 _T = TypeVar("_T")
 
@@ -77,9 +78,10 @@ class LatentSpec:
     """What the field `latent.npy` holds: fp16 (V, 2C, h, w), the V views of an image, C means over C log variances.
 
     Unscaled: a training latent is (z - shift) * scale per channel, with z sampled in fp32 from N(mean, exp(logvar)).
+    With the parametrisation `mean` it holds the C means alone, (V, C, h, w), and z is the mean.
     """
 
-    parametrisation: str  # only mean_logvar is read
+    parametrisation: str
     channels: int  # C
     height: int  # h
     width: int  # w
@@ -90,6 +92,11 @@ class LatentSpec:
     image_size: int  # of the square images that were encoded, in pixels
     crop: str
     vae_sha256: str
+
+    @property
+    def planes(self) -> int:
+        """Stored of each view: C or 2C."""
+        return self.channels * (2 if self.parametrisation == MEAN_LOGVAR else 1)
 
 
 @dataclass(frozen=True)

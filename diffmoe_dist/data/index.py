@@ -27,7 +27,7 @@ from diffmoe_dist.data.format import (
     FORMAT,
     IMAGE_FIELDS,
     INDEX_NAME,
-    MEAN_LOGVAR,
+    PARAMETRISATIONS,
     TAR_BLOCK,
     VERSION,
     File,
@@ -216,8 +216,8 @@ class ShardIndex:
 
     def _check_latents(self) -> None:
         # Mean and standard deviation have the shape of mean and log variance: only the name tells them apart.
-        if self.latents is not None and self.latents.parametrisation != MEAN_LOGVAR:
-            problem = f"latents are {self.latents.parametrisation}, this program reads {MEAN_LOGVAR}"
+        if self.latents is not None and self.latents.parametrisation not in PARAMETRISATIONS:
+            problem = f"latents are {self.latents.parametrisation}, this program reads {' and '.join(PARAMETRISATIONS)}"
             _refuse(self.named, problem, "encode them again: python -m data_tools encode-latents")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.data.encoding import load_in_fp32
-from diffmoe_dist.data.format import LATENT_FIELD, LatentSpec
+from diffmoe_dist.data.format import LATENT_FIELD, MEAN, MEAN_LOGVAR, LatentSpec
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.model_folder import check_model_folder
@@ -37,7 +37,7 @@ class LatentReader:
         self.index, self.spec = index, index.latents
         spec = self.spec
         self._views = {view: number for number, view in enumerate(spec.views)}
-        self._moments_shape = (len(spec.views), 2 * spec.channels, spec.height, spec.width)
+        self._moments_shape = (len(spec.views), spec.planes, spec.height, spec.width)
         self._header = _npy_header(self._moments_shape)
         self._num_bytes = len(self._header) + 2 * int(np.prod(self._moments_shape))
         self._scale, self._shift = _per_channel(spec.scale), _per_channel(spec.shift)
@@ -45,10 +45,16 @@ class LatentReader:
     def read(self, sample_id: int, flip: bool, noise_Chw: np.ndarray, out_Chw: np.ndarray) -> None:
         """Sample the latent of an image, or of its mirror image, with the given standard normal noise; all fp32.
 
+        Where only means are stored, they are the latent.
+
         Raises ImageError where the sample has none because its image was bad, CorruptShardError for damage.
         """
         moments = self.moments(sample_id)[self._views[FLIP_VIEW if flip else VIEWS[0]]].astype(np.float32)
-        mean, logvar = moments[: len(moments) // 2], moments[len(moments) // 2 :]
+        mean, logvar = moments[: self.spec.channels], moments[self.spec.channels :]
+        if self.spec.parametrisation == MEAN:
+            np.subtract(mean, self._shift, out=out_Chw)
+            out_Chw *= self._scale
+            return
         # z = mean + exp(logvar / 2) * eps; then what the model is trained on, (z - shift) * scale.
         np.maximum(logvar, _LEAST_LOGVAR, out=logvar)
         np.minimum(logvar, _LARGEST_LOGVAR, out=logvar)
@@ -59,7 +65,7 @@ class LatentReader:
         out_Chw *= self._scale
 
     def moments(self, sample_id: int) -> np.ndarray:
-        """(V, 2C, h, w) fp16, as stored. Raises ImageError where there is none, CorruptShardError for damage."""
+        """(V, 2C or C, h, w) fp16, as stored. Raises ImageError where there is none, CorruptShardError for damage."""
         payload = self.index.read(sample_id, (LATENT_FIELD,)).get(LATENT_FIELD)
         if payload is None:
             raise ImageError("has no latent: its image did not decode when it was encoded")
@@ -83,6 +89,13 @@ def read_fp16(index: ShardIndex, sample_id: int, field: str, payload: bytes) -> 
     return array
 
 
+def variance_of(moments_VChw: np.ndarray, spec: LatentSpec) -> np.ndarray:
+    """(V, C, h, w): that of the normal distribution which each latent is sampled from; zeros of means alone."""
+    if spec.parametrisation == MEAN:
+        return np.zeros_like(moments_VChw)
+    return np.exp(np.clip(moments_VChw[:, spec.channels :], _LEAST_LOGVAR, _LARGEST_LOGVAR))
+
+
 def npy_bytes(array: np.ndarray) -> bytes:
     """An array as the content of an .npy file, the same bytes every time."""
     file = io.BytesIO()
@@ -98,31 +111,45 @@ def _per_channel(values: tuple[float, ...]) -> np.ndarray:
     return np.array(values, dtype=np.float32)[:, None, None]
 
 
+_DEFAULT = {"AutoencoderKL": MEAN_LOGVAR, "AutoencoderDC": MEAN}  # by diffusers' class, which config.json names
+
+
 @dataclass(frozen=True)
 class Autoencoder:
-    """A diffusers AutoencoderKL, and how its latents are scaled for a diffusion model: (z - shift) * scale."""
+    """A diffusers AutoencoderKL or AutoencoderDC, and how its latents are scaled for a model: (z - shift) * scale."""
 
     module: Any
     scale: tuple[float, ...]  # (C,)
     shift: tuple[float, ...]  # (C,)
+    parametrisation: str = MEAN_LOGVAR  # of `moments`
 
     @classmethod
-    def open(cls, folder: str | Path, setting: str, device: torch.device | str) -> Autoencoder:
+    def open(
+        cls, folder: str | Path, setting: str, device: torch.device | str, parametrisation: str | None = None
+    ) -> Autoencoder:
         """Load the weights in fp32 from a local folder; `setting` is how the user named it.
 
-        Raises UserError for a folder that holds no AutoencoderKL with safetensors weights.
+        Args:
+            parametrisation: what `moments` gives; None: all that the autoencoder has.
+
+        Raises UserError for a folder that holds no such autoencoder with safetensors weights, and where log variances
+        are asked of one that has none.
         """
         named = f"{setting}={folder}"
-        check_model_folder(
-            Path(folder), named, "a diffusers AutoencoderKL, such as the vae folder of a downloaded pipeline",
-            ("AutoencoderKL",), entry="_class_name", files=(("diffusion_pytorch_model*.safetensors",),),
+        kind = check_model_folder(
+            Path(folder), named, "a diffusers AutoencoderKL or AutoencoderDC, such as the vae folder of a pipeline",
+            _DEFAULT, entry="_class_name", files=(("diffusion_pytorch_model*.safetensors",),),
         )  # fmt: skip
+        if parametrisation == MEAN_LOGVAR != _DEFAULT[kind]:
+            raise UserError(f"--parametrisation={MEAN_LOGVAR}: {named} is {kind}, which has no variance; use {MEAN}")
         try:
-            from diffusers import AutoencoderKL
+            import diffusers
+
+            architecture = getattr(diffusers, kind)
         except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
             raise UserError(f"{named}: diffusers does not import ({error}); install it again") from error
-        module = load_in_fp32(AutoencoderKL, folder, named, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        return cls(module.to(device), *_scaling(dict(module.config)))
+        module = load_in_fp32(architecture, folder, named, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        return cls(module.to(device), *_scaling(dict(module.config)), parametrisation or _DEFAULT[kind])
 
     @property
     def image_channels(self) -> int:
@@ -135,21 +162,28 @@ class Autoencoder:
     @property
     def downsampling(self) -> int:
         """Pixels to a latent pixel, along each side."""
-        return int(2 ** (len(self.module.config.block_out_channels) - 1))
+        config = self.module.config
+        blocks = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
+        return int(2 ** (len(blocks) - 1))
 
     @torch.no_grad()
     def moments(self, images_NCHW: Tensor) -> Tensor:
-        """Mean over log variance, unscaled, (N, 2C, h, w), of images in [-1, 1]."""
-        return self.module.encode(images_NCHW).latent_dist.parameters
+        """Of images in [-1, 1], unscaled: mean over log variance, (N, 2C, h, w), or the mean, (N, C, h, w)."""
+        encoded = self.module.encode(images_NCHW)
+        if "latent" in encoded:  # AutoencoderDC
+            return encoded.latent
+        return encoded.latent_dist.mean if self.parametrisation == MEAN else encoded.latent_dist.parameters
 
     @torch.no_grad()
     def sample(self, images_NCHW: Tensor, noise_NChw: Tensor) -> Tensor:
         """Latents (N, C, h, w) to train on, sampled with standard normal noise as `LatentReader` does stored ones."""
         device = self.module.device
-        moments = self.moments(images_NCHW.to(device)).half().float()  # as they are stored
-        mean, logvar = moments.chunk(2, dim=1)
-        logvar = logvar.clamp(float(_LEAST_LOGVAR), float(_LARGEST_LOGVAR))
+        mean = self.moments(images_NCHW.to(device)).half().float()  # as they are stored
         scale, shift = (mean.new_tensor(values)[:, None, None] for values in (self.scale, self.shift))
+        if self.parametrisation == MEAN:
+            return (mean - shift) * scale
+        mean, logvar = mean.chunk(2, dim=1)
+        logvar = logvar.clamp(float(_LEAST_LOGVAR), float(_LARGEST_LOGVAR))
         return (mean + torch.exp(0.5 * logvar) * noise_NChw.to(device) - shift) * scale
 
     @torch.no_grad()

@@ -37,8 +37,9 @@ def save_autoencoder(folder: Path, **settings: Any) -> Path:
 
     torch.manual_seed(0)
     vae: Any = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **settings,
+        in_channels=3, out_channels=3, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        **{"latent_channels": 4, **settings},
     )  # fmt: skip
     vae.save_pretrained(folder)
     return folder

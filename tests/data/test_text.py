@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_tools.pack import pack
+from data_tools.sources import SourceOptions, open_source
 from data_tools.text import TextSettings, encode_text
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.captions import captions_in
@@ -248,3 +250,25 @@ def test_a_model_that_is_no_text_encoder_is_refused(base: ShardIndex, tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="is bert; give the local folder of a CLIP or T5 text encoder"):
         encode_text(base, tmp_path / "out", TextSettings(tmp_path))
+
+
+def test_one_folder_with_classes_and_captions_serves_a_model_of_either(
+    encoder: Path, kind: str, tmp_path: Path
+) -> None:
+    for number, image in enumerate(random_images(4, 8)):
+        folder = tmp_path / "in" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(png(image))
+        (folder / f"{number}.txt").write_text(CAPTIONS[0][number % 2])
+    pack(open_source(str(tmp_path / "in"), None, SourceOptions()), tmp_path / "base")
+    base = ShardIndex.open(tmp_path / "base")
+    encode_text(base, tmp_path / "text", TextSettings(encoder, max_length=MAX_LENGTH[kind]))
+    of_classes = TrainingData((DataSet.open(base.folder),), 8)
+    of_captions = TrainingData((DataSet.open(base.folder, text=tmp_path / "text"),), 8)
+    labelled, captioned = (TrainingDataset(data, 5, False)[range(4)] for data in (of_classes, of_captions))
+    assert sorted(labelled.labels.tolist()) == [0, 0, 1, 1] and labelled.text is None
+    assert captioned.text is not None and torch.equal(labelled.images, captioned.images)
+    alone = [_encode_alone(encoder, kind, caption)[0] for caption in CAPTIONS[0]]
+    for row, label in enumerate(labelled.labels.tolist()):
+        found = captioned.text.tokens[row][captioned.text.mask[row]]
+        np.testing.assert_allclose(found.numpy(), alone[label], atol=2e-3)

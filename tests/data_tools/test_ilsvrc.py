@@ -226,3 +226,68 @@ def test_a_damaged_train_tar_is_named_before_anything_is_packed(train: Path, tmp
     damaged.write_bytes(content)
     with pytest.raises(TarDamageError, match=r"ILSVRC2012_img_train.tar: damaged near byte \d+"):
         train_source(damaged)
+
+
+WORDS = "".join(f"{wnid} some fish, a fish\n" for wnid in sorted(LABEL_OF))
+
+
+def _make_kaggle(root: Path) -> Path:
+    """Kaggle's archive as it lies extracted."""
+    images = root / "ILSVRC/Data/CLS-LOC"
+    (images / "val").mkdir(parents=True)
+    for wnid in WNID_OF_ID.values():
+        (images / "train" / wnid).mkdir(parents=True)
+        for number in range(IMAGES_PER_CLASS):
+            (images / "train" / wnid / f"{wnid}_{number}.JPEG").write_bytes(_image(wnid, number))
+    rows, counts = [], dict.fromkeys(LABEL_OF, 0)
+    for number, one in enumerate(TRUTH, start=1):
+        wnid = WNID_OF_ID[one]
+        name = f"ILSVRC2012_val_{number:08d}"
+        (images / "val" / f"{name}.JPEG").write_bytes(_image(wnid, counts[wnid]))
+        counts[wnid] += 1
+        rows.append(f"{name},{' '.join([f'{wnid} 1 2 30 40'] * (1 + number % 2))} \n")
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "".join(reversed(rows)))
+    (root / "LOC_synset_mapping.txt").write_text(WORDS)
+    (root / "LOC_train_solution.csv").write_text("ImageId,PredictionString\n")
+    return root
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_kaggles_layout_gives_the_images_and_labels_of_the_archives(tmp_path: Path, split: str) -> None:
+    root = _make_kaggle(tmp_path / "in")
+    assert guess_format(root) == "kaggle-imagenet"
+    source = open_source(str(root), None, SourceOptions(split=split))
+    assert source.labels is not None and np.bincount(source.labels).tolist() == [IMAGES_PER_CLASS] * len(LABEL_OF)
+    pack(source, tmp_path / "out", PackSettings(samples_per_shard=7))
+    index = ShardIndex.open(tmp_path / "out")
+    samples = [index.read(sample) for sample in range(index.num_samples)]
+    assert {sample["jpg"]: int(sample["cls"]) for sample in samples} == _label_of_bytes()
+    assert index.class_names == sorted(LABEL_OF)
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "old", "new", "said"),
+    [
+        (None, "", "", "", "--split=None: .* train and val; name one"),
+        ("test", "", "", "", "--split=test: .* train and val; name one"),
+        ("val", "LOC_val_solution.csv", "ImageId", "id", "does not begin with ImageId,PredictionString"),
+        ("val", "LOC_val_solution.csv", "val_00000002,", "val_00000021,", "differ .20 and 20, .*val_00000002 in one"),
+        ("val", "LOC_val_solution.csv", " 1 2 30 40", " 1 2 30", "is no image with boxes of one known class"),
+        ("val", "LOC_val_solution.csv", "n01440764", "n09999999", "is no image with boxes of one known class"),
+        ("val", "LOC_synset_mapping.txt", "n01440764", "tench", "'tench' for a WordNet id"),
+        ("train", "LOC_synset_mapping.txt", "n01440764", "n01443537", "a class twice"),
+        ("train", "LOC_synset_mapping.txt", "n01440764", "n01440765", "folders and rows of .* differ .5 and 5, n0144"),
+    ],
+)
+def test_a_kaggle_layout_whose_tables_do_not_fit_is_refused(
+    tmp_path: Path, split: str | None, name: str, old: str, new: str, said: str
+) -> None:
+    root = _make_kaggle(tmp_path / "in")
+    if name:
+        path = root / name
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=said):
+        open_source(str(root), None, SourceOptions(split=split))
+    (root / "LOC_synset_mapping.txt").unlink()
+    with pytest.raises(UserError, match=r"LOC_synset_mapping.txt: no such file; it comes with|--split"):
+        open_source(str(root), None, SourceOptions(split=split))
