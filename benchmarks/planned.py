@@ -2,8 +2,9 @@
 
     python -m benchmarks.planned            # after a change of the planner's constants or formulas
 
-Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; README shows lines of one plan.
-`tests/test_benchmarks.py` fails where a page shows what the planner no longer says.
+Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; README shows lines of one plan; the training scripts of
+slurm/ have as many nodes as the planner chooses. `tests/test_benchmarks.py` fails where a page shows what the planner
+no longer says.
 """
 
 from __future__ import annotations
@@ -16,14 +17,52 @@ from pathlib import Path
 from diffmoe_dist.config import load_config
 from diffmoe_dist.planning import table
 from diffmoe_dist.planning.accelerators import ACCELERATORS
-from diffmoe_dist.planning.estimate import make_plan
+from diffmoe_dist.planning.estimate import Plan, make_plan
+from diffmoe_dist.planning.sweep import by_speed, choose, days, gpu_hours, sweep
 from diffmoe_dist.planning.workload import Cluster
 
 H100 = ACCELERATORS["H100-80"]
 UNUSED = ("run_dir=unused", "data.shards=unused")
 
-TABLES: dict[str, Callable[[], list[str]]] = {}
-PAGES = ("README.md",)
+SIZES = ("s", "b", "l", "xl")
+SCRIPTS = {f"slurm/train_{size}.sh": f"configs/imagenet256/global_pool_{size}.yaml" for size in SIZES}
+DAYS = 1  # of a job's time limit: the scripts take the fewest GPU-hours that end in it
+
+
+def plans_on(path: str, nodes: int, *overrides: str) -> list[Plan]:
+    """Every plan that fits on up to so many nodes of eight H100s, in the configuration's precision."""
+    config = load_config(path, [*UNUSED, *overrides])
+    given = {"precision", *(override.partition("=")[0] for override in overrides)}
+    return list(sweep(config, nodes, 8, H100, given))
+
+
+def sizes() -> list[str]:
+    """Of each size the fastest plan on 1, 2 and 4 nodes; in bold the one of its script."""
+    lines = [
+        "| size | nodes | `parallel.expert` | GiB | images/s | MFU | days | GPU-hours | bound by |",
+        f"|{'---|' * 9}",
+    ]
+    for path in SCRIPTS.values():
+        config, plans = load_config(path, UNUSED), plans_on(path, 4)
+        chosen = choose(plans, config, DAYS)
+        for nodes in (1, 2, 4):
+            plan = by_speed([plan for plan in plans if plan.cluster.nodes == nodes])[0]
+            bold = "**" if plan is chosen else ""
+            cells = [config.model.size, nodes, plan.config.parallel.expert, f"{plan.memory / 2**30:.1f}"]
+            cells += [f"{plan.images_per_second:.0f}", f"{plan.mfu:.0%}", f"{days(plan):.2f}", f"{gpu_hours(plan):.0f}"]
+            lines.append(f"| {' | '.join(f'{bold}{cell}{bold}' for cell in [*cells, plan.bound_by])} |")
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {"sizes": sizes}
+PAGES = ("README.md", "docs/cluster.md")
+
+
+def with_nodes(script: str, path: str) -> str:
+    """A script of slurm/ with the number of nodes that the planner chooses for a configuration."""
+    config = load_config(path, UNUSED)
+    nodes = choose(plans_on(path, 4), config, DAYS).cluster.nodes
+    return re.sub(r"(?m)^#SBATCH --nodes=\d+", f"#SBATCH --nodes={nodes}", script)
 
 
 def with_plans(page: str) -> str:
@@ -66,6 +105,9 @@ def main() -> None:
     for name in PAGES:
         path = Path(name)
         path.write_text(with_plans(path.read_text()))
+    for name, config in SCRIPTS.items():
+        path = Path(name)
+        path.write_text(with_nodes(path.read_text(), config))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ train() {
     settle
     found=$(read_config "${settings[@]}" "$@") || leave $?
     read -r experts precision <<<"$found"
-    say "precision $precision, $experts GPUs of a node share one set of experts"
+    say "precision $precision, $experts GPUs share one set of experts"
     if [[ -n $LOCAL_SCRATCH ]]; then
         stage SHARDS
         if [[ -n $LATENTS ]]; then stage LATENTS; fi
@@ -154,8 +154,8 @@ ask_slurm() {
     done
 }
 
-# What the settings make of the configuration: the most processes of a node that can share out the experts evenly, for
-# tokens travel to experts inside the node, and only gradients between nodes; and the precision.
+# What the settings make of the configuration: the most processes that can share out the experts evenly, for gradients of
+# experts that several groups hold travel between nodes, every step and whole; and the precision.
 read_config() {
     "${interpreter[@]}" -c '
 import math, sys
@@ -168,7 +168,7 @@ def main():
     precision = config.precision + "+tf32" * config.tf32
     sys.stdout.write(f"{math.gcd(int(sys.argv[2]), experts)} {precision}\n")
 
-run_command(main)' "$CONFIG" "$SLURM_NTASKS_PER_NODE" "$@"
+run_command(main)' "$CONFIG" "$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))" "$@"
 }
 
 # Copy the folder of shards that a variable names to each node's own disk; a folder that has its name is complete.

@@ -3,7 +3,8 @@
 #
 #   sbatch slurm/train_s.sh [key=value ...]
 #
-# Settings of the job stand here, those of the run in train.sh, those of the cluster in site.sh.
+# Settings of the job stand here, those of the run in train.sh, those of the cluster in site.sh. The number of nodes is
+# the planner's: docs/cluster.md.
 #SBATCH --job-name=diffmoe-s
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8    # one process for each GPU

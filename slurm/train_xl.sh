@@ -3,9 +3,10 @@
 #
 #   sbatch slurm/train_xl.sh [key=value ...]
 #
-# Settings of the job stand here, those of the run in train.sh, those of the cluster in site.sh.
+# Settings of the job stand here, those of the run in train.sh, those of the cluster in site.sh. The number of nodes is
+# the planner's: docs/cluster.md.
 #SBATCH --job-name=diffmoe-xl
-#SBATCH --nodes=4
+#SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8    # one process for each GPU
 #SBATCH --gpus-per-node=8      # of the node, not of a task: the processes of a node copy from GPU to GPU
 #SBATCH --cpus-per-task=8

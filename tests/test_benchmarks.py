@@ -209,3 +209,9 @@ def test_a_page_shows_what_the_planner_says_now(name: str) -> None:
     """Else: python -m benchmarks.planned"""
     page = (ROOT / name).read_text()
     assert planned.with_plans(page) == page
+
+
+@pytest.mark.parametrize("name", planned.SCRIPTS)
+def test_a_training_script_has_the_nodes_that_the_planner_chooses(name: str) -> None:
+    script = (ROOT / name).read_text()
+    assert planned.with_nodes(script, planned.SCRIPTS[name]) == script

@@ -79,22 +79,23 @@ def test_ending(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "moe", "override", "answer"),
+    ("nodes", "gpus", "moe", "override", "answer"),
     [
-        (8, "{router: global_pool, num_experts: 16, capacity: 1.0}", "seed=1", "8 fp32"),
-        (4, "{router: global_pool, num_experts: 16}", "precision=bf16", "4 bf16"),
-        (8, "{router: prototype, num_experts: 12}", "tf32=true", "4 fp32+tf32"),
-        (8, "{router: global_pool, num_experts: 16}", "moe.num_experts=14", "2 fp32"),
-        (8, "{router: dense}", "seed=1", "1 fp32"),
+        (1, 8, "{router: global_pool, num_experts: 16, capacity: 1.0}", "seed=1", "8 fp32"),
+        (4, 8, "{router: global_pool, num_experts: 16}", "seed=1", "16 fp32"),
+        (1, 4, "{router: global_pool, num_experts: 16}", "precision=bf16", "4 bf16"),
+        (2, 8, "{router: prototype, num_experts: 12}", "tf32=true", "4 fp32+tf32"),
+        (1, 8, "{router: global_pool, num_experts: 16}", "moe.num_experts=14", "2 fp32"),
+        (1, 8, "{router: dense}", "seed=1", "1 fp32"),
     ],
 )
-def test_experts_are_spread_over_as_much_of_a_node_as_they_divide_and_overrides_count(
-    gpus: int, moe: str, override: str, answer: str, tmp_path: Path
+def test_experts_are_spread_over_as_many_gpus_as_they_divide_and_overrides_count(
+    nodes: int, gpus: int, moe: str, override: str, answer: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text(f"model: {{size: S}}\nmoe: {moe}\nrun_dir: run\ndata: {{shards: shards}}\n")
     ended = bash(
-        tmp_path, f"read_config {override}",
-        CONFIG=str(tmp_path / "config.yaml"), SLURM_NTASKS_PER_NODE=str(gpus), PYTHON=sys.executable,
+        tmp_path, f"read_config {override}", CONFIG=str(tmp_path / "config.yaml"), PYTHON=sys.executable,
+        SLURM_NNODES=str(nodes), SLURM_NTASKS_PER_NODE=str(gpus),
     )  # fmt: skip
     assert ended.stdout == f"{answer}\n", ended.stderr
 

@@ -118,7 +118,7 @@ def test_two_nodes_train_until_the_run_is_marked_as_done(undisturbed: Run) -> No
     assert "2 x cpu" in undisturbed.log()
 
 
-def test_experts_stay_inside_a_node_and_shards_are_read_from_its_own_disk(
+def test_all_processes_share_one_set_of_experts_and_shards_are_read_from_the_nodes_own_disk(
     cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
 ) -> None:
     scratch = "/dev/shm" if cluster.namespaces else ""  # without namespaces the nodes have one disk
@@ -128,9 +128,9 @@ def test_experts_stay_inside_a_node_and_shards_are_read_from_its_own_disk(
     )  # fmt: skip
     assert run.end() == ("COMPLETED", 0), run.log()
     config = load_config(run.folder / "config.yaml")
-    assert config.parallel.expert == 2
+    assert config.parallel.expert == 4
     assert "4 x cpu" in run.log()
-    assert "precision fp32, 2 GPUs of a node share one set of experts" in run.log()
+    assert "precision fp32, 4 GPUs share one set of experts" in run.log()
     assert str(config.data.shards).startswith(scratch)
     losses, expected = [[loss for _, loss in one.curve()[:3]] for one in (run, undisturbed)]
     assert losses == pytest.approx(expected, abs=1e-6)  # other ranks sum in another order
