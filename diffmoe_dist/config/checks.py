@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffmoe_dist.config.require import require
+from diffmoe_dist.config.router import RouterSettings
 from diffmoe_dist.config.schedule import check_schedule
 from diffmoe_dist.config.schema import Config, ModelConfig, data_sets
 from diffmoe_dist.errors import UserError
@@ -31,6 +32,7 @@ RULES: dict[str, Rule] = {
     "model.depth": up_to(1000),
     "model.hidden_size": up_to(2**16),
     "model.num_heads": up_to(2**12),
+    "model.head_dim": up_to(2**12),
     "model.mlp_ratio": (lambda value: 0 < value <= 64, "above 0, and at most 64"),
     "model.patch_size": up_to(2**12),
     "model.input_size": up_to(2**14),
@@ -99,14 +101,11 @@ def check(config: Config) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    divisors = {
-        "hidden_size": (f"model.num_heads={model.num_heads}", model.num_heads),
-        "input_size": (f"model.patch_size={model.patch_size}", model.patch_size),
-    }
-    for name, (what, divisor) in divisors.items():
-        value = getattr(model, name)
-        if value % divisor:
-            raise UserError(f"model.{name}={value} is not divisible by {what}; choose a multiple")
+    if model.input_size % model.patch_size:
+        raise UserError(
+            f"model.input_size={model.input_size} is not divisible by model.patch_size={model.patch_size}; choose a "
+            "multiple"
+        )
     if model.hidden_size % 4:
         raise UserError(
             f"model.hidden_size={model.hidden_size} is not divisible by 4, which the two-dimensional sine-cosine "
@@ -159,8 +158,8 @@ def _check_experts(config: Config) -> None:
             raise UserError(f"parallel.expert={parallel.expert} needs experts, but moe.router=dense has none; use 1")
         return
     experts.check(config.tokens_per_sample)
-    if not config.moe_blocks:
-        raise UserError(f"model.depth={model.depth}: experts are in every second block, there is none; use 2 or more")
+    _check_blocks(model.depth, config.moe_blocks)
+    _check_activations(config, experts)
     widths = {
         f"model.hidden_size={model.hidden_size}": model.hidden_size,
         f"moe.expert_mlp_ratio={experts.expert_mlp_ratio}": int(model.hidden_size * experts.expert_mlp_ratio),
@@ -171,6 +170,27 @@ def _check_experts(config: Config) -> None:
     if experts.num_experts % parallel.expert:
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide moe.num_experts={experts.num_experts}; choose a divisor"
+        )
+
+
+def _check_blocks(depth: int, blocks: list[int]) -> None:
+    if not blocks:
+        raise UserError(f"model.depth={depth}: experts are in every second block, there is none; use 2 or more")
+    if blocks != sorted(set(blocks)) or blocks[-1] >= depth:
+        raise UserError(f"moe.blocks={blocks} must be ascending numbers of blocks, from 0 to {depth - 1}")
+
+
+def _check_activations(config: Config, experts: RouterSettings) -> None:
+    of_dense, of_experts = config.model.activation, experts.activation
+    either = "swiglu" if "swiglu" in (of_dense, of_experts) else "gelu"
+    if not experts.shared_experts and experts.shared_activation != either:
+        raise UserError(
+            f"moe.shared_activation={experts.shared_activation} has no effect with moe.shared_experts=0; remove it"
+        )
+    if len(config.moe_blocks) == config.model.depth and of_dense != of_experts and not experts.shared_experts:
+        raise UserError(
+            f"model.activation={of_dense} has no effect where moe.blocks={experts.blocks} leaves no dense layer and "
+            f"moe.activation={of_experts}; make them equal"
         )
 
 
@@ -209,7 +229,7 @@ def _check_tensor(config: Config) -> None:
         hidden = int(model.hidden_size * model.mlp_ratio)
         widths[f"model.mlp_ratio={model.mlp_ratio:g}, which makes dense layers {hidden} wide,"] = hidden
     if experts is not None and experts.shared_experts:
-        hidden = experts.shared_experts * int(model.hidden_size * experts.expert_mlp_ratio)
+        hidden = experts.shared_hidden_size(model.hidden_size)
         widths[f"moe.shared_experts={experts.shared_experts}, which are {hidden} wide,"] = hidden
     for setting, width in widths.items():
         if width % tensor:

@@ -154,7 +154,20 @@ def _derived_model(model: Any) -> dict[str, Any]:
             raise UserError(
                 f"model.{name}={given} contradicts model.size={model.size} ({name} {preset[name]}); drop one"
             )
-    return preset
+    return {**preset, **_derived_head_dim(model, *((preset or model)[name] for name in _OF_A_SIZE[1:]))}
+
+
+def _derived_head_dim(model: Any, hidden_size: int, num_heads: int) -> dict[str, int]:
+    if not OmegaConf.is_missing(model, "head_dim"):
+        return {}
+    if min(hidden_size, num_heads) < 1:
+        return {"head_dim": 1}  # `check` tells what is wrong with the other two
+    if hidden_size % num_heads:
+        raise UserError(
+            f"model.hidden_size={hidden_size} is not divisible by model.num_heads={num_heads}; choose a multiple, or "
+            "give model.head_dim"
+        )
+    return {"head_dim": hidden_size // num_heads}
 
 
 def _derived_objective(objective: Any) -> dict[str, Any]:

@@ -26,12 +26,16 @@ class RouterSettings(MoEConfig):
     """
 
     num_experts: int = MISSING  # that tokens are routed to; shared and unconditional ones are not counted
+    blocks: Any = "odd"  # which are mixtures of experts: odd (counted from 0), all, or their numbers, as [1, 3]
     expert_mlp_ratio: float = MISSING  # hidden width of an expert over the model's; default: model.mlp_ratio
-    activation: Literal["gelu", "swiglu"] = "gelu"  # of the experts; SwiGLU experts have three matrices and no biases
+    activation: Literal["gelu", "swiglu"] = MISSING  # of the experts; default: model.activation
     shared_experts: int = 0  # experts that every token passes through, with weight 1
+    # Of a shared expert; default: as wide as a routed one, and swiglu where dense layers or routed experts are.
+    shared_mlp_ratio: float = MISSING
+    shared_activation: Literal["gelu", "swiglu"] = MISSING
 
+    unconditional_expert = False  # a class attribute, no setting: one more expert for images without a condition
     keeps_fp32_tokens = False  # also one: whether the router keeps the tokens in fp32 for backward, whatever their type
-    has_unconditional_expert = False  # a class attribute, no setting: one more expert for images without a condition
 
     @classmethod
     def derived(cls, given: Any) -> dict[str, Any]:
@@ -43,15 +47,33 @@ class RouterSettings(MoEConfig):
         Raises:
             UserError: one is missing that nothing says.
         """
-        moe = given.moe
+        model, moe = given.model, given.moe
+
+        def value(name: str, default: Any) -> Any:
+            return default if OmegaConf.is_missing(moe, name) else moe[name]
+
         if OmegaConf.is_missing(moe, "num_experts"):
             raise UserError(f"moe.num_experts is not set; moe.router={moe.router} needs a number, such as 16")
-        return {"expert_mlp_ratio": given.model.mlp_ratio} if OmegaConf.is_missing(moe, "expert_mlp_ratio") else {}
+        ratio = value("expert_mlp_ratio", model.mlp_ratio)
+        activation = value("activation", model.activation)
+        either = "swiglu" if "swiglu" in (model.activation, activation) else "gelu"
+        return {
+            "blocks": _blocks(moe.blocks),
+            "expert_mlp_ratio": ratio,
+            "activation": activation,
+            "shared_mlp_ratio": value("shared_mlp_ratio", ratio),
+            "shared_activation": value("shared_activation", either),
+        }
 
     def structure(self) -> dict[str, Any]:
-        """The settings that decide which tensors the layer has and what they mean."""
-        names = ("router", "num_experts", "expert_mlp_ratio", "activation", "shared_experts")
+        """The settings that decide which tensors the layer has and what they mean; `moe.blocks` apart."""
+        names = ["router", "num_experts", "expert_mlp_ratio", "activation", "shared_experts"]
+        names += ["shared_mlp_ratio", "shared_activation"] if self.shared_experts else []
         return {name: getattr(self, name) for name in names}
+
+    def shared_hidden_size(self, hidden_size: int) -> int:
+        """Hidden width of all shared experts together, which are one layer; 0: there are none."""
+        return self.shared_experts * int(hidden_size * self.shared_mlp_ratio)
 
     def pool_kind(self) -> str:
         """Who competes for an expert's slots: global, expert_parallel, rank or sample (nobody beyond the image)."""
@@ -94,6 +116,11 @@ class RouterSettings(MoEConfig):
         require(self, "moe", "num_experts", lambda value: 1 <= value <= 2**14, f"from 1 to {2**14}")
         require(self, "moe", "expert_mlp_ratio", lambda value: 0 < value <= 64, "above 0, and at most 64")
         require(self, "moe", "shared_experts", lambda value: 0 <= value <= 2**10, f"from 0 (none) to {2**10}")
+        require(self, "moe", "shared_mlp_ratio", lambda value: 0 < value <= 64, "above 0, and at most 64")
+        if not self.shared_experts and self.shared_mlp_ratio != self.expert_mlp_ratio:
+            raise UserError(
+                f"moe.shared_mlp_ratio={self.shared_mlp_ratio} has no effect with moe.shared_experts=0; remove it"
+            )
 
     def check_top_k(self, top_k: int) -> None:
         """Refuse a token without experts, and more experts than there are; for routers whose tokens choose."""
@@ -102,6 +129,17 @@ class RouterSettings(MoEConfig):
 
     def check_pool(self, pool_tokens: int) -> None:
         """Refuse a pool that is too small for the experts; for routers whose experts choose tokens."""
+
+
+def _blocks(given: Any) -> Any:
+    """`moe.blocks` with numbers for the text that a list is read as."""
+    if given in ("odd", "all"):
+        return given
+    texts = [str(number) for number in given] if OmegaConf.is_list(given) else []
+    if not texts or not all(text.isdecimal() and len(text) < 5 for text in texts):
+        shown = f"[{', '.join(texts)}]" if OmegaConf.is_list(given) else given
+        raise UserError(f"moe.blocks={shown} must be odd, all, or the numbers of blocks, such as [1, 3]")
+    return [int(text) for text in texts]
 
 
 def expert_slots(pool_tokens: int, num_experts: int, capacity: float) -> int:

@@ -23,7 +23,10 @@ class ModelConfig:
     depth: int = MISSING
     hidden_size: int = MISSING
     num_heads: int = MISSING
+    head_dim: int = MISSING  # width of an attention head; default: hidden_size / num_heads
+    qk_norm: Literal["none", "layer", "rms"] = "none"  # of each head's queries and keys: layer norm (published) or RMS
     mlp_ratio: float = 4.0
+    activation: Literal["gelu", "swiglu"] = "gelu"  # of dense feed-forward layers; SwiGLU has no biases
     patch_size: int = 2
     input_size: int = 32  # height and width of what the model sees: latents or pixels
     in_channels: int = 4
@@ -205,8 +208,10 @@ class Config:
 
     @property
     def moe_blocks(self) -> list[int]:
-        """The blocks that are mixtures of experts. Both papers: those with an odd 0-based index."""
-        return [] if self.experts is None else list(range(1, self.model.depth, 2))
+        """The blocks that are mixtures of experts, counted from 0."""
+        depth = self.model.depth
+        named = {"odd": range(1, depth, 2), "all": range(depth)}
+        return [] if self.experts is None else list(named.get(str(self.experts.blocks), self.experts.blocks))
 
 
 def data_sets(data: DataConfig) -> list[MixtureConfig]:
@@ -224,9 +229,10 @@ def flat_settings(config: Config) -> dict[str, Any]:
 
 def model_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which tensors a model has and what they mean, as flat `section.key` -> value."""
+    experts = config.experts
     sections = {
         "model": {name: value for name, value in vars(config.model).items() if name != "size"},
-        "moe": {"router": "dense"} if config.experts is None else config.experts.structure(),
+        "moe": {"router": "dense"} if experts is None else {**experts.structure(), "blocks": config.moe_blocks},
         "objective": vars(config.objective),
     }
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}

@@ -140,7 +140,7 @@ def account(config: Config) -> Accounting:
         parameters=parameters,
         fixed_macs=macs,
         expert_macs=routed_macs // max(num_experts, 1),
-        attention_macs=config.model.depth * 2 * tokens * keys * config.model.hidden_size,
+        attention_macs=config.model.depth * 2 * tokens * keys * config.model.num_heads * config.model.head_dim,
         num_experts=num_experts,
         nominal_capacity=0.0 if experts is None else experts.nominal_capacity(),
     )

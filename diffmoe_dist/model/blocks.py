@@ -1,14 +1,18 @@
 """The transformer block with adaptive layer norm (adaLN-Zero; DiT, Peebles and Xie 2022, Sec. 3.2), the output layer.
 
-Shape legend: N images, T tokens an image, D width, L tokens of a caption, p patch size.
+Shape legend: N images, T tokens an image, D width, L tokens of a caption, d width of an attention head, p patch size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmoe_dist.model.mlp import Mlp
+from diffmoe_dist.config import ModelConfig
+from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import MoELayer
 from diffmoe_dist.model.routing import Routing
 
@@ -18,39 +22,76 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+class HeadNorm(nn.Module):
+    """(..., d) to (..., d): layer norm or RMS norm of the queries or keys of each head, computed in fp32."""
+
+    def __init__(self, head_dim: int, kind: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim))
+        self.bias = nn.Parameter(torch.empty(head_dim)) if kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, weight = self.weight.shape, self.weight.float()
+        if self.bias is None:
+            normed = F.rms_norm(x.float(), shape, weight, eps=1e-6)
+        else:
+            normed = F.layer_norm(x.float(), shape, weight, self.bias.float(), eps=1e-5)
+        return normed.to(x.dtype)
+
+
+def _add_head_norms(attention: Any, model: ModelConfig) -> None:
+    of_kind = model.qk_norm != "none"
+    attention.q_norm = HeadNorm(model.head_dim, model.qk_norm) if of_kind else None
+    attention.k_norm = HeadNorm(model.head_dim, model.qk_norm) if of_kind else None
+
+
 class Attention(nn.Module):
     """(N, T, D) to (N, T, D): multi-head self-attention over the tokens of each image."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.num_heads = model.num_heads
+        self.qkv = nn.Linear(model.hidden_size, 3 * model.num_heads * model.head_dim)
+        self.proj = nn.Linear(model.num_heads * model.head_dim, model.hidden_size)
+        _add_head_norms(self, model)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (N, T, heads, d)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (values.transpose(1, 2) for values in (q, k, v))  # so that they lie in memory by token
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
     """(N, T, D) to (N, T, D): multi-head attention from the tokens of each image to those of its caption."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    q_norm: HeadNorm | None
+    k_norm: HeadNorm | None
+
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(hidden_size, hidden_size)
-        self.kv = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.num_heads = model.num_heads
+        inner = model.num_heads * model.head_dim
+        self.q = nn.Linear(model.hidden_size, inner)
+        self.kv = nn.Linear(model.hidden_size, 2 * inner)
+        self.proj = nn.Linear(inner, model.hidden_size)
+        _add_head_norms(self, model)
 
     def forward(self, x: Tensor, text_NLD: Tensor, mask_NL: Tensor) -> Tensor:
         """`mask_NL` is bool, false for padding."""
 
         def heads(values: Tensor) -> Tensor:
-            return values.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, T or L, D / heads)
+            return values.unflatten(-1, (self.num_heads, -1))  # (N, T or L, heads, d)
 
-        k, v = self.kv(text_NLD).chunk(2, dim=-1)
-        mixed = F.scaled_dot_product_attention(heads(self.q(x)), heads(k), heads(v), attn_mask=mask_NL[:, None, None])
+        q, (k, v) = heads(self.q(x)), map(heads, self.kv(text_NLD).chunk(2, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (values.transpose(1, 2) for values in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_NL[:, None, None])
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -60,14 +101,13 @@ class DiTBlock(nn.Module):
     A model of captions has cross-attention between the two. Its output is initialised to zero.
     """
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, mlp: Mlp | MoELayer, cross_attn: CrossAttention | None = None
-    ) -> None:
+    def __init__(self, model: ModelConfig, mlp: Mlp | SwiGLU | MoELayer) -> None:
         super().__init__()
+        hidden_size = model.hidden_size
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.cross_attn = cross_attn
-        if cross_attn is not None:
+        self.attn = Attention(model)
+        self.cross_attn = CrossAttention(model) if model.condition == "text" else None
+        if self.cross_attn is not None:
             self.norm_cross = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = mlp

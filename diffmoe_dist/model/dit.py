@@ -1,4 +1,4 @@
-"""The diffusion transformer (DiT) with a dense or a mixture-of-experts layer in every second block.
+"""The diffusion transformer (DiT), whose blocks have a dense or a mixture-of-experts feed-forward layer.
 
 Shape legend: N images, C channels, H = W input size, p patch size, T tokens an image, D width, L blocks.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmoe_dist.config import Config, ModelConfig
-from diffmoe_dist.model.blocks import CrossAttention, DiTBlock, FinalLayer
+from diffmoe_dist.model.blocks import DiTBlock, FinalLayer, HeadNorm
 from diffmoe_dist.model.condition import Condition, TextCondition, is_null
 from diffmoe_dist.model.embeddings import LabelEmbedder, PatchEmbed, TextEmbedder, TimestepEmbedder, position_table
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
@@ -53,15 +53,7 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = _condition_embedder(model)
         self.register_buffer("pos_embed", torch.zeros(1, self.grid_size**2, width))
-        self.blocks = nn.ModuleList(
-            DiTBlock(
-                width,
-                model.num_heads,
-                _feed_forward(config, block),
-                CrossAttention(width, model.num_heads) if model.condition == "text" else None,
-            )
-            for block in range(model.depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(model, _feed_forward(config, block)) for block in range(model.depth))
         self.final_layer = FinalLayer(width, model.patch_size, model.in_channels * (2 if model.learn_sigma else 1))
 
     @property
@@ -115,18 +107,20 @@ def _condition_embedder(model: ModelConfig) -> LabelEmbedder | TextEmbedder:
     return LabelEmbedder(model.num_classes, model.hidden_size)
 
 
-def _feed_forward(config: Config, block: int) -> Mlp | MoELayer:
+_DENSE: dict[str, type[Mlp | SwiGLU]] = {"gelu": Mlp, "swiglu": SwiGLU}
+
+
+def _feed_forward(config: Config, block: int) -> Mlp | SwiGLU | MoELayer:
     width, settings = config.model.hidden_size, config.experts
     if settings is None or block not in config.moe_blocks:
-        return Mlp(width, int(width * config.model.mlp_ratio))
+        return _DENSE[config.model.activation](width, int(width * config.model.mlp_ratio))
     hidden = int(width * settings.expert_mlp_ratio)
-    dense = SwiGLU if settings.activation == "swiglu" else Mlp
+    shared = settings.shared_hidden_size(width)  # experts that always run together are one wider layer
     return MoELayer(
         build_router(config),
         Experts(settings.num_experts, width, hidden, settings.activation),
-        # Experts that always run together are one wider layer.
-        shared=dense(width, settings.shared_experts * hidden) if settings.shared_experts else None,
-        unconditional=dense(width, hidden) if settings.has_unconditional_expert else None,
+        shared=_DENSE[settings.shared_activation](width, shared) if shared else None,
+        unconditional=_DENSE[settings.activation](width, hidden) if settings.unconditional_expert else None,
     )
 
 
@@ -136,8 +130,8 @@ def initialize(model: DiT, seed: int) -> None:
 
     So a device with some of the experts gives them the same values as a device with all of them. The rules are DiT's:
     linear layers Xavier-uniform with zero bias; label table and time MLP normal with standard deviation 0.02; zero for
-    the adaLN layers, the final layer and the output of cross-attention, so that every block starts as the identity. A
-    router's own matrices start as `Router.initial_weights` says.
+    the adaLN layers, the final layer and the output of cross-attention, so that every block starts as the identity;
+    one for the weights of QK-norms. A router's own matrices start as `Router.initial_weights` says.
     """
     for name, parameter in model.named_parameters():
         _initialize_parameter(model, name, parameter, seed)
@@ -161,7 +155,7 @@ def _initialize_parameter(model: DiT, name: str, parameter: Tensor, seed: int) -
     owner: Any = model.get_submodule(name.rpartition(".")[0])
     zero = ("adaLN_modulation", "cross_attn.proj.", "final_layer.")
     if parameter.ndim == 1 or any(part in name for part in zero):
-        parameter.zero_()
+        parameter.fill_(float(isinstance(owner, HeadNorm) and name.endswith(".weight")))
     elif _is_stack_of_experts(name):
         parameter.zero_()
         if name.endswith((".w1", ".w2")):

@@ -61,22 +61,22 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
 
 
-def balance_loss(scores_TN: Tensor, picks_N: Tensor) -> Tensor:
+def balance_loss(mean_N: Tensor, picks_N: Tensor) -> Tensor:
     """Load-balance loss of token choice (Switch Transformer, Fedus et al. 2021, eq. 4): N * sum of f_i * P_i.
 
     It is 1 where the load is even. f_i is the fraction of the whole batch's assignments that go to expert i, P_i the
-    mean score of expert i over the local tokens. Each rank has the same number of tokens, so the mean over the ranks
-    is the loss of the whole batch.
+    mean score of expert i over the tokens; over those of a rank where each rank has as many, for then the mean over the
+    ranks is the loss of the whole batch.
 
     Args:
-        scores_TN: softmax over the experts, with gradient.
-        picks_N: int64, the assignments to each expert in the whole batch.
+        mean_N: P, of a softmax over the experts, with gradient.
+        picks_N: the assignments to each expert in the whole batch.
 
     Returns:
         () fp32.
     """
-    fraction_N = picks_N.to(scores_TN.dtype) / picks_N.sum()
-    return len(picks_N) * torch.sum(fraction_N * scores_TN.mean(dim=0))
+    fraction_N = picks_N.to(mean_N.dtype) / picks_N.sum().clamp_min(1)
+    return len(picks_N) * torch.sum(fraction_N * mean_N)
 
 
 def contrastive_loss(prototypes_ND: Tensor, sums_ND: Tensor, counts_N: Tensor, temperature: float) -> Tensor:

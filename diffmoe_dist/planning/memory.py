@@ -19,6 +19,7 @@ REDUCTION_CHUNK = 32 * 2**20  # gradients that are reduced together, elements
 CHUNKS_AT_ONCE = 3  # two that are being reduced, and the one that is copied
 USABLE_MEMORY = 0.92  # fraction of the device; the rest is for CUDA's context, NCCL's buffers and fragmentation
 
+_DENSE_TENSORS = {"gelu": 2, "swiglu": 4}  # of its hidden width that a dense feed-forward layer keeps for backward
 _MLPS = ("dense MLP", "routed experts", "shared experts", "unconditional expert")
 # The parts of the model that `train.recompute` computes again.
 RECOMPUTED_PARTS = {"none": (), "mlp": _MLPS, "block": (*_MLPS, "attention", "cross-attention", "adaLN")}
@@ -170,11 +171,12 @@ def activation_bytes(config: Config, work: Workload) -> float:
     # Of each block: input, the residual stream in the middle, the feed-forward output; shifts, scales and gates. The
     # residual stream and the norms' outputs, before they are modulated, are no operands of products.
     block = work.tokens * (2 * r + e) * D + work.images * 6 * D * r
-    # The norm before attention, modulated; q, k, v, attention's output, its projection; their statistics.
-    attention = work.tokens * ((r + 6 * e) * D + 8 + 4 * model.num_heads) + work.images * 2 * D * r
+    # The norm before attention, modulated, and its statistics; attention's projection.
+    heads = _head_bytes(config, tensors=4, normed=2) + 4 * model.num_heads
+    attention = work.tokens * ((r + 2 * e) * D + 8 + heads) + work.images * 2 * D * r
     # The norm before the feed-forward layer; modulated, it is the layer's input, which a router keeps.
     norm = work.tokens * (r * D + 8) + work.images * D * r
-    dense = work.tokens * (D + 2 * int(D * model.mlp_ratio)) * e
+    dense = work.tokens * (D + _DENSE_TENSORS[model.activation] * int(D * model.mlp_ratio)) * e
     moe = 0.0 if config.experts is None else work.tokens * D * e + _moe_activation_bytes(config, config.experts, work)
     kept = layers * block + moe_layers * moe
     if mode != "block":
@@ -185,6 +187,22 @@ def activation_bytes(config: Config, work: Workload) -> float:
         kept += _text_activation_bytes(config, work)
     last = work.tokens * (e + 2 * r) * D
     return kept + last + _rounded_weight_bytes(config)
+
+
+def _head_bytes(config: Config, tensors: int, normed: int) -> float:
+    """Of a token and all heads: so many of q, k, v and the output; of q and k, so many of them normed before.
+
+    A norm keeps its input, in fp32 beside the input as it is, and its statistics; an RMS norm also its input normed
+    without weights. Attention keeps the result.
+    """
+    model, e = config.model, product_bytes(config)
+    copy = 0 if e == 4 else 4
+    of_norm = {
+        "none": 0,
+        "layer": (copy + e) * model.head_dim + 8,
+        "rms": (copy + 4 + e) * model.head_dim + 4,
+    }[model.qk_norm]
+    return model.num_heads * (tensors * model.head_dim * e + normed * of_norm)
 
 
 def _rounded_weight_bytes(config: Config) -> float:
@@ -206,8 +224,9 @@ def _text_activation_bytes(config: Config, work: Workload) -> float:
     """Of the captions' embedder, and of cross-attention in all blocks."""
     model, e, r = config.model, product_bytes(config), weight_bytes(config)
     D, text_tokens = model.hidden_size, work.images * model.text_max_length
-    # The residual stream before it and its norm, q, the output; then k and v; statistics of norm and attention.
-    block = work.tokens * ((3 * e + r) * D + 8 + 4 * model.num_heads) + text_tokens * 2 * D * e
+    # The residual stream before it and its norm; q, the output; then k and v; statistics of the norm.
+    heads, of_text = _head_bytes(config, tensors=2, normed=1), _head_bytes(config, tensors=2, normed=1)
+    block = work.tokens * ((e + r) * D + 8 + heads + 4 * model.num_heads) + text_tokens * of_text
     embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
     return (0 if config.train.recompute == "block" else model.depth * block) + embedder
 
@@ -215,24 +234,26 @@ def _text_activation_bytes(config: Config, work: Workload) -> float:
 def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
     """Of one mixture-of-experts layer, beyond its input and output."""
     D, e, r = config.model.hidden_size, product_bytes(config), weight_bytes(config)
-    recompute = config.train.recompute != "none"
-    hidden, dense_hidden = (0.0 if recompute else _hidden_bytes(config, experts, dense) for dense in (False, True))
+    kept = int(config.train.recompute == "none")
+    hidden = kept * _hidden_bytes(config, experts)
+    shared = kept * _DENSE_TENSORS[experts.shared_activation] * experts.shared_hidden_size(D) * e
+    unconditional = kept * _hidden_bytes(config, experts, dense=True)
     # A router reads the tokens of mixed precision before they are rounded for the experts.
     fp32_copy = 4 * D if e < 4 and (e < r or experts.keeps_fp32_tokens) else 0
     router = work.tokens * (4 * experts.num_experts + fp32_copy + experts.saved_bytes(D, e))
     # Out of the experts, where rows travel also into them (else backward picks them once more), and three indices.
     travel = config.parallel.expert > 1
     rows = work.assignments * ((2 if travel else 1) * D * e + hidden + 3 * 8)
-    beside = work.tokens * experts.shared_experts * dense_hidden + work.unconditional * (D * e + dense_hidden)
+    beside = work.tokens * shared + work.unconditional * (D * e + unconditional)
     summed = work.tokens * (r - e) * D  # the layer's output is of the residual stream's type
     return router + rows + beside + summed
 
 
 def _hidden_bytes(config: Config, experts: RouterSettings, dense: bool = False) -> float:
-    """What an expert saves of each row beside its input; `dense`: a shared or an unconditional one."""
+    """What an expert saves of each row beside its input; `dense`: the unconditional one."""
     hidden_size = int(config.model.hidden_size * experts.expert_mlp_ratio)
-    tensors = 2 if experts.activation == "gelu" else 4 if dense else 3
-    return tensors * hidden_size * product_bytes(config)
+    tensors = _DENSE_TENSORS if dense else {"gelu": 2, "swiglu": 3}
+    return tensors[experts.activation] * hidden_size * product_bytes(config)
 
 
 def recomputed_bytes(config: Config, work: Workload) -> float:
@@ -241,11 +262,12 @@ def recomputed_bytes(config: Config, work: Workload) -> float:
     D, e = model.hidden_size, product_bytes(config)
     if mode == "none":
         return 0.0
-    parts: list[float] = [work.tokens * 2 * (D + int(D * model.mlp_ratio)) * e]
+    parts: list[float] = [work.tokens * (2 * D + _DENSE_TENSORS[model.activation] * int(D * model.mlp_ratio)) * e]
     if config.experts is not None:
         parts.append(work.assignments * _hidden_bytes(config, config.experts))
     if mode == "block":
-        parts.append(work.tokens * (11 if model.condition == "text" else 7) * D * e)
+        heads = (2 if model.condition == "text" else 1) * _head_bytes(config, tensors=4, normed=2)
+        parts.append(work.tokens * (3 * D * e + heads))
     return max(parts)
 
 

@@ -69,9 +69,11 @@ def recomputed_flops(config: Config, accounting: Accounting, capacity: float) ->
     mode, macs = config.train.recompute, accounting.macs(capacity)
     if mode == "none":
         return 0.0
-    swiglu = config.experts is not None and config.experts.activation == "swiglu"
-    of_experts = macs["routed experts"] + macs["shared experts"]
-    again = macs["dense MLP"] / 2 + of_experts * (2 / 3 if swiglu else 1 / 2)
+    first = {"gelu": 1 / 2, "swiglu": 2 / 3}
+    again = macs["dense MLP"] * first[config.model.activation]
+    if config.experts is not None:
+        again += macs["routed experts"] * first[config.experts.activation]
+        again += macs["shared experts"] * first[config.experts.shared_activation]
     if mode == "block":
         again += macs["attention"] + macs["cross-attention"] + macs["adaLN"] + accounting.attention_macs
     return 2 * again

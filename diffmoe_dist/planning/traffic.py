@@ -117,9 +117,9 @@ def _tensor_transfers(config: Config, groups: _Groups, work: Workload) -> list[T
 
     add(model.depth, 1, again_attention)
     scatters += again_attention * model.depth  # the gate behind attention needs its output
-    add(dense, 1, again_dense)
+    add(dense, 2 if model.activation == "swiglu" else 1, again_dense)
     if experts is not None and experts.shared_experts:
-        add(len(config.moe_blocks), 2 if experts.activation == "swiglu" else 1, again_dense)
+        add(len(config.moe_blocks), 2 if experts.shared_activation == "swiglu" else 1, again_dense)
     images = config.parallel.tensor * work.tokens * model.hidden_size * product_bytes(config)
     captions = mask = 0
     if model.condition == "text":

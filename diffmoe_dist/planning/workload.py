@@ -49,7 +49,7 @@ def workload(config: Config, ranks: int, capacity: float | None = None) -> Workl
     experts = config.experts
     if experts is None:
         return Workload(images, tokens, micro_steps, 0.0, 0.0)
-    unconditional = tokens * config.train.label_dropout if experts.has_unconditional_expert else 0.0
+    unconditional = tokens * config.train.label_dropout if experts.unconditional_expert else 0.0
     if capacity is None:
         assignments = (tokens - unconditional) * _experts_per_token(config, experts, ranks, tokens)
     else:

@@ -11,6 +11,7 @@ from diffmoe_dist.config import (
     expert_slots,
     for_world,
     load_config,
+    model_settings,
     pool_samples,
     save_config,
 )
@@ -126,6 +127,31 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"moe": {"shared_experts": -1}}, r"moe\.shared_experts=-1 must be from 0 \(none\)"),
         ({"moe": {"expert_mlp_ratio": 0.01}}, r"moe\.expert_mlp_ratio=0\.01 makes experts 3 wide"),
         ({"moe": {"activation": "relu"}}, r"moe\.activation: Invalid value 'relu'"),
+        ({"model": {"qk_norm": True}}, r"model\.qk_norm: Invalid value 'True', expected one of .*layer"),
+        ({"model": {"head_dim": 0}}, r"model\.head_dim=0 must be from 1"),
+        ({"moe": {"blocks": "even"}}, r"moe\.blocks=even must be odd, all, or the numbers of blocks"),
+        ({"moe": {"blocks": []}}, r"moe\.blocks=\[\] must be odd, all, or"),
+        ({"moe": {"blocks": [1, "x"]}}, r"moe\.blocks=\[1, x\] must be odd, all, or"),
+        ({"moe": {"blocks": [3, 1]}}, r"moe\.blocks=\[3, 1\] must be ascending numbers of blocks, from 0 to 11"),
+        ({"moe": {"blocks": [1, 12]}}, r"moe\.blocks=\[1, 12\] must be ascending numbers of blocks, from 0 to 11"),
+        (
+            {"model": {"activation": "swiglu"}, "moe": {"blocks": "all", "activation": "gelu"}},
+            r"model\.activation=swiglu has no effect where moe\.blocks=all leaves no dense layer",
+        ),
+        ({"moe": {"shared_mlp_ratio": 2.0}}, r"moe\.shared_mlp_ratio=2\.0 has no effect with moe\.shared_experts=0"),
+        ({"moe": {"shared_activation": "swiglu"}}, r"moe\.shared_activation=swiglu has no effect with moe\.shared_exp"),
+        (
+            {"moe": {"unconditional_expert": False}},
+            r"moe\.unconditional_expert=False has no effect with moe\.router=global_pool",
+        ),
+        (
+            {"moe": {"router": "prototype", "variant": "expert_choice", "balance_loss_weight": 0.1}},
+            r"moe\.balance_loss_weight=0\.1 has no effect with moe\.variant=expert_choice",
+        ),
+        (
+            {"moe": {"router": "prototype", "contrastive_tokens": "first"}},
+            r"moe\.contrastive_tokens=first has no effect with moe\.top_k=1",
+        ),
         (
             {"moe": {"router": "expert_choice", "pool": "global"}},
             r"moe\.pool=global has no effect with moe\.router",
@@ -160,6 +186,29 @@ def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(layer: dict[s
     with pytest.raises(UserError, match=message) as caught:
         config(layer)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_given_of_a_layer_follows_from_the_other_layers() -> None:
+    def chosen(model: dict[str, Any], moe: dict[str, Any]) -> tuple[Any, ...]:
+        made: Any = config({"model": model, "moe": moe})
+        return made.model.head_dim, made.moe.activation, made.moe.shared_activation, made.moe.shared_mlp_ratio
+
+    assert chosen({}, {"shared_experts": 1, "expert_mlp_ratio": 2.0}) == (64, "gelu", "gelu", 2.0)
+    assert chosen({"activation": "swiglu"}, {"shared_experts": 1}) == (64, "swiglu", "swiglu", 4.0)
+    assert chosen({}, {"shared_experts": 1, "activation": "swiglu"}) == (64, "swiglu", "swiglu", 4.0)
+    assert chosen({"head_dim": 48}, {"shared_experts": 2, "shared_activation": "swiglu", "shared_mlp_ratio": 1.0}) == (
+        48, "gelu", "swiglu", 1.0,
+    )  # fmt: skip
+
+
+def test_blocks_are_odd_all_or_named_ones_and_equal_where_they_are_the_same() -> None:
+    for blocks, expected in (("odd", [1, 3, 5, 7, 9, 11]), ("all", list(range(12))), ([0, 7], [0, 7])):
+        made = config({"moe": {"blocks": blocks}})
+        assert made.moe_blocks == expected
+        assert model_settings(config({"moe": {"blocks": expected}})) == model_settings(made)
+    given = {"model": {"size": "S"}, "moe": MOE}
+    assert build_config(given, overrides=["moe.blocks=[2, 3]"], training=False).moe_blocks == [2, 3]
+    assert build_config(given, overrides=["moe.blocks=all"], training=False).moe_blocks == list(range(12))
 
 
 def test_an_objective_knows_its_own_settings_alone() -> None:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffmoe_dist.config import Config, build_config
+from diffmoe_dist.config import Config, ModelConfig, build_config
 from diffmoe_dist.model.blocks import Attention, DiTBlock
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.embeddings import position_table, sinusoidal_embedding
@@ -284,8 +285,25 @@ def test_the_time_embedding_is_cosines_then_sines() -> None:
         assert row == pytest.approx(expected, abs=1e-4)  # an fp32 angle of 700 is known to 3e-5
 
 
-def test_attention_is_the_softmax_of_scaled_products_within_an_image() -> None:
-    attention, generator = Attention(8, 2), torch.Generator().manual_seed(5)
+def head_normed(values: Tensor, norm: nn.Module | None, kind: str) -> Tensor:
+    """Row by row: queries or keys of one head."""
+    if norm is None:
+        return values
+    weight, rows = dict(norm.named_parameters()), []
+    for row in values:
+        if kind == "layer":
+            row = row - row.mean()
+        row = row / torch.sqrt(row.square().mean() + (1e-5 if kind == "layer" else 1e-6)) * weight["weight"]
+        rows.append(row + weight["bias"] if kind == "layer" else row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("kind", "width"), [("none", 4), ("none", 6), ("layer", 4), ("rms", 6)])
+def test_attention_is_the_softmax_of_scaled_products_within_an_image(
+    kind: Literal["none", "layer", "rms"], width: int
+) -> None:
+    model = ModelConfig(hidden_size=8, num_heads=2, head_dim=width, qk_norm=kind)
+    attention, generator = Attention(model), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
@@ -293,18 +311,21 @@ def test_attention_is_the_softmax_of_scaled_products_within_an_image() -> None:
 
     with torch.no_grad():
         output = attention(x)
-        q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(8, dim=2)
+        q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(2 * width, dim=2)
         for image in range(2):
             heads = []
-            for head in (slice(0, 4), slice(4, 8)):
-                scores = (q[image, :, head] @ k[image, :, head].T / math.sqrt(4)).softmax(dim=1)
+            for head in (slice(0, width), slice(width, 2 * width)):
+                queries = head_normed(q[image, :, head], attention.q_norm, kind)
+                keys = head_normed(k[image, :, head], attention.k_norm, kind)
+                scores = (queries @ keys.T / math.sqrt(width)).softmax(dim=1)
                 heads.append(scores @ v[image, :, head])
             expected = torch.cat(heads, dim=1) @ attention.proj.weight.T + attention.proj.bias
             assert torch.allclose(output[image], expected, atol=1e-5)
 
 
 def test_a_block_modulates_normalises_and_gates_as_adaln_zero_does() -> None:
-    block, generator = DiTBlock(8, 2, Mlp(8, 32)), torch.Generator().manual_seed(5)
+    model = ModelConfig(hidden_size=8, num_heads=2, head_dim=4)
+    block, generator = DiTBlock(model, Mlp(8, 32)), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)

@@ -106,6 +106,59 @@ def slow(layer: PrototypeLayer, x: Tensor, variant: str, scores: str, top_k: int
     return torch.stack(outputs), loss
 
 
+def slow_balance(tables: list[list[Tensor]], chosen: list[list[int]]) -> Tensor:
+    """N times the sum of f_i P_i over the tokens that are routed; a token's scores and the experts it has."""
+    total = torch.zeros(())
+    for i in range(EXPERTS):
+        picked = sum(experts.count(i) for experts in chosen) / sum(len(experts) for experts in chosen)
+        total = total + picked * sum(row[i] for row in tables) / len(tables)
+    return EXPERTS * total
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("null", [NULL, [True] * IMAGES])
+def test_the_balance_loss_is_that_of_the_tokens_that_are_routed(null: list[bool], scores: Any) -> None:
+    layer = make_layer(top_k=2, scores=scores, balance_loss_weight=0.1)
+    x, results = make_images(), []
+    for fast in (True, False):
+        layer.zero_grad()
+        if fast:
+            loss = layer(x, torch.tensor(null))[1].losses["balance"]
+        else:
+            tokens = [token for image, is_null in zip(x, null, strict=True) if not is_null for token in image]
+            tables = []
+            for token in tokens:
+                row = torch.stack([cosine(token, prototype) for prototype in layer.router.prototypes])
+                row = row.sigmoid() if scores == "sigmoid" else row
+                tables.append(list(row.softmax(dim=0)))
+            chosen = [best_places(row, 2) for row in tables]
+            loss = slow_balance(tables, chosen) if tokens else layer.router.prototypes.sum() * 0
+        loss.backward()
+        results.append((loss.detach(), layer.router.prototypes.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_a_prototype_may_be_drawn_to_the_tokens_that_rank_its_expert_first_alone() -> None:
+    layer, x = make_layer(top_k=2, contrastive_tokens="first"), make_images()
+    _, routing = layer(x, torch.tensor(NULL))
+    _, first = slow(layer, x, "token_choice", "identity", 1)
+    _, chosen = slow(layer, x, "token_choice", "identity", 2)
+    assert routing.losses["contrastive"].item() == pytest.approx(first.item(), rel=1e-4)
+    assert chosen.item() != pytest.approx(first.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_an_unconditional_expert_images_without_a_condition_are_routed_as_the_others(variant: Any) -> None:
+    settings = Settings("prototype", EXPERTS, variant=variant, unconditional_expert=False)
+    layer = make_layer(variant=variant)
+    everyone, _ = layer(make_images(), torch.zeros(IMAGES, dtype=torch.bool))
+    layer.router.settings, layer.unconditional = settings, None  # type: ignore[assignment]
+    y, routing = layer(make_images(), torch.tensor(NULL))
+    assert torch.equal(y, everyone)
+    assert float(routing.stats.capacity) == 1.0
+
+
 @pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -25,7 +25,7 @@ from diffmoe_dist.model.condition import TextCondition
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.slices import Columns, Slice, is_cut
 from tests.distributed import run_ranks
-from tests.parallel.test_every_router import EXPERTS, IMAGES, ROUTERS, assert_close, fill, run
+from tests.parallel.test_every_router import EXPERTS, IMAGES, NORMED, ROUTERS, assert_close, fill, run
 from tests.parallel.weights import fill_by_name, small_config
 
 LAYOUTS = [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 1), (4, 2, 4)]  # (ranks, tensor, expert)
@@ -37,10 +37,11 @@ def make_config(name: str, tensor: int = 1, expert: int = 1) -> Config:
     if name == "text":
         return build_config(
             {"run_dir": "unused", "data": {"shards": "unused", "text": "unused"}},
-            {"model": {**MODEL, **TEXT, "mlp_ratio": 2.0, "in_channels": 3}, "moe": {"router": "dense"}},
-            {"parallel": {"tensor": tensor}},
+            {"model": {**MODEL, **TEXT, "mlp_ratio": 2.0, "in_channels": 3, "qk_norm": "rms"}},
+            {"parallel": {"tensor": tensor}, "moe": {"router": "dense"}},
         )
-    return small_config(MODEL, {"num_experts": EXPERTS, **ROUTERS[name]}, {"expert": expert, "tensor": tensor})
+    model = {**MODEL, **(NORMED if name == "swiglu" else {})}
+    return small_config(model, {"num_experts": EXPERTS, **ROUTERS[name]}, {"expert": expert, "tensor": tensor})
 
 
 def run_text(model: DiT, part: slice, ranks: int) -> dict[str, Any]:
@@ -128,9 +129,9 @@ def test_attention_dense_layers_and_shared_experts_are_cut_and_nothing_else_is()
         "blocks.0.attn.qkv.weight": (0, 3),
         "blocks.0.attn.qkv.bias": (0, 3),
         "blocks.0.attn.proj.weight": (1, 1),
-        "blocks.0.mlp.fc1.weight": (0, 1),
-        "blocks.0.mlp.fc1.bias": (0, 1),
-        "blocks.0.mlp.fc2.weight": (1, 1),
+        "blocks.0.mlp.gate_proj.weight": (0, 1),
+        "blocks.0.mlp.up_proj.weight": (0, 1),
+        "blocks.0.mlp.down_proj.weight": (1, 1),
         "blocks.1.attn.qkv.weight": (0, 3),
         "blocks.1.attn.qkv.bias": (0, 3),
         "blocks.1.attn.proj.weight": (1, 1),

@@ -20,7 +20,7 @@ DENSE = {"moe": {"router": "dense", "num_experts": None}}
 EXPERT_CHOICE = {"moe": {"router": "expert_choice"}, **SHARDED}
 TOKEN_CHOICE = {"moe": {"router": "token_choice", "top_k": 2}, **SHARDED}
 # Without dropped labels the number of images without a condition is known, else it is an expectation.
-PROTOTYPE = {"moe": {"router": "prototype"}, "train": {"label_dropout": 0.0}, **SHARDED}
+PROTOTYPE = {"moe": {"router": "prototype", "balance_loss_weight": 0.1}, "train": {"label_dropout": 0.0}, **SHARDED}
 PROTOTYPE_EXPERT_CHOICE = {**PROTOTYPE, "moe": {"router": "prototype", "variant": "expert_choice"}}
 
 FLOWLESS = {"time_distribution": None, "time_scale": None}

@@ -17,13 +17,13 @@ from diffmoe_dist.planning.workload import workload
 from tests.engine.runs import tiny_config
 from tests.planning.plans import DENSE, MIXED, Case, plan_of
 
-TEXT = {
+TEXT: Case = {
     "model": {
         "condition": "text", "num_classes": 0, "text_hidden_size": 32, "text_max_length": 16, "text_pooled_size": 24
     },
     "data": {"text": "unused"},
 }  # fmt: skip
-
+HEADS: Case = {"model": {"qk_norm": "layer", "head_dim": 24, "activation": "swiglu"}}
 
 CASES: dict[str, Case] = {
     "dense": DENSE,
@@ -31,8 +31,12 @@ CASES: dict[str, Case] = {
     "token choice": {"moe": {"router": "token_choice"}},
     "prototype": {"moe": {"router": "prototype"}},
     "swiglu": {"moe": {"router": "token_choice", "activation": "swiglu", "shared_experts": 1}},
+    "dense swiglu and normed heads": {**DENSE, **HEADS},
+    "swiglu and normed heads": {**HEADS, "moe": {"shared_experts": 2, "shared_mlp_ratio": 1.0, "blocks": "all"}},
+    "rms, bf16": {"model": {"qk_norm": "rms"}, "precision": "bf16"},
     "bf16": {"precision": "bf16"},
     "text": TEXT,
+    "text and normed heads, mixed": {**TEXT, "model": {**TEXT["model"], **HEADS["model"]}, **MIXED},
     "text in bf16": {**TEXT, "precision": "bf16"},
     "dense, mixed": {**DENSE, **MIXED},
     "global pool, mixed": MIXED,
