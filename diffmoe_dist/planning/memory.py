@@ -225,8 +225,8 @@ def _text_activation_bytes(config: Config, work: Workload) -> float:
     model, e, r = config.model, product_bytes(config), weight_bytes(config)
     D, text_tokens = model.hidden_size, work.images * model.text_max_length
     # The residual stream before it and its norm; q, the output; then k and v; statistics of the norm.
-    heads, of_text = _head_bytes(config, tensors=2, normed=1), _head_bytes(config, tensors=2, normed=1)
-    block = work.tokens * ((e + r) * D + 8 + heads + 4 * model.num_heads) + text_tokens * of_text
+    heads = _head_bytes(config, tensors=2, normed=1)
+    block = work.tokens * ((e + r) * D + 8 + heads + 4 * model.num_heads) + text_tokens * heads
     embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
     return (0 if config.train.recompute == "block" else model.depth * block) + embedder
 
