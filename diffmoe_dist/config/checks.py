@@ -204,6 +204,11 @@ def _check_parallel(config: Config) -> None:
             f"parallel.score_exchange={parallel.score_exchange} has no effect with {what}, which exchanges no scores; "
             "remove it"
         )
+    if parallel.score_exchange == "two_level" and (kind != "global" or parallel.expert == 1):
+        raise UserError(
+            f"parallel.score_exchange=two_level needs several groups of ranks in a pool, not moe.pool={kind} with "
+            f"parallel.expert={parallel.expert}; set moe.pool=global and parallel.expert above 1"
+        )
 
 
 def _check_compile(config: Config) -> None:

@@ -88,13 +88,19 @@ class ParallelConfig:
     tensor: int = 1  # ranks that attention and dense feed-forward layers are cut over
     zero_stage: Literal[1, 2] = 1
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which ranks exchange and add up gradients
-    # How a pool's scores travel, with equal results: each expert's to one rank and cutoffs back, or all to all ranks in
-    # one round. auto: the second where a layer's scores of the whole pool are at most 1 MiB.
-    score_exchange: Literal["auto", "all_to_all", "all_gather"] = "auto"
+    # How a pool's scores travel, with equal results: each expert's to one rank and cutoffs back; all to all ranks in
+    # one round; or each expert's to the rank of every expert-parallel group that holds it, which gathers those of the
+    # other groups. auto: the second where a layer's scores of the whole pool are at most 1 MiB, else the third where
+    # the pool spans several groups and at least 64 ranks.
+    score_exchange: Literal["auto", "all_to_all", "all_gather", "two_level"] = "auto"
 
-    def gathers_scores(self, pool_bytes: int) -> bool:
-        """Whether every rank gets all the scores of a pool that have so many bytes."""
-        return self.score_exchange == "all_gather" or (self.score_exchange == "auto" and pool_bytes <= 2**20)
+    def how_scores_travel(self, pool_bytes: int, pool_ranks: int) -> Literal["all_to_all", "all_gather", "two_level"]:
+        """Of a pool of so many ranks, all the scores of which have so many bytes."""
+        if self.score_exchange != "auto":
+            return self.score_exchange
+        if pool_bytes <= 2**20:
+            return "all_gather"
+        return "two_level" if 1 < self.expert < pool_ranks >= 64 else "all_to_all"
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ class Selection:
     chosen: Tensor  # (N, T) bool, for the local tokens
     pool_ranks: int  # ranks whose tokens competed in one pool
     slots_per_expert: int | None  # tokens of these ranks that each expert takes; None: it differs between experts
-    arrivals: Tensor | None = None  # (pool_ranks, N / pool_ranks) tokens from each rank for each expert sharded to this
+    # (P, N / P) tokens from each of P ranks, the pool's or a part of them, for each expert that this one has where the
+    # experts are sharded over them.
+    arrivals: Tensor | None = None
     kth_largest: Tensor | None = None  # (G, N) the slots-th largest of the second scores, see TokenPool.select
     # (A,) int64, token and expert of each assignment by expert and then by token, where nobody has to count them first.
     # Without `expert_index` it is the same number for each expert.

@@ -161,7 +161,7 @@ class AllToAllDispatcher:
     def _received(self, sent_PE: Tensor, routing: Routing) -> Tensor:
         """Tokens from each rank for each expert here, (P, E); exchanged only where the pool does not know them."""
         pool = routing.pool
-        if pool.pool_ranks == self.ranks and pool.arrivals is not None:
+        if pool.arrivals is not None and len(pool.arrivals) == self.ranks:
             return pool.arrivals
         received_PE = torch.empty_like(sent_PE)
         dist.all_to_all_single(received_PE, sent_PE.contiguous(), group=self.group)

@@ -65,7 +65,8 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
         if kind in ("global", "expert_parallel"):
             group = topology.world_group if kind == "global" else topology.expert_group
             if dist.get_world_size(group) > 1:
-                layer.router.pool = DistributedPool(group, config.parallel.score_exchange)
+                levels = (topology.expert_group, topology.expert_data_group) if kind == "global" else None
+                layer.router.pool = DistributedPool(group, config.parallel, levels)
         if topology.expert > 1:
             layer.experts = ExpertShard(layer.experts, topology)
             layer.dispatcher = AllToAllDispatcher(topology.expert_group)

@@ -5,13 +5,13 @@ owner. The owner finds the cutoff, and sends every rank the cutoff and how many 
 learns which of its own tokens are chosen, though no rank sees all scores of all experts. The choice is that of
 `LocalPool` over the same tokens in rank-major order.
 
-Shape legend: Q ranks of the pool, T local tokens, N experts, E experts whose columns this rank owns,
-K kinds of scores (1, or 2 with the second scores), P = Q * T tokens of the pool.
+Shape legend: Q ranks of the pool, P ranks of an expert-parallel group, T local tokens, N experts, E experts whose
+columns this rank owns, K kinds of scores (1, or 2 with the second scores).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,17 +54,27 @@ class DistributedPool:
     """One pool over the tokens of all ranks of a group; every rank has the same number of tokens.
 
     How scores travel has equal results: by an all-to-all each column goes to its owner alone, T * N floats a rank; an
-    all-gather sends everything everywhere, Q times that, in one round instead of two.
+    all-gather sends everything everywhere, Q times that, in one round instead of two. In two levels nobody exchanges
+    messages with all Q ranks: a column goes to the rank of each expert-parallel group that holds the expert, and these
+    gather it, so they also know how many tokens arrive.
 
     Args:
-        exchange: how, as `parallel.score_exchange`.
+        parallel: the settings that decide how.
+        levels: where the pool may span several expert-parallel groups, this rank's one, and the ranks, one in each
+            group, that hold the same experts.
     """
 
-    def __init__(self, group: dist.ProcessGroup, exchange: Literal["auto", "all_to_all", "all_gather"]) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        parallel: ParallelConfig,
+        levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    ) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        self.gathers = ParallelConfig(score_exchange=exchange).gathers_scores
+        self.how_scores_travel = parallel.how_scores_travel
+        self.levels = levels
 
     def num_tokens(self, local_tokens: int) -> int:
         return self.ranks * local_tokens
@@ -79,20 +89,27 @@ class DistributedPool:
     ) -> Selection:
         scores_NKT = columns([scores_TN, second_TN], kind_dim=1)
         per_expert = slots if isinstance(slots, int) else slots[0]
-        gathers = self.gathers(self.ranks * scores_NKT.numel() * scores_NKT.element_size())
-        exchange = self._select_all_gather if gathers else self._select_all_to_all
-        reply_N3, arrivals_EQ = exchange(scores_NKT, per_expert)
+        how = self.how_scores_travel(self.ranks * scores_NKT.numel() * scores_NKT.element_size(), self.ranks)
+        exchange = {
+            "all_to_all": self._select_all_to_all,
+            "all_gather": self._select_all_gather,
+            "two_level": self._select_two_level,
+        }[how]
+        reply_N3, arrivals_EP = exchange(scores_NKT, per_expert)
         cutoff_N, ties_N, kth_N = reply_N3.unbind(dim=1)
         return Selection(
             chosen=topk_mask(scores_NKT[:, 0], cutoff_N, ties_N.long()),
             pool_ranks=self.ranks,
             slots_per_expert=slots if isinstance(slots, int) else None,
-            arrivals=arrivals_EQ.T if len(scores_NKT) % self.ranks == 0 else None,
+            arrivals=None if arrivals_EP is None else arrivals_EP.T,
             kth_largest=None if second_TN is None else kth_N[None],
         )
 
-    def _select_all_to_all(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
-        """The owners' replies to this rank, (N, 3), and the tokens from each rank for the experts it owns, (E, Q)."""
+    def _select_all_to_all(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The owners' replies to this rank, (N, 3), and the tokens from each rank for the experts it owns, (E, Q).
+
+        The latter only where every rank owns as many, as it would hold.
+        """
         experts, kinds, tokens = scores_NKT.shape
         owned = experts_per_rank(experts, self.ranks)
         owned_here = owned[self.rank]
@@ -116,15 +133,37 @@ class DistributedPool:
             [owned_here * 3] * self.ranks,
             self.group,
         )
-        return reply_N3, arrivals_EQ
+        return reply_N3, None if experts % self.ranks else arrivals_EQ
 
-    def _select_all_gather(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor]:
+    def _select_all_gather(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor | None]:
         """The same; every rank computes the replies of all owners."""
         columns_QNKT = scores_NKT.new_empty(self.ranks, *scores_NKT.shape)
         all_gather(columns_QNKT.view(-1), scores_NKT.view(-1), self.group)
         replies_QN3, arrivals_NQ = reply(columns_QNKT, slots)
-        owned = experts_per_rank(len(scores_NKT), self.ranks)
-        return replies_QN3[self.rank], torch.split(arrivals_NQ, owned)[self.rank]
+        each, rest = divmod(len(scores_NKT), self.ranks)
+        arrivals_EQ = None if rest else arrivals_NQ[self.rank * each : (self.rank + 1) * each]
+        return replies_QN3[self.rank], arrivals_EQ
+
+    def _select_two_level(self, scores_NKT: Tensor, slots: int | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, with the tokens from each rank of the expert-parallel group, (E, P).
+
+        Every holder of an expert computes the replies to all ranks; those to its own group travel.
+        """
+        assert self.levels is not None
+        within, across = self.levels
+        experts, kinds, tokens = scores_NKT.shape
+        ranks, groups = dist.get_world_size(within), dist.get_world_size(across)
+        held = experts // ranks
+        first = dist.get_rank(within) * held
+        columns_PEKT = scores_NKT.new_empty(ranks, held, kinds, tokens)
+        dist.all_to_all_single(columns_PEKT.view(-1), scores_NKT.view(-1), group=within)
+        columns_QEKT = scores_NKT.new_empty(groups * ranks, held, kinds, tokens)
+        all_gather(columns_QEKT.view(-1), columns_PEKT.view(-1), across)
+        replies_QE3, arrivals_EQ = reply(columns_QEKT, slots if isinstance(slots, int) else slots[first : first + held])
+        mine = slice(dist.get_rank(across) * ranks, (dist.get_rank(across) + 1) * ranks)
+        reply_N3 = scores_NKT.new_empty(experts, 3)
+        dist.all_to_all_single(reply_N3.view(-1), replies_QE3[mine].reshape(-1), group=within)
+        return reply_N3, arrivals_EQ[:, mine]
 
 
 def experts_per_rank(experts: int, ranks: int) -> list[int]:

@@ -31,12 +31,16 @@ def sweep(
         given: names of settings to leave as they are, such as `parallel.expert`.
     """
     for count in range(1, nodes + 1):
-        cluster = Cluster(count, gpus_per_node, accelerator)
-        for candidate in _candidates(config, cluster, given):
-            plans = (make_plan(variant, cluster) for variant in _smaller_and_smaller(candidate, cluster.ranks, given))
-            plan = next((plan for plan in plans if plan.fits), None)
-            if plan is not None:
-                yield plan
+        yield from plans_on(config, Cluster(count, gpus_per_node, accelerator), given)
+
+
+def plans_on(config: Config, cluster: Cluster, given: Collection[str] = ()) -> Iterator[Plan]:
+    """The same on one number of nodes."""
+    for candidate in _candidates(config, cluster, given):
+        plans = (make_plan(variant, cluster) for variant in _smaller_and_smaller(candidate, cluster.ranks, given))
+        plan = next((plan for plan in plans if plan.fits), None)
+        if plan is not None:
+            yield plan
 
 
 def _candidates(config: Config, cluster: Cluster, given: Collection[str]) -> Iterator[Config]:

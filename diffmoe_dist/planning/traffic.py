@@ -81,23 +81,31 @@ def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups,
         groups.all_to_all(ROWS, "expert", 2 * rows, 2 * times, times),
         groups.all_to_all(ROW_GRADIENTS, "expert", 2 * rows, 2 * times, times),
     ]
-    if not _arrivals_are_known(config, experts, groups.cluster.ranks):
+    if not _arrivals_are_known(config, experts, groups.cluster.ranks, work.tokens):
         transfers.append(groups.all_to_all("row counts", "expert", 8 * N, times, times))
     pools: dict[str, RankGroup] = {"global": "world", "expert_parallel": "expert"}
     pool = pools.get(experts.pool_kind())
     if pool is not None:
-        scores = 4 * N * work.tokens * experts.score_kinds()
-        of_pool = scores * groups.size(pool)
-        if config.parallel.gathers_scores(of_pool):
-            transfers.append(groups.all_gather("scores", pool, of_pool, times))
-        else:
-            # And the replies: three numbers for each expert.
-            owners = groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times)
-            # Where there are more ranks than experts, few ranks get all the scores.
-            busiest = math.ceil(N / owners.group_size) * owners.group_size / N
-            transfers.append(replace(owners, busiest=busiest))
+        transfers += _score_transfers(config, groups, pool, 4 * N * work.tokens * experts.score_kinds(), times)
     transfers.append(groups.all_reduce("sums of the batch", "world", experts.batch_sum_bytes(D), times))
     return transfers
+
+
+def _score_transfers(config: Config, groups: _Groups, pool: RankGroup, scores: int, times: int) -> list[Transfer]:
+    """Of a pool, `scores` bytes of each rank; and the replies, three numbers for each expert."""
+    assert config.experts is not None
+    N, ranks = config.experts.num_experts, groups.size(pool)
+    how = config.parallel.how_scores_travel(scores * ranks, ranks)
+    if how == "all_gather":
+        return [groups.all_gather("scores", pool, scores * ranks, times)]
+    if how == "two_level":
+        return [
+            groups.all_to_all("scores and cutoffs", "expert", scores + 4 * 3 * N, 2 * times, times),
+            groups.all_gather("scores of the groups", "expert data", scores * groups.size("expert data"), times),
+        ]
+    owners = groups.all_to_all("scores and cutoffs", pool, scores + 4 * 3 * N, 2 * times, times)
+    # Where there are more ranks than experts, few ranks get all the scores.
+    return [replace(owners, busiest=math.ceil(N / ranks) * ranks / N)]
 
 
 def _tensor_transfers(config: Config, groups: _Groups, work: Workload) -> list[Transfer]:
@@ -136,11 +144,15 @@ def _tensor_transfers(config: Config, groups: _Groups, work: Workload) -> list[T
     ]
 
 
-def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int) -> bool:
+def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int, tokens: int) -> bool:
     """Whether the dispatcher learns from the pool how many rows arrive; else ranks exchange their counts."""
-    if not experts.score_kinds():
+    kinds = experts.score_kinds()
+    if not kinds:
         return False
-    return experts.pool_kind() != "global" or ranks == config.parallel.expert
+    if experts.pool_kind() != "global" or ranks == config.parallel.expert:
+        return True
+    scores = 4 * experts.num_experts * tokens * kinds * ranks
+    return config.parallel.how_scores_travel(scores, ranks) == "two_level"
 
 
 def _report_bytes(config: Config) -> int:

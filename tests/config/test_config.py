@@ -180,6 +180,10 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
             {"moe": {"pool": "rank"}, "parallel": {"score_exchange": "all_gather"}},
             r"parallel\.score_exchange=all_gather has no effect with moe\.pool=rank",
         ),
+        (
+            {"parallel": {"score_exchange": "two_level"}},
+            r"parallel\.score_exchange=two_level needs several groups .* parallel\.expert=1; set",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_setting_value_and_remedy(layer: dict[str, Any], message: str) -> None:

@@ -29,6 +29,12 @@ RULES = ["threshold", "count", "static"]
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 
 
+def exchanges(pool: str, expert: int) -> list[str]:
+    if pool != "global":
+        return ["all_to_all"]
+    return ["all_to_all", "all_gather"] + (["two_level"] if expert > 1 else [])
+
+
 def make_config(expert: int, pool: str, rule: str = "threshold", exchange: str = "all_to_all") -> Config:
     parallel: dict[str, Any] = {"expert": expert}
     if pool in ("global", "expert_parallel"):
@@ -127,7 +133,7 @@ def all_cases_on_ranks(rank: int, world_size: int) -> dict[Any, Any]:
             "mean": topology.mean(torch.tensor([float(rank), 0.1])),
         }
         for pool in POOLS:
-            for exchange in ["all_to_all", "all_gather"] if pool == "global" else ["all_to_all"]:
+            for exchange in exchanges(pool, expert):
                 layer = distributed_model(make_config(expert, pool, exchange=exchange), topology).moe_layers[0]
                 for kind in TOKEN_KINDS:
                     x = make_tokens(kind, whole, world_size)
@@ -220,7 +226,7 @@ def test_a_training_layer_on_any_layout_of_ranks_equals_the_slow_reference_on_th
     results = results_of(ranks)
     for kind in TOKEN_KINDS:
         expected, leaves = reference(kind, pool, ranks, expert, "training")
-        for exchange in ["all_to_all", "all_gather"] if pool == "global" else ["all_to_all"]:
+        for exchange in exchanges(pool, expert):
             case = [result[expert, pool, exchange, kind] for result in results]
             assert all(len(result["gradients"]) == 9 for result in case)  # the gate, the predictor's 4, the experts' 4
             assert_ranks_equal_the_reference(case, expected, leaves, expert)
@@ -248,7 +254,7 @@ def test_the_outputs_of_a_global_pool_do_not_depend_on_the_expert_parallel_size_
     by_layout = {
         (expert, exchange): torch.cat([result[expert, "global", exchange, kind]["output"] for result in results_of(4)])
         for expert in (1, 2, 4)
-        for exchange in ("all_to_all", "all_gather")
+        for exchange in exchanges("global", expert)
     }
     base = by_layout[1, "all_to_all"]
     for layout, output in by_layout.items():

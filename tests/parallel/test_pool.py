@@ -20,7 +20,11 @@ GROUPS = {"all": [[0, 1, 2, 3]], "neighbours": [[0, 1], [2, 3]], "strided": [[0,
 EXPERTS = [3, 4, 8]  # fewer than ranks, as many, more; 3 does not divide over 2 or 4
 SCORES = ["different", "heavy ties", "all equal"]
 SLOTS = ["one", "some", "all", "some alone", "per expert"]
-EXCHANGES: list[Literal["all_to_all", "all_gather"]] = ["all_to_all", "all_gather"]
+EXCHANGES: list[Literal["all_to_all", "all_gather", "two_level"]] = ["all_to_all", "all_gather", "two_level"]
+LEVELS = "neighbours", "strided"  # of the pool of all ranks
+LAYOUTS = [
+    (layout, exchange) for layout in GROUPS for exchange in EXCHANGES if exchange != "two_level" or layout == "all"
+]
 
 
 def test_the_owner_replies_with_cutoff_ties_and_the_kth_largest() -> None:
@@ -80,12 +84,19 @@ def test_an_owner_of_no_expert_asks_for_no_topk_of_no_rows(slots: int | Tensor) 
     assert not computed.names & {"topk", "sort", "amin"} and "topk" in usual.names
 
 
-def test_scores_are_gathered_where_they_are_few_unless_a_setting_says_how_they_travel() -> None:
+def test_few_scores_are_gathered_and_many_go_over_two_levels_of_many_ranks_unless_a_setting_says_how() -> None:
     few, many = 2**20, 2**20 + 1
 
-    assert ParallelConfig().gathers_scores(few) and not ParallelConfig().gathers_scores(many)
-    assert not ParallelConfig(score_exchange="all_to_all").gathers_scores(few)
-    assert ParallelConfig(score_exchange="all_gather").gathers_scores(many)
+    assert ParallelConfig(expert=8).how_scores_travel(few, 64) == "all_gather"
+    for ranks, expert, how in (
+        (64, 8, "two_level"),
+        (56, 8, "all_to_all"),
+        (64, 64, "all_to_all"),
+        (64, 1, "all_to_all"),
+    ):
+        assert ParallelConfig(expert=expert).how_scores_travel(many, ranks) == how
+    for how in EXCHANGES:
+        assert ParallelConfig(score_exchange=how).how_scores_travel(few, 2) == how
 
 
 @pytest.mark.parametrize(
@@ -120,29 +131,33 @@ def has_second(slots_kind: str) -> bool:
     return slots_kind in ("one", "some", "all")
 
 
-def make_cases() -> list[tuple[str, str, int]]:
-    return [(scores, slots, experts) for scores in SCORES for slots in SLOTS for experts in EXPERTS]
+def make_cases(exchange: str) -> list[tuple[str, str, int]]:
+    held_by_two = [experts for experts in EXPERTS if exchange != "two_level" or experts % 2 == 0]
+    return [(scores, slots, experts) for scores in SCORES for slots in SLOTS for experts in held_by_two]
 
 
 def select_on_ranks(rank: int, world_size: int) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Every case in every group by both exchanges: this rank's selection. One number of slots: with second scores."""
     results: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for layout, members in GROUPS.items():
-        groups = [dist.new_group(ranks) for ranks in members]
-        (mine,) = (index for index, ranks in enumerate(members) if rank in ranks)
-        ranks, place = len(members[mine]), members[mine].index(rank)
+    groups = {layout: [dist.new_group(ranks) for ranks in members] for layout, members in GROUPS.items()}
+    my_group = {layout: [rank in ranks for ranks in members].index(True) for layout, members in GROUPS.items()}
+    within, across = (groups[layout][my_group[layout]] for layout in LEVELS)
+    for layout, exchange in LAYOUTS:
+        mine = my_group[layout]
+        members = GROUPS[layout][mine]
+        ranks, place = len(members), members.index(rank)
         local = slice(place * TOKENS, (place + 1) * TOKENS)
-        for exchange in EXCHANGES:
-            pool = DistributedPool(groups[mine], exchange)
-            for scores_kind, slots_kind, experts in make_cases():
-                scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)[local]
-                slots = make_slots(slots_kind, experts, ranks * TOKENS)
-                second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)[local]
-                selection = pool.select(scores_TN, slots, second_TN if has_second(slots_kind) else None)
-                results[layout, exchange, scores_kind, slots_kind, experts] = vars(selection)
-                if slots_kind == "one":
-                    results[layout, exchange, scores_kind, experts] = {"count": pool.count(scores_TN > 0.4)}
-            results[layout, exchange] = {"num_tokens": pool.num_tokens(TOKENS)}
+        parallel = ParallelConfig(score_exchange=exchange)
+        pool = DistributedPool(groups[layout][mine], parallel, (within, across))
+        for scores_kind, slots_kind, experts in make_cases(exchange):
+            scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)[local]
+            slots = make_slots(slots_kind, experts, ranks * TOKENS)
+            second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)[local]
+            selection = pool.select(scores_TN, slots, second_TN if has_second(slots_kind) else None)
+            results[layout, exchange, scores_kind, slots_kind, experts] = vars(selection)
+            if slots_kind == "one":
+                results[layout, exchange, scores_kind, experts] = {"count": pool.count(scores_TN > 0.4)}
+        results[layout, exchange] = {"num_tokens": pool.num_tokens(TOKENS)}
     return results
 
 
@@ -152,15 +167,14 @@ def results_of_the_ranks() -> list[dict[tuple[Any, ...], dict[str, Any]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("layout", GROUPS)
+@pytest.mark.parametrize(("layout", "exchange"), LAYOUTS)
 def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_chooses(
     layout: str, exchange: str
 ) -> None:
     results = results_of_the_ranks()
     for mine, members in enumerate(GROUPS[layout]):
         ranks = len(members)
-        for scores_kind, slots_kind, experts in make_cases():
+        for scores_kind, slots_kind, experts in make_cases(exchange):
             scores_TN = make_scores(scores_kind, experts, ranks, seed=1 + mine)
             second_TN = make_scores("heavy ties", experts, ranks, seed=7 + mine)
             slots = make_slots(slots_kind, experts, ranks * TOKENS)
@@ -189,13 +203,12 @@ def test_the_ranks_choose_together_exactly_what_one_pool_of_all_their_tokens_cho
         assert all(results[rank][layout, exchange]["num_tokens"] == ranks * TOKENS for rank in members)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("layout", GROUPS)
+@pytest.mark.parametrize(("layout", "exchange"), LAYOUTS)
 def test_a_rank_knows_how_many_tokens_every_rank_sends_to_its_experts(layout: str, exchange: str) -> None:
     results = results_of_the_ranks()
-    for members in GROUPS[layout]:
+    for members in GROUPS["neighbours" if exchange == "two_level" else layout]:
         ranks = len(members)
-        for scores_kind, slots_kind, experts in make_cases():
+        for scores_kind, slots_kind, experts in make_cases(exchange):
             key = (layout, exchange, scores_kind, slots_kind, experts)
             sent_QN = torch.stack([results[rank][key]["chosen"].sum(dim=1) for rank in members])
             for place, rank in enumerate(members):

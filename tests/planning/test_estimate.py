@@ -148,6 +148,7 @@ ON_RANKS: dict[int, dict[str, Case]] = {
     },
     4: {
         "two groups, one pool": SHARDED,
+        "two groups, two levels": {"parallel": {"expert": 2, "score_exchange": "two_level"}},
         "two groups, two pools": {"moe": {"pool": "expert_parallel"}, **SHARDED},
         "cut over two, sharded over four": {"parallel": {"tensor": 2, "expert": 4}},
     },
@@ -179,7 +180,7 @@ GROUPS = ("all", "dense", "experts", "slices", "experts and slices")
 PLANNED = {
     "rows": ("tokens to experts and back", "their gradients"),
     "row counts": ("row counts",),
-    "scores": ("scores and cutoffs", "scores"),
+    "scores": ("scores and cutoffs", "scores", "scores of the groups"),
     "sums of the batch": ("sums of the batch",),
     "report": ("losses, thresholds, load",),
     "gradients": tuple(f"gradients, {group}" for group in GROUPS),
