@@ -18,17 +18,26 @@ of our own. load_model, diffmoe_dist.sample --checkpoint and train.initial_weigh
   python -m diffmoe_dist.convert --from dit DiT-XL-2-256x256.pt --config FILE --out weights/dit-xl
   python -m diffmoe_dist.convert --from diffmoe 0700000.pt --config FILE moe.inference=count --out weights/diffmoe
   python -m diffmoe_dist.convert --from promoe ckpt_step_500000.pth --config FILE --weights ema --out weights/promoe
+  python -m diffmoe_dist.convert --inspect ckpt_step_500000.pth > promoe.yaml
   python -m diffmoe_dist.convert --to safetensors --checkpoint runs/demo --out weights/demo
+  python -m diffmoe_dist.convert --to diffmoe --checkpoint runs/demo --out demo.pt
 
---from says whose names the file uses: dit (DiT, SiT), diffmoe (DiffMoE and its dense, TC-DiT and EC-DiT baselines) or
-promoe. --config FILE [key=value ...] says which model it holds. Every tensor must be used and none may be missing; the
-first that does not fit is named, and nothing is written. What tensors do not show is yours to set:
-  model.num_heads; model.learn_sigma=true (published models have learned variances)
+--from says whose names the file uses: dit (DiT, SiT), diffmoe (DiffMoE and its dense, TC-DiT and EC-DiT baselines,
+those that ProMoE's code trains too) or promoe. --config FILE [key=value ...] says which model it holds. Every tensor
+must be used and none may be missing; the first that does not fit is named, and nothing is written. What tensors do not
+show is yours to set:
+  model.num_heads, where there is no QK-norm; model.learn_sigma=true (published models have learned variances)
   objective.*: DiT's have name=ddpm, DiffMoE's direction=data_at_one and time_scale=1, ProMoE's noise_at_one and 1000
   moe.top_k, moe.scores, moe.capacity; moe.inference=count, the rule of DiffMoE's published code
 moe.threshold_decay is taken from the file. The averaged thresholds of a young DiffMoE file are too low, for its code
 averages them twice, starting from zero; diffmoe_dist.sample --recalibrate finds them anew, and moe.inference=static
 or constant does not use them.
+
+--inspect FILE prints the configuration of the model that a file holds, from the names and shapes of its tensors; what
+they do not show is marked, with what it is taken from.
+
+--to dit, diffmoe or promoe writes a file that the published code loads, of a checkpoint or of a folder of weights; a
+model that the code cannot build is refused.
 
 --upcycle starts a mixture of experts from a dense model: --from dit FILE --config MOE_CONFIG. The experts of a layer
 are all copies of that block's feed-forward layer, the shared and the unconditional one too; the routers start as the
@@ -42,7 +51,9 @@ Files are read without executing anything in them.
 
 def main() -> None:
     arguments = _parse()
-    if arguments.published is None:
+    if arguments.inspect is not None:
+        _inspect(arguments)
+    elif arguments.published is None:
         _export(arguments)
     else:
         _convert(arguments)
@@ -56,18 +67,45 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="with --from: YAML settings of the model; configs/ has some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     parser.add_argument("--upcycle", action="store_true", help="with --from dit: make the experts of dense layers")
-    parser.add_argument("--to", choices=["safetensors"], help="export a checkpoint of our own")
-    parser.add_argument("--checkpoint", metavar="DIR", help="with --to: a run folder (its newest) or a step folder")
+    parser.add_argument("--inspect", metavar="FILE", help="print the configuration of the model that a file holds")
+    parser.add_argument("--to", choices=["safetensors", "dit", "diffmoe", "promoe"], help="export weights of our own")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="with --to: a run folder (its newest), a step folder, or a folder of weights",
+    )
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="averaged or not, where there are both (default: ema)"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet, or an empty one")
+    parser.add_argument(
+        "--out", metavar="DIR", help="a folder that does not exist yet, or an empty one; with --to dit and such, a file"
+    )
     arguments = parser.parse_intermixed_args()
-    if (arguments.published is None) == (arguments.to is None):
+    if sum(given is not None for given in (arguments.published, arguments.to, arguments.inspect)) != 1:
         raise UserError(
-            "give one of --from {dit,diffmoe,promoe} FILE and --to safetensors; see diffmoe_dist.convert --help"
+            "give one of --from {dit,diffmoe,promoe} FILE, --to {safetensors,dit,diffmoe,promoe} and --inspect FILE; "
+            "see diffmoe_dist.convert --help"
         )
+    if arguments.inspect is None and arguments.out is None:
+        raise UserError("--out is not set; give where to write")
     return arguments
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    given = {
+        "--config": arguments.config,
+        "--upcycle": arguments.upcycle,
+        "--checkpoint": arguments.checkpoint,
+        "--out": arguments.out,
+        **{override: True for override in arguments.overrides},
+    }
+    for name, value in given.items():
+        if value:
+            raise UserError(f"{name} has no effect with --inspect, which prints what a file holds; leave it out")
+
+    from diffmoe_dist.engine.conversion import inspect_published
+
+    sys.stdout.write(inspect_published(Path(arguments.inspect), arguments.weights))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -77,11 +115,15 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.overrides:
         raise UserError(f"{arguments.overrides[0]} has no effect with --to; leave it out")
     if arguments.checkpoint is None:
-        raise UserError("--to safetensors needs --checkpoint DIR, a run folder or a step folder")
+        raise UserError(f"--to {arguments.to} needs --checkpoint DIR, a run folder or a step folder")
 
-    from diffmoe_dist.engine.conversion import export_checkpoint
+    from diffmoe_dist.engine.conversion import export_checkpoint, export_published
 
-    source = export_checkpoint(arguments.checkpoint, Path(arguments.out), arguments.weights)
+    out, weights = Path(arguments.out), arguments.weights
+    if arguments.to == "safetensors":
+        source = export_checkpoint(arguments.checkpoint, out, weights)
+    else:
+        source = export_published(arguments.to, arguments.checkpoint, out, weights)
     sys.stdout.write(f"{source} ({arguments.weights or 'ema'}) is now in {arguments.out}\n")
 
 

@@ -42,19 +42,33 @@ class Router:
     activation: str = "identity"  # of ProMoE's cosines: `identity`, `sigmoid` or `softmax`
 
 
+@dataclass(frozen=True)
+class Form:
+    """The options of the code bases that change which tensors there are."""
+
+    head_dim: int = WIDTH // HEADS
+    qk_norm: str = "none"  # or `layer`, as DiffMoE and ProMoE have it, with weight and bias; or `rms`, weight alone
+    swiglu: bool = False  # DiffMoE's use_swiglu: dense layers and routed experts without biases
+    renamed: bool = False  # ProMoE's use_swiglu: dense layers are GELU all the same, under the experts' names
+    every_block: bool = False  # interleave: false
+    unconditional: bool = True  # ProMoE's use_uncond_expert
+    shared: tuple[str, int] | None = None  # `gelu` or `swiglu` and hidden width; ProMoE has one of GELU by itself
+
+
 def synthetic_state_dict(
-    layout: str, variant: str = "dense", *, depth: int = 4, in_channels: int = 4
+    layout: str, variant: str = "dense", *, depth: int = 4, in_channels: int = 4, form: Form | None = None
 ) -> dict[str, Tensor]:
     """Random fp32 weights under the names of a published model with learned variances; `pos_embed` is the true table.
 
     No weight is zero.
 
     Args:
-        layout: a key of `VARIANTS`. `promoe` has the unconditional and the shared expert besides the N routed ones.
+        layout: a key of `VARIANTS`. `promoe` has a shared expert besides the N routed ones.
         variant: one of its values.
     """
     assert variant in VARIANTS[layout], (layout, variant)
-    D, p = WIDTH, PATCH
+    D, p, form = WIDTH, PATCH, form or Form()
+    inner = HEADS * form.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "x_embedder.proj.weight": (D, in_channels, p, p),
         "x_embedder.proj.bias": (D,),
@@ -64,13 +78,19 @@ def synthetic_state_dict(
     }
     for i in range(depth):
         block = f"blocks.{i}"
-        shapes |= _linear_shapes(f"{block}.attn.qkv", D, 3 * D)
-        shapes |= _linear_shapes(f"{block}.attn.proj", D, D)
-        if _is_moe(variant, i):
-            shapes |= _moe_shapes(f"{block}.mlp", layout, variant)
+        shapes |= _linear_shapes(f"{block}.attn.qkv", D, 3 * inner)
+        shapes |= _linear_shapes(f"{block}.attn.proj", inner, D)
+        if form.qk_norm != "none":
+            for place in ("q_norm", "k_norm"):
+                shapes[f"{block}.attn.{place}.weight"] = (form.head_dim,)
+                if form.qk_norm == "layer":
+                    shapes[f"{block}.attn.{place}.bias"] = (form.head_dim,)
+        # Both papers: every second block, those with an odd index counted from 0.
+        if variant != "dense" and (i % 2 == 1 or form.every_block):
+            shapes |= _moe_shapes(f"{block}.mlp", layout, variant, form)
         else:
-            shapes |= _linear_shapes(f"{block}.mlp.fc1", D, DENSE_HIDDEN)
-            shapes |= _linear_shapes(f"{block}.mlp.fc2", DENSE_HIDDEN, D)
+            names = ("up_proj", "down_proj") if form.renamed else ("fc1", "fc2")
+            shapes |= _mlp_shapes(f"{block}.mlp", DENSE_HIDDEN, form.swiglu, names)
         shapes |= _linear_shapes(f"{block}.adaLN_modulation.1", D, 6 * D)
     shapes |= _linear_shapes("final_layer.linear", D, 2 * in_channels * p * p)
     shapes |= _linear_shapes("final_layer.adaLN_modulation.1", D, 2 * D)
@@ -107,8 +127,8 @@ def forward(layout: str, state: Weights, x: Tensor, t: Tensor, y: Tensor, router
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(condition_BD, w, block, 6)
         h_BSD = h_BSD + gate_msa * _attention(_modulated_norm(h_BSD, shift_msa, scale_msa), w, block)
         u_BSD = _modulated_norm(h_BSD, shift_mlp, scale_mlp)
-        if not _is_moe(router.variant, i):
-            u_BSD = _mlp(u_BSD, w, f"{block}.mlp", "fc1", "fc2")
+        if not any(name.startswith(f"{block}.mlp.experts.") for name in w):
+            u_BSD = _mlp(u_BSD, w, f"{block}.mlp")
         elif layout == "diffmoe":
             u_BSD = _diffmoe_layer(u_BSD, w, f"{block}.mlp", router)
         else:
@@ -141,20 +161,32 @@ def _linear_shapes(name: str, fan_in: int, fan_out: int) -> dict[str, tuple[int,
     return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
 
 
-def _moe_shapes(layer: str, layout: str, variant: str) -> dict[str, tuple[int, ...]]:
+def _mlp_shapes(name: str, hidden: int, swiglu: bool, names: tuple[str, str]) -> dict[str, tuple[int, ...]]:
+    D = WIDTH
+    if swiglu:
+        gate_and_up = {f"{name}.{linear}.weight": (hidden, D) for linear in ("gate_proj", "up_proj")}
+        return {**gate_and_up, f"{name}.down_proj.weight": (D, hidden)}
+    return {**_linear_shapes(f"{name}.{names[0]}", D, hidden), **_linear_shapes(f"{name}.{names[1]}", hidden, D)}
+
+
+def _moe_shapes(layer: str, layout: str, variant: str, form: Form) -> dict[str, tuple[int, ...]]:
     D, N, F = WIDTH, EXPERTS, DENSE_HIDDEN // 2 if layout == "promoe" else DENSE_HIDDEN
     shapes: dict[str, tuple[int, ...]] = {}
     if layout == "promoe":
         shapes[f"{layer}.cluster_centers"] = (N, D)
-        first, second = "up_proj", "down_proj"
-        experts = [f"experts.{e}" for e in range(N + 1)] + ["shared_expert"]  # expert N is the unconditional one
+        names = "up_proj", "down_proj"
+        experts = [f"experts.{e}" for e in range(N + form.unconditional)]  # expert N is the unconditional one
+        hidden = F if form.shared is None else form.shared[1]
+        shapes |= _mlp_shapes(f"{layer}.shared_expert", hidden, False, names)
     else:
         shapes[f"{layer}.gate.weight" if variant == "token_choice" else f"{layer}.gate_weight"] = (N, D)
-        first, second = "fc1", "fc2"
+        names = "fc1", "fc2"
         experts = [f"experts.{e}" for e in range(N)]
+        if form.shared is not None:
+            kind, hidden = form.shared
+            shapes |= _mlp_shapes(f"{layer}.shared_experts", hidden, kind == "swiglu", names)
     for expert in experts:
-        shapes |= _linear_shapes(f"{layer}.{expert}.{first}", D, F)
-        shapes |= _linear_shapes(f"{layer}.{expert}.{second}", F, D)
+        shapes |= _mlp_shapes(f"{layer}.{expert}", F, form.swiglu, names)
     if variant == "global_pool":
         shapes |= {f"{layer}.expert_threshold": (N,), f"{layer}.ema_decay": (1,)}
         shapes |= _linear_shapes(f"{layer}.capacity_predictor.0", D, D)
@@ -169,6 +201,8 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
     if name.endswith(".expert_threshold"):
         return 0.3 + 0.4 * torch.rand(shape, generator=generator)
     values = torch.randn(shape, generator=generator)
+    if name.endswith("_norm.weight"):
+        return 1 + 0.3 * values
     if name.endswith(".bias"):  # small: tokens of one direction would all go to one expert
         return (0.3 if "capacity_predictor" in name else 0.1) * values
     if name == "y_embedder.embedding_table.weight":
@@ -176,11 +210,6 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
     if name.endswith("capacity_predictor.2.weight"):  # probabilities that lie on both sides of the thresholds
         values = 3 * values
     return values / math.sqrt(math.prod(shape[1:]))
-
-
-def _is_moe(variant: str, block: int) -> bool:
-    """Both papers: every second block, those with an odd index counted from 0."""
-    return variant != "dense" and block % 2 == 1
 
 
 def _depth(w: Weights) -> int:
@@ -195,8 +224,12 @@ def _silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-def _mlp(x: Tensor, w: Weights, name: str, first: str, second: str) -> Tensor:
-    """Two linear layers with a tanh-approximated GELU between them."""
+def _mlp(x: Tensor, w: Weights, name: str) -> Tensor:
+    """Two linear layers with a tanh-approximated GELU between them; or SwiGLU, three of them without biases."""
+    if f"{name}.gate_proj.weight" in w:
+        h = _silu(x @ w[f"{name}.gate_proj.weight"].T) * (x @ w[f"{name}.up_proj.weight"].T)
+        return h @ w[f"{name}.down_proj.weight"].T
+    first, second = ("fc1", "fc2") if f"{name}.fc1.weight" in w else ("up_proj", "down_proj")
     h = _linear(x, w, f"{name}.{first}")
     h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
     return _linear(h, w, f"{name}.{second}")
@@ -249,15 +282,27 @@ def _modulated_norm(x_BSD: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _attention(x_BSD: Tensor, w: Weights, block: str) -> Tensor:
-    """Of the 3 D outputs of `qkv`, the order is q, k, v; within each, head by head."""
-    B, S, D = x_BSD.shape
-    qkv = _linear(x_BSD, w, f"{block}.attn.qkv").view(B, S, 3, HEADS, D // HEADS)
+    """Of the outputs of `qkv`, the order is q, k, v; within each, head by head."""
+    B, S, _ = x_BSD.shape
+    width = len(w[f"{block}.attn.qkv.weight"]) // 3 // HEADS
+    qkv = _linear(x_BSD, w, f"{block}.attn.qkv").view(B, S, 3, HEADS, width)
     outputs = []
     for head in range(HEADS):
-        q, k, v = qkv[:, :, 0, head], qkv[:, :, 1, head], qkv[:, :, 2, head]  # (B, S, D / heads)
-        weights_BSS = (q @ k.transpose(1, 2) / math.sqrt(D // HEADS)).softmax(dim=-1)
+        q, k, v = qkv[:, :, 0, head], qkv[:, :, 1, head], qkv[:, :, 2, head]  # (B, S, width of a head)
+        q, k = _head_norm(q, w, f"{block}.attn.q_norm"), _head_norm(k, w, f"{block}.attn.k_norm")
+        weights_BSS = (q @ k.transpose(1, 2) / math.sqrt(width)).softmax(dim=-1)
         outputs.append(weights_BSS @ v)
     return _linear(torch.cat(outputs, dim=-1), w, f"{block}.attn.proj")
+
+
+def _head_norm(x: Tensor, w: Weights, name: str) -> Tensor:
+    """The one layer norm of all heads, torch's with its epsilon; an RMS norm where there is no bias."""
+    if f"{name}.weight" not in w:
+        return x
+    if f"{name}.bias" not in w:
+        return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * w[f"{name}.weight"]
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def _diffmoe_layer(x_BSD: Tensor, w: Weights, layer: str, router: Router) -> Tensor:
@@ -267,16 +312,16 @@ def _diffmoe_layer(x_BSD: Tensor, w: Weights, layer: str, router: Router) -> Ten
         assignments = _expert_choice(x_BSD, w[f"{layer}.gate_weight"], router.capacity)
     else:
         assignments = _global_pool(x_BSD, w, layer)
-    return _sum_of_experts(x_BSD, assignments, w, layer, "fc1", "fc2")
+    y_BSD = _sum_of_experts(x_BSD, assignments, w, layer)
+    shared = f"{layer}.shared_experts"
+    return y_BSD + _mlp(x_BSD, w, shared) if any(name.startswith(shared) for name in w) else y_BSD
 
 
-def _sum_of_experts(
-    x_BSD: Tensor, assignments: list[Assignment], w: Weights, layer: str, first: str, second: str
-) -> Tensor:
+def _sum_of_experts(x_BSD: Tensor, assignments: list[Assignment], w: Weights, layer: str) -> Tensor:
     """DiffMoE eq. 3, ProMoE eq. 5: a token's output is the sum of gate times expert; 0 for a token nobody took."""
     y_BSD = torch.zeros_like(x_BSD)
     for b, s, e, gate in assignments:
-        y_BSD[b, s] += gate * _mlp(x_BSD[b, s], w, f"{layer}.experts.{e}", first, second)
+        y_BSD[b, s] += gate * _mlp(x_BSD[b, s], w, f"{layer}.experts.{e}")
     return y_BSD
 
 
@@ -323,7 +368,7 @@ def _promoe_layer(x_BSD: Tensor, is_null: list[bool], w: Weights, layer: str, ro
     S, N = x_BSD.shape[1], len(centers_ND)
     assignments: list[Assignment] = []
     for b, x_SD in enumerate(x_BSD):
-        if is_null[b]:
+        if is_null[b] and f"{layer}.experts.{N}.up_proj.weight" in w:
             # ProMoE Sec. 4.1: an image without a condition goes to the unconditional expert, the last, with weight 1.
             assignments += [(b, s, N, x_BSD.new_ones(())) for s in range(S)]
             continue
@@ -338,8 +383,7 @@ def _promoe_layer(x_BSD: Tensor, is_null: list[bool], w: Weights, layer: str, ro
             slots = max(1, min(int(S / N * top_k), S))
             assignments += [(b, s, e, scores_SN[s, e]) for e in range(N) for s in _largest(scores_SN[:, e], slots)]
     # ProMoE eq. 5: the shared expert sees every token.
-    shared_BSD = _mlp(x_BSD, w, f"{layer}.shared_expert", "up_proj", "down_proj")
-    return shared_BSD + _sum_of_experts(x_BSD, assignments, w, layer, "up_proj", "down_proj")
+    return _mlp(x_BSD, w, f"{layer}.shared_expert") + _sum_of_experts(x_BSD, assignments, w, layer)
 
 
 def _normalised(rows: Tensor) -> Tensor:

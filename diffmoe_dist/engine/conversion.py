@@ -7,7 +7,7 @@ import hashlib
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.config.pool_choice import PoolChoiceSettings
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
-from diffmoe_dist.engine.weights import CONFIG_NAME, WEIGHTS_NAME, check_out, read_settings, write_weights
+from diffmoe_dist.engine.weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_out,
+    find_model,
+    is_weights_folder,
+    read_model,
+    read_settings,
+    write_weights,
+)
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, refuse_pointer
+from diffmoe_dist.files import atomic_file, file_sha256, refuse_pointer
+from diffmoe_dist.logs import logger
 from diffmoe_dist.model.dit import DiT, initialize
-from diffmoe_dist.model.published import check_tensors, correspondence, fill, threshold_decay
+from diffmoe_dist.model.published import (
+    Part,
+    as_published,
+    check_buildable,
+    check_tensors,
+    correspondence,
+    fill,
+    threshold_decay,
+)
+from diffmoe_dist.model.recognise import Recognised, recognise
 
 # Where the code bases keep the two sets of weights in a training checkpoint.
 _KEYS = {"ema": ("ema", "ema_model_state_dict"), "model": ("model", "model_state_dict")}
@@ -53,16 +72,17 @@ def convert_published(
     """
     check_out(out)
     config = _with_text_encoder(config, file)
-    with torch.device("meta"):
-        model = DiT(config)
-    parts = correspondence(layout, config, {name: value.shape for name, value in model.state_dict().items()}, upcycle)
     published, taken = read_state_dict(file, weights)
+    parts = _parts(layout, config, published, upcycle)
+    _refuse_other_layout(layout, published, file)
     check_tensors(parts, published, str(file))
     _refuse_non_finite(published, f"{file}")
     decay = threshold_decay(parts, published, str(file))
     if decay is not None:
         assert isinstance(config.moe, PoolChoiceSettings)  # else there is no such tensor
         config = replace(config, moe=replace(config.moe, threshold_decay=decay))
+    with torch.device("meta"):
+        model = DiT(config)
     model.to_empty(device="cpu")
     if upcycle:
         initialize(model, config.seed)  # the routers; everything else is overwritten
@@ -70,6 +90,65 @@ def convert_published(
     source = {"layout": layout, "file": file.name, "sha256": file_sha256(file), "weights": taken, "upcycled": upcycle}
     write_weights(out, model.state_dict(), config, source)
     return taken
+
+
+def inspect_published(file: Path, weights: str | None = None) -> str:
+    """The configuration of the model that a published file holds, as YAML that `--config` takes.
+
+    Behind what no tensor tells stands what it is taken from.
+
+    Raises:
+        UserError: the file is not one of DiT, DiffMoE or ProMoE, or holds tensors beside those of such a model.
+    """
+    published, taken = read_state_dict(file, weights)
+    recognised = recognise({name: tensor.shape for name, tensor in published.items()}, str(file))
+    settings = {section: dict(values) for section, values in recognised.settings.items()}
+    if "num_heads" not in settings["model"]:
+        inner = published["blocks.0.attn.qkv.weight"].shape[0] // 3
+        settings["model"] |= {"num_heads": 1, "head_dim": inner}  # any that gives the shapes
+    parts = _parts(recognised.layout, build_config(settings, training=False), published)
+    check_tensors(parts, published, str(file))
+    return "\n".join(
+        [
+            f"# {file.name}{'' if taken == 'only' else f' ({taken})'}: convert it with --from "
+            f"{recognised.layout}. What no tensor tells is marked.",
+            *_lines(recognised),
+            "",
+        ]
+    )
+
+
+def _lines(recognised: Recognised) -> Iterator[str]:
+    for section, values in recognised.settings.items():
+        yield f"{section}:"
+        marks = {key.partition(".")[2]: why for key, why in recognised.guesses.items() if key.startswith(f"{section}.")}
+        for name, value in values.items():
+            shown = str(value).lower() if isinstance(value, bool) else value
+            yield f"  {name}: {shown}" + (f"  # not in the tensors: {marks[name]}" if name in marks else "")
+        yield from (f"  # {name}: {why}" for name, why in marks.items() if name not in values)
+
+
+def _parts(
+    layout: str, config: Config, published: Mapping[str, Tensor], upcycle: bool = False
+) -> dict[str, list[Part]]:
+    with torch.device("meta"):
+        model = DiT(config)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    return correspondence(layout, config, shapes, upcycle, found=published)
+
+
+def _refuse_other_layout(layout: str, published: Mapping[str, Tensor], file: Path) -> None:
+    """A file that has experts of another code base is told as such, rather than by a tensor that is missing."""
+    try:
+        found = recognise({name: tensor.shape for name, tensor in published.items()}, str(file))
+    except UserError:
+        return  # `check_tensors` says what is wrong with it
+    experts = found.settings.get("moe")
+    if experts is not None and found.layout != layout:
+        raise UserError(
+            f"--from {layout}: {file} has the names of --from {found.layout}, with moe.router={experts['router']}; "
+            f"use --from {found.layout}, and --inspect to see its settings"
+        )
 
 
 def _with_text_encoder(config: Config, file: Path) -> Config:
@@ -115,6 +194,48 @@ def export_checkpoint(directory: str | Path, out: Path, weights: str | None = No
     }
     write_weights(out, model.state_dict(), config, source)
     return checkpoint
+
+
+def export_published(layout: str, directory: str | Path, out: Path, weights: str | None = None) -> Path:
+    """Write the weights of a checkpoint or of a folder of weights as a file of a published code base.
+
+    Args:
+        layout: a key of `published.LAYOUTS`.
+        directory: a run folder (its newest checkpoint), a step folder, or a folder of weights.
+        out: the file.
+        weights: "ema" (default) or "model", of a checkpoint.
+
+    Returns:
+        The folder that was read.
+
+    Raises:
+        UserError: there are no weights, the code base has no such model, or `out` is there already.
+    """
+    if out.exists():
+        raise UserError(f"--out {out}: exists; choose another or remove it")
+    source = find_model(directory)
+    if is_weights_folder(source):
+        if weights is not None:
+            raise UserError(f"--weights {weights}: {source} holds one set of weights; leave it out")
+        model, config = read_model(source, "cpu")
+    else:
+        model, config = read_checkpoint_model(source, "cpu", {"ema": EMA, "model": MASTER}[weights or "ema"])
+    check_buildable(layout, config)
+    if layout == "promoe" and config.model.num_classes != 1000 and config.experts is not None:
+        logger.warning(
+            "ProMoE's code takes label 1000 for the null label; of this model it is %d; edit it there",
+            config.model.num_classes,
+        )
+    _refuse_non_finite(model.state_dict(), f"{source}")
+    tensors = as_published(model.state_dict(), _parts(layout, config, {}), getattr(config.moe, "threshold_decay", None))
+    # ProMoE's sampler asks for this key; DiT's and DiffMoE's take a state dict as it is.
+    key = "model_state_dict" if weights == "model" else "ema_model_state_dict"
+    try:
+        with atomic_file(out) as file:
+            torch.save({key: tensors} if layout == "promoe" else tensors, file)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
+    return source
 
 
 def read_state_dict(path: Path, weights: str | None = None) -> tuple[dict[str, Tensor], str]:

@@ -1,7 +1,8 @@
 """The weights of published models: which of their tensors make up each tensor of ours.
 
 Outside the mixture-of-experts layers our names are DiT's. In those layers each code base has its own names, and one
-module for each expert, where we stack all experts into one tensor.
+module for each expert, where we stack all experts into one tensor. SwiGLU has one name in all: gate_proj, up_proj and
+down_proj.
 
 Shape legend: D width, H hidden width, N experts.
 """
@@ -9,14 +10,14 @@ Shape legend: D width, H hidden width, N experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, RouterSettings
 from diffmoe_dist.errors import UserError
 
 # The routers that the published models of a code base have.
@@ -29,19 +30,25 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Part:
-    """A published tensor that is one of our tensors, or one expert of it."""
+    """A published tensor that is one of our tensors, or one expert of it, or some of its columns."""
 
     name: str
     shape: tuple[int, ...]
     expert: int | None = None  # its row in our stack of experts; None: the whole tensor
     meaning: Literal["weights", "transposed", "decay"] = "weights"  # decay: see `settled_updates`
+    columns: tuple[int, int] | None = None  # of our tensor, the first and the one behind the last; None: all
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What this part is of our tensor, in our layout."""
+        part = whole if self.expert is None else whole[self.expert]
+        return part if self.columns is None else part[:, slice(*self.columns)]
 
 
 @dataclass(frozen=True)
 class _Names:
     """The names in a mixture-of-experts layer of a published file."""
 
-    linear: tuple[str, str]  # the two linear layers of an expert
+    linear: tuple[str, str]  # the two linear layers of a GELU expert
     expert: str  # the module of expert {e}
     shared: str  # of the shared expert
     unconditional: str  # of the unconditional expert; {N} routed experts
@@ -70,22 +77,31 @@ _DENSE_LAYER = _Names(("fc1", "fc2"), "", "", "", {})
 # For messages: the settings that decide whether a tensor exists and its shape, by a part of its name.
 _SETTINGS = (
     ("pos_embed", "model.input_size, model.patch_size and model.hidden_size"),
+    ("q_norm", "model.qk_norm, model.head_dim and model.num_heads"),
+    ("k_norm", "model.qk_norm, model.head_dim and model.num_heads"),
+    (".attn.", "model.hidden_size, model.depth, model.num_heads and model.head_dim"),
     ("x_embedder", "model.in_channels, model.patch_size and model.hidden_size"),
     ("y_embedder", "model.num_classes and model.hidden_size; of captions, model.condition and model.text_hidden_size"),
     ("cross_attn", "model.condition and model.hidden_size"),
     ("t_embedder", "model.hidden_size"),
     ("final_layer.linear", "model.learn_sigma, model.in_channels and model.patch_size"),
-    ("experts.", "moe.router, moe.num_experts, moe.expert_mlp_ratio and moe.shared_experts"),
-    ("gate", "moe.router and moe.num_experts"),
-    ("cluster_centers", "moe.router and moe.num_experts"),
+    ("shared_expert", "moe.shared_experts, moe.shared_mlp_ratio and moe.shared_activation"),
+    (".experts.", "moe.router, moe.num_experts, moe.blocks, moe.activation and moe.expert_mlp_ratio"),
+    (".gate.", "moe.router, moe.num_experts and moe.blocks"),
+    ("gate_weight", "moe.router, moe.num_experts and moe.blocks"),
+    ("cluster_centers", "moe.router, moe.num_experts and moe.blocks"),
     ("capacity_predictor", "moe.router, moe.num_experts and moe.capacity_predictor"),
-    (".mlp.", "moe.router and model.mlp_ratio"),
+    (".mlp.", "moe.router, moe.blocks, model.activation and model.mlp_ratio"),
     ("", "model.hidden_size and model.depth"),
 )
 
 
 def correspondence(
-    layout: str, config: Config, shapes: Mapping[str, torch.Size], upcycle: bool = False
+    layout: str,
+    config: Config,
+    shapes: Mapping[str, torch.Size],
+    upcycle: bool = False,
+    found: Collection[str] = (),
 ) -> dict[str, list[Part]]:
     """For each tensor of our model, by name, the published tensors that it is made of.
 
@@ -95,12 +111,13 @@ def correspondence(
         shapes: the names and shapes of our model's tensors.
         upcycle: the file holds a dense model. Every expert of a layer becomes a copy of the dense feed-forward layer,
             and the routers' tensors are left out of the result.
+        found: the names in the file, where a layout has two for one tensor.
 
     Raises:
         UserError: the layout has no such model, or an expert of it cannot be a copy of a dense layer.
     """
     _check_layout(layout, config, upcycle)
-    parts = {name: [Part(name, tuple(shape))] for name, shape in shapes.items()}
+    parts = {name: [Part(_dense_name(name, found), tuple(shape))] for name, shape in shapes.items()}
     if config.experts is None:
         return parts
     names = _DENSE_LAYER if upcycle else _NAMES[config.experts.router]
@@ -114,8 +131,47 @@ def correspondence(
             del parts[name]
         else:
             layer = f"{block}.mlp."
-            parts[name] = _layer_parts(layer, module, tensor, tuple(shape), names, config.experts.num_experts)
+            parts[name] = _layer_parts(layer, module, tensor, tuple(shape), names, config.experts)
     return parts
+
+
+def check_buildable(layout: str, config: Config) -> None:
+    """Refuse a model that the code of a layout cannot build, so that its file would load nowhere.
+
+    Raises:
+        UserError: names the first setting that it does not have.
+    """
+    model, experts = config.model, config.experts
+    width, dense_hidden = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    problems = {
+        f"model.condition={model.condition}": model.condition != "class",
+        f"moe.router={config.moe.router}": layout not in LAYOUTS or config.moe.router not in LAYOUTS[layout],
+        f"model.qk_norm={model.qk_norm}": model.qk_norm == "rms" or (layout == "dit" and model.qk_norm != "none"),
+        f"model.head_dim={model.head_dim}": layout == "dit" and model.num_heads * model.head_dim != width,
+        f"model.activation={model.activation}": layout != "diffmoe" and model.activation != "gelu",
+    }
+    if experts is not None:
+        named = [list(range(1, model.depth, 2)), list(range(model.depth))]
+        shared = experts.shared_hidden_size(width)
+        of_pool = experts.router == "global_pool"  # the one router whose shared experts are GELU, and of one width
+        published = ("gelu", shared == 8 * width) if of_pool else ("swiglu", shared % width == 0)
+        problems |= {
+            f"moe.blocks={experts.blocks}": config.moe_blocks not in named,
+            f"moe.activation={experts.activation}": experts.activation != model.activation,
+            "moe.capacity_predictor=true": experts.has_predictor() and not of_pool,
+        }
+        if layout == "diffmoe":
+            ratio, kind = f"moe.expert_mlp_ratio={experts.expert_mlp_ratio:g}", experts.shared_activation
+            problems[ratio] = int(width * experts.expert_mlp_ratio) != dense_hidden
+            problems[f"moe.shared_experts of {kind}, {shared} wide,"] = bool(shared) and published != (kind, True)
+        else:
+            problems[f"moe.shared_activation={experts.shared_activation}"] = experts.shared_activation != "gelu"
+            problems[f"moe.shared_experts={experts.shared_experts}"] = experts.shared_experts > 1
+    for setting, is_one in problems.items():
+        if is_one:
+            raise UserError(
+                f"--to {layout}: its code has no model with {setting.rstrip(',')}; --to safetensors takes every model"
+            )
 
 
 def check_tensors(parts: Mapping[str, list[Part]], found: Mapping[str, Tensor], file: str) -> None:
@@ -154,7 +210,10 @@ def check_tensors(parts: Mapping[str, list[Part]], found: Mapping[str, Tensor], 
         name, problem = problems[0]
         more = f" (and {len(problems) - 1} more tensors)" if len(problems) > 1 else ""
         settings = next(settings for key, settings in _SETTINGS if key in name)
-        raise UserError(f"{file}: {name} {problem}{more}; set {settings} as the file's model has them, and --from")
+        raise UserError(
+            f"{file}: {name} {problem}{more}; set {settings} as the file's model has them, and --from (--inspect shows "
+            "what it has)"
+        )
 
 
 @torch.no_grad()
@@ -163,11 +222,33 @@ def fill(model_tensors: Mapping[str, Tensor], parts: Mapping[str, list[Part]], p
     for name, pieces in parts.items():
         for part in pieces:
             source = published[part.name]
-            target = model_tensors[name] if part.expert is None else model_tensors[name][part.expert]
+            target = part.of(model_tensors[name])
             if part.meaning == "decay":
                 target.fill_(settled_updates(as_decay(source)))
             else:
                 target.copy_(source.mT if part.meaning == "transposed" else source)
+
+
+@torch.no_grad()
+def as_published(
+    model_tensors: Mapping[str, Tensor], parts: Mapping[str, list[Part]], decay: float | None
+) -> dict[str, Tensor]:
+    """The tensors of our model under their published names: what `fill` undoes.
+
+    Args:
+        decay: `moe.threshold_decay`, of models that have one.
+    """
+    published: dict[str, Tensor] = {}
+    for name, pieces in parts.items():
+        for part in pieces:
+            source = part.of(model_tensors[name])
+            if part.meaning == "decay":
+                assert decay is not None
+                source = torch.tensor([decay])
+            published[part.name] = (source.mT if part.meaning == "transposed" else source).clone(
+                memory_format=torch.contiguous_format
+            )
+    return published
 
 
 def threshold_decay(parts: Mapping[str, list[Part]], published: Mapping[str, Tensor], file: str) -> float | None:
@@ -219,14 +300,13 @@ def _check_layout(layout: str, config: Config, upcycle: bool) -> None:
                 f"--from dit is a dense model, but moe.router={router}; use moe.router=dense, or --upcycle to make its "
                 "feed-forward layers experts"
             )
-        raise UserError(
-            f"--from {layout} has no model with moe.router={router}; choose from {', '.join(LAYOUTS[layout])}"
+        others = [name for name, routers in LAYOUTS.items() if router in routers]
+        instead = (
+            f"such files have the names of --from {others[0]}, whoever trained them; use that"
+            if others
+            else (f"choose from {', '.join(LAYOUTS[layout])}")
         )
-    elif config.experts is not None and config.experts.activation != "gelu":
-        raise UserError(
-            f"moe.activation={config.experts.activation}: published models with such experts have dense layers of that "
-            "kind too, which this model has not; only gelu can be converted"
-        )
+        raise UserError(f"--from {layout} has no model with moe.router={router}; {instead}")
 
 
 def _check_upcycle(layout: str, config: Config) -> None:
@@ -235,16 +315,18 @@ def _check_upcycle(layout: str, config: Config) -> None:
         raise UserError(f"--upcycle starts from a dense model; use it with --from dit, not --from {layout}")
     if experts is None:
         raise UserError("--upcycle makes experts, but moe.router=dense has none; choose a router or drop --upcycle")
-    if experts.activation != "gelu":
-        raise UserError(
-            f"--upcycle: moe.activation={experts.activation}, but the dense layers of DiT are gelu; set "
-            "moe.activation=gelu"
-        )
-    if int(model.hidden_size * experts.expert_mlp_ratio) != int(model.hidden_size * model.mlp_ratio):
-        raise UserError(
-            f"--upcycle: moe.expert_mlp_ratio={experts.expert_mlp_ratio}, but the dense layers have "
-            f"model.mlp_ratio={model.mlp_ratio}; an expert that is a copy of one is as wide: make them equal"
-        )
+    for kind, one in (("activation", "expert"), ("shared_activation", "shared")):
+        if getattr(experts, kind) != model.activation and (one == "expert" or experts.shared_experts):
+            raise UserError(
+                f"--upcycle: moe.{kind}={getattr(experts, kind)}, but the dense layers have model.activation="
+                f"{model.activation}; an expert that is a copy of one is of its kind: make them equal"
+            )
+        ratio = getattr(experts, f"{one}_mlp_ratio")
+        if int(model.hidden_size * ratio) != int(model.hidden_size * model.mlp_ratio):
+            raise UserError(
+                f"--upcycle: moe.{one}_mlp_ratio={ratio}, but the dense layers have model.mlp_ratio={model.mlp_ratio}; "
+                "an expert that is a copy of one is as wide: make them equal"
+            )
     if experts.shared_experts > 1:
         raise UserError(
             f"--upcycle: moe.shared_experts={experts.shared_experts} are one layer of that many times the width, which "
@@ -253,7 +335,7 @@ def _check_upcycle(layout: str, config: Config) -> None:
 
 
 def _layer_parts(
-    layer: str, module: str, tensor: str, shape: tuple[int, ...], names: _Names, num_experts: int
+    layer: str, module: str, tensor: str, shape: tuple[int, ...], names: _Names, experts: RouterSettings
 ) -> list[Part]:
     """The published tensors of our tensor `layer` + `module`.`tensor`, where `layer` is a mixture of experts."""
     if module == "router":
@@ -261,13 +343,35 @@ def _layer_parts(
             return [Part(layer + names.router[tensor], (1,), meaning="decay")]
         return [Part(layer + names.router[tensor], shape)]
     if module == "experts":
-        linear = names.linear[0 if tensor[1] == "1" else 1]  # w1, b1, w2, b2
-        experts = [(e, f"{layer}{names.expert.format(e=e)}{linear}.") for e in range(shape[0])]
-        if tensor[0] == "b":  # b1 is (N, H)
-            return [Part(f"{name}bias", shape[1:], e) for e, name in experts]
-        # w1 is (N, D, H), each published weight (H, D)
-        return [Part(f"{name}weight", (shape[2], shape[1]), e, "transposed") for e, name in experts]
-    owner = names.shared if module == "shared" else names.unconditional.format(N=num_experts)
-    place, kind = tensor.split(".")  # fc1 or fc2, weight or bias
-    linear = names.linear[0 if place == "fc1" else 1]
+        every = names.linear if experts.activation == "gelu" else ("gate_proj", "up_proj", "down_proj")
+        linears = every[:-1] if tensor[1] == "1" else every[-1:]  # of w1, b1; of w2, b2
+        return [
+            part
+            for e in range(shape[0])
+            for part in _expert_parts(f"{layer}{names.expert.format(e=e)}", e, linears, shape[1:])
+        ]
+    owner = names.shared if module == "shared" else names.unconditional.format(N=experts.num_experts)
+    place, kind = tensor.split(".")  # fc1 or fc2, weight or bias; of SwiGLU the published names
+    linear = dict(zip(("fc1", "fc2"), names.linear, strict=True)).get(place, place)
     return [Part(f"{layer}{owner}{linear}.{kind}", shape)]
+
+
+def _expert_parts(expert: str, e: int, linears: Sequence[str], shape: tuple[int, ...]) -> list[Part]:
+    """Of expert e, whose published names begin with `expert`: those of our w1, b1, w2 or b2, of that shape for each."""
+    if len(shape) == 1:
+        return [Part(f"{expert}{linear}.bias", shape, e) for linear in linears]
+    fan_in, columns = shape  # w1 is (D, H), of SwiGLU (D, 2 H): the gate's columns first; published weights are (H, D)
+    width = columns // len(linears)
+    return [
+        Part(f"{expert}{linear}.weight", (width, fan_in), e, "transposed", (n * width, (n + 1) * width))
+        for n, linear in enumerate(linears)
+    ]
+
+
+def _dense_name(name: str, found: Collection[str]) -> str:
+    """ProMoE has other names for the GELU layers of blocks without experts where `use_swiglu` was set."""
+    block, _, tensor = name.partition(".mlp.")
+    other = {"fc1": "up_proj", "fc2": "down_proj"}
+    place, _, kind = tensor.partition(".")
+    renamed = f"{block}.mlp.{other.get(place, place)}.{kind}"
+    return renamed if place in other and name not in found and renamed in found else name

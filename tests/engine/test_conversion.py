@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffmoe_dist import load_model
-from diffmoe_dist.config import Config, build_config
+from diffmoe_dist.config import Config, build_config, load_config, model_settings
 from diffmoe_dist.convert import main
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine import weights as weights_module
-from diffmoe_dist.engine.weights import read_model
+from diffmoe_dist.engine.conversion import read_state_dict
+from diffmoe_dist.engine.weights import read_model, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.published import check_buildable
 from tests.commands import start
-from tests.published import Router, forward, synthetic_state_dict
+from tests.published import Form, Router, forward, synthetic_state_dict
 
 MODEL = [
     "model.depth=4", "model.hidden_size=32", "model.num_heads=4", "model.input_size=8", "model.num_classes=10",
@@ -97,18 +100,155 @@ CASES: dict[str, tuple[str, str, list[str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+# Options of the code bases that change which tensors there are.
+ALL = "moe.blocks=all"
+TOKEN_CHOICE, EXPERT_CHOICE = ["moe.router=token_choice", *DIFFMOE], ["moe.router=expert_choice", *DIFFMOE]
+SHARED_SWIGLU = ["moe.shared_experts=2", "moe.shared_mlp_ratio=1.0", "moe.shared_activation=swiglu"]
+NO_UNCONDITIONAL = ["moe.unconditional_expert=false", "model.qk_norm=layer"]
+FORMS: dict[str, Form] = {
+    "dit normed": Form(qk_norm="layer"),
+    "dit RMS, wide heads": Form(qk_norm="rms", head_dim=12),
+    "diffmoe dense SwiGLU, narrow heads": Form(swiglu=True, head_dim=4),
+    "DiffMoE SwiGLU, every block, GELU shared": Form(
+        swiglu=True, every_block=True, shared=("gelu", 8 * 32), qk_norm="layer", head_dim=12
+    ),
+    "TC-DiT SwiGLU shared": Form(shared=("swiglu", 2 * 32), qk_norm="layer"),
+    "EC-DiT SwiGLU throughout": Form(swiglu=True, shared=("swiglu", 2 * 32), every_block=True),
+    "ProMoE without an unconditional expert": Form(unconditional=False, qk_norm="layer", head_dim=12),
+    "ProMoE in every block": Form(every_block=True, shared=("gelu", 24)),
+    "ProMoE expert choice, renamed": Form(unconditional=False, renamed=True, qk_norm="layer"),
+}
+CASES |= {
+    "dit normed": ("dit", "dense", ["objective.name=ddpm", "model.qk_norm=layer"], {}),
+    "dit RMS, wide heads": ("dit", "dense", ["objective.name=ddpm", "model.qk_norm=rms", "model.head_dim=12"], {}),
+    "diffmoe dense SwiGLU, narrow heads": (
+        "diffmoe", "dense", ["model.activation=swiglu", "model.head_dim=4"], {}
+    ),
+    "DiffMoE SwiGLU, every block, GELU shared": (
+        "diffmoe", "global_pool",
+        [*GLOBAL_POOL, ALL, "model.activation=swiglu", "model.qk_norm=layer", "model.head_dim=12",
+         "moe.shared_experts=2", "moe.shared_activation=gelu"], {},
+    ),
+    "TC-DiT SwiGLU shared": ("diffmoe", "token_choice", [*TOKEN_CHOICE, *SHARED_SWIGLU, "model.qk_norm=layer"], {}),
+    "EC-DiT SwiGLU throughout": (
+        "diffmoe", "expert_choice", [*EXPERT_CHOICE, *SHARED_SWIGLU, ALL, "model.activation=swiglu"], {}
+    ),
+    "ProMoE without an unconditional expert": (
+        "promoe", "token_choice", [*PROMOE, *NO_UNCONDITIONAL, "model.head_dim=12"], {}
+    ),
+    "ProMoE in every block": ("promoe", "token_choice", [*PROMOE, ALL, "moe.shared_mlp_ratio=0.75"], {}),
+    "ProMoE expert choice, renamed": (
+        "promoe", "expert_choice", [*PROMOE, *NO_UNCONDITIONAL, "moe.variant=expert_choice"], {}
+    ),
+}  # fmt: skip
+
+
+def state_of(case: str) -> dict[str, Tensor]:
+    layout, variant, _, _ = CASES[case]
+    # The dense models of all code bases have one layout.
+    return synthetic_state_dict("dit" if variant == "dense" else layout, variant, form=FORMS.get(case))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_converted_model_computes_what_the_published_one_computes(case: str, convert: Any) -> None:
     layout, variant, settings, options = CASES[case]
-    # The dense models of all code bases have one layout.
     dense_or_own = "dit" if variant == "dense" else layout
-    state = synthetic_state_dict(dense_or_own, variant)
+    state = state_of(case)
     folder = convert(layout, state, *settings)
     x, t, y = images()
     model_time = (1000 * t).floor() if layout == "dit" else 1000 * t if layout == "promoe" else t
     expected = forward(dense_or_own, state, x, model_time, y, Router(variant, **options))
     torch.testing.assert_close(all_channels(folder, x, t, y), expected, atol=1e-5, rtol=0)
     assert expected.std() > 0.1, "there is something to compare"
+
+
+ONE_OF_EACH = [case for case in CASES if "top 2" not in case and "sigmoid" not in case and "2.0" not in case]
+
+
+@pytest.mark.parametrize("case", ONE_OF_EACH)
+def test_a_model_is_recognised_by_its_tensors_and_goes_back_to_them(
+    case: str, convert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout, variant, settings, _ = CASES[case]
+    state = state_of(case)
+    folder = convert(layout, state, *settings)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["convert", "--inspect", str(tmp_path / "published.pt")])
+    main()
+    printed = capsys.readouterr().out
+    (tmp_path / "found.yaml").write_text(printed)
+    assert printed.startswith(f"# published.pt: convert it with --from {'dit' if variant == 'dense' else layout}.")
+    unseen = ["model.num_heads", "moe.variant", "moe.scores", *([] if "qk_norm" in printed else ["model.head_dim"])]
+    given = [one for one in [*MODEL, *settings] if one.startswith(tuple(unseen))]
+    found, expected = load_config(tmp_path / "found.yaml", given, training=False), read_settings(folder)
+    for key, value in model_settings(expected).items():
+        if not key.startswith("objective."):
+            assert model_settings(found)[key] == value, key
+    if "RMS" in case:
+        return  # the code bases have none
+    monkeypatch.setattr(
+        sys, "argv", ["convert", "--to", layout, "--checkpoint", str(folder), "--out", str(tmp_path / "back.pt")]
+    )
+    if case == "dit normed":
+        with pytest.raises(UserError, match=r"--to dit: its code has no model with model\.qk_norm=layer; --to safet"):
+            main()
+        return
+    main()
+    back, taken = read_state_dict(tmp_path / "back.pt")
+    assert taken == ("ema" if layout == "promoe" else "only")
+    if case == "ProMoE expert choice, renamed":
+        state = {re.sub(r"(\.[02]\.mlp\.)up_proj", r"\1fc1", name): value for name, value in state.items()}
+        state = {re.sub(r"(\.[02]\.mlp\.)down_proj", r"\1fc2", name): value for name, value in state.items()}
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "message"),
+    [
+        ("promoe", ["moe.router=global_pool", "moe.num_experts=4"], r"no model with moe\.router=global_pool;"),
+        ("dit", ["model.head_dim=12"], r"no model with model\.head_dim=12;"),
+        ("promoe", ["model.activation=swiglu"], r"no model with model\.activation=swiglu;"),
+        ("diffmoe", [*GLOBAL_POOL, "moe.blocks=[0, 2]"], r"no model with moe\.blocks=\[0, 2\];"),
+        ("diffmoe", [*GLOBAL_POOL, "moe.activation=swiglu"], r"no model with moe\.activation=swiglu;"),
+        ("diffmoe", [*GLOBAL_POOL, "moe.expert_mlp_ratio=2.0"], r"no model with moe\.expert_mlp_ratio=2;"),
+        ("diffmoe", [*TOKEN_CHOICE, "moe.shared_experts=1"], r"no model with moe\.shared_experts of gelu, 128 wide;"),
+        ("diffmoe", [*GLOBAL_POOL, "moe.shared_experts=1"], r"no model with moe\.shared_experts of gelu, 128 wide;"),
+        ("promoe", [*PROMOE, "moe.shared_experts=2"], r"no model with moe\.shared_experts=2;"),
+        ("diffmoe", [*EXPERT_CHOICE, "moe.capacity_predictor=true"], r"no model with moe\.capacity_predictor=true;"),
+    ],
+)
+def test_a_model_that_published_code_cannot_build_is_not_written_in_its_names(
+    layout: str, settings: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"--to {layout}: its code has {message} --to safetensors takes every model"):
+        check_buildable(layout, build_config({}, overrides=[*MODEL, *settings], training=False))
+
+
+def test_a_file_of_another_code_base_is_told_as_such(convert: Any, tmp_path: Path) -> None:
+    state = synthetic_state_dict("diffmoe", "token_choice")
+    with pytest.raises(
+        UserError, match=r"--from promoe: .* has the names of --from diffmoe, with moe\.router=token_ch"
+    ):
+        convert("promoe", state, *PROMOE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_published_file_is_told_when_it_is_inspected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = synthetic_state_dict("promoe", "token_choice")
+    for change, message in (
+        (lambda s: s.pop("x_embedder.proj.weight"), r"x_embedder\.proj\.weight is missing, so it is no file of DiT"),
+        (lambda s: s.update(rope=torch.ones(2)), r"rope of shape \[2\] has no place in a model of these settings"),
+        (lambda s: s.pop("blocks.3.mlp.experts.1.up_proj.bias"), r"experts\.1\.up_proj\.bias is missing"),
+    ):
+        changed = dict(state)
+        change(changed)
+        torch.save(changed, tmp_path / "file.pt")
+        monkeypatch.setattr(sys, "argv", ["convert", "--inspect", str(tmp_path / "file.pt")])
+        with pytest.raises(UserError, match=message):
+            main()
 
 
 def test_the_folder_says_what_it_is_and_where_it_came_from(convert: Any, tmp_path: Path) -> None:
@@ -324,9 +464,8 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(convert: Any
     ("layout", "settings", "message"),
     [
         ("dit", ["moe.router=token_choice", "moe.num_experts=4"], "--from dit is a dense model, .*or --upcycle"),
-        ("diffmoe", PROMOE, "--from diffmoe has no model with moe.router=prototype; choose from dense, token_choice"),
-        ("promoe", GLOBAL_POOL, "--from promoe has no model with moe.router=global_pool"),
-        ("diffmoe", [*GLOBAL_POOL, "moe.activation=swiglu"], "moe.activation=swiglu: published models"),
+        ("diffmoe", PROMOE, "--from diffmoe has no model with moe.router=prototype; .* the names of --from promoe"),
+        ("promoe", GLOBAL_POOL, "--from promoe has no model with moe.router=global_pool; .* the names of --from diffm"),
         ("sit", [], "--from sit: unknown layout; choose from dit, diffmoe, promoe"),
         ("diffmoe", ["--upcycle", *GLOBAL_POOL], "--upcycle starts from a dense model; use it with --from dit"),
         ("dit", ["--upcycle"], "--upcycle makes experts, but moe.router=dense has none"),
@@ -469,7 +608,12 @@ def test_upcycling_copies_the_dense_layer_to_every_expert_and_starts_the_router_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "o"], "give one of --from {dit,diffmoe,promoe} FILE and --to safetensors"),
+        (["--out", "o"], "give one of --from {dit,diffmoe,promoe} FILE, --to {safetensors,dit,diffmoe,promoe} and"),
+        (["--inspect", "f", "--from", "dit", "f", "--out", "o"], "give one of --from"),
+        (["--inspect", "f", "--out", "o"], "--out has no effect with --inspect"),
+        (["--inspect", "f", "a=b"], "a=b has no effect with --inspect"),
+        (["--from", "dit", "f", "--config", "c"], "--out is not set"),
+        (["--to", "dit", "--out", "o"], "--to dit needs --checkpoint DIR"),
         (["--from", "dit", "f", "--to", "safetensors", "--out", "o"], "give one of --from"),
         (["--from", "dit", "f", "--out", "o"], "--from dit needs --config FILE"),
         (["--from", "dit", "f", "--config", "c", "--checkpoint", "r", "--out", "o"], "--checkpoint has no effect"),
