@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -51,6 +52,7 @@ Files are read without executing anything in them.
 
 def main() -> None:
     arguments = _parse()
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed need not look for a GPU, nor print that there is none
     if arguments.inspect is not None:
         _inspect(arguments)
     elif arguments.published is None:

@@ -119,8 +119,9 @@ COMMANDS: dict[str, How] = {
     r"python -m diffmoe_dist\.evaluate --make-reference .*": Refuses(r"--inception FILE\.pth: cannot be read"),
     r"torchrun .* diffmoe_dist\.evaluate .*": Elsewhere(SCORES),
     # conversion
-    r"cat > \S+ <<'END'\n.*": Runs(),
-    r"python -m diffmoe_dist\.convert --from promoe ckpt_step_500000\.pth .*": Refuses(r"ckpt_step_500000\.pth"),
+    r"python -m diffmoe_dist\.convert --(inspect|from promoe) ckpt_step_500000\.pth .*": Refuses(
+        r"ckpt_step_500000\.pth|promoe-l\.yaml"
+    ),
     r"python -m diffmoe_dist\.convert --(to safetensors|from dit weights/dense/) ?.*": Runs(),
 }
 
