@@ -132,7 +132,7 @@ def measure(arguments: argparse.Namespace) -> None:
 def sample(model: DiT, config: Config, batch: int, steps: int) -> Generated:
     numbers = list(range(batch))
     conditions = ClassLabels(range(1000), 1000)
-    return generate(model, build_objective(config.objective), numbers, conditions, SamplerSettings("euler", steps))
+    return generate(model, build_objective(config), numbers, conditions, SamplerSettings("euler", steps))
 
 
 def size(text: str) -> tuple[int, int, int]:

@@ -206,7 +206,7 @@ def peak_of_model(name: str, config: Config, device: torch.device) -> int:
         apply_compile(model)
     apply_recompute(model, config.train.recompute)
     model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     batch = random_batch(config).to(device)
     free_gradients(model)
 

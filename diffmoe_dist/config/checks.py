@@ -10,7 +10,7 @@ from typing import Any
 from diffmoe_dist.config.require import require
 from diffmoe_dist.config.router import RouterSettings
 from diffmoe_dist.config.schedule import check_schedule
-from diffmoe_dist.config.schema import Config, ModelConfig, data_sets
+from diffmoe_dist.config.schema import Config, ModelConfig, ObjectiveConfig, data_sets
 from diffmoe_dist.errors import UserError
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -42,6 +42,12 @@ RULES: dict[str, Rule] = {
     "model.text_max_length": (lambda value: 0 <= value <= 2**16, f"from 1 to {2**16}"),
     "model.text_pooled_size": (lambda value: 0 <= value <= 2**16, f"from 0 (none) to {2**16}"),
     "objective.time_scale": POSITIVE,
+    "objective.logit_mean": (lambda value: abs(value) < math.inf, "finite"),
+    "objective.logit_std": POSITIVE,
+    # Beyond, two uniform numbers would be one time (SD3, section 3.1).
+    "objective.mode_scale": (lambda value: -1 <= value <= 2 / (math.pi - 2), "from -1 to 2 / (pi - 2), about 1.75"),
+    "objective.time_shift": POSITIVE,
+    "objective.min_snr_gamma": POSITIVE,
     "train.steps": AT_LEAST_ONE,
     "train.global_batch_size": up_to(2**24),
     "train.micro_batch_size": (lambda value: value >= 0, "at least 1, or 0 for no accumulation"),
@@ -67,6 +73,7 @@ RULES: dict[str, Rule] = {
     "sample.every": NOT_NEGATIVE,
     "sample.num": AT_LEAST_ONE,
     "sample.steps": AT_LEAST_ONE,
+    "sample.time_shift": POSITIVE,
     "sample.cfg_scale": (lambda value: 0 <= value < math.inf, "0 or more, and finite"),
     "validation.every": NOT_NEGATIVE,
     "validation.images": AT_LEAST_ONE,
@@ -89,7 +96,7 @@ def check(config: Config) -> None:
         require(getattr(config, section), section, name, accepts, rule)
     _check_model(config.model)
     _check_condition(config.model)
-    _check_ddpm(config)
+    _check_objective(config)
     _check_experts(config)
     _check_compile(config)
     _check_parallel(config)
@@ -132,12 +139,25 @@ def _check_condition(model: ModelConfig) -> None:
             raise UserError(f"model.{name} is not set; give {meaning}")
 
 
-def _check_ddpm(config: Config) -> None:
-    if config.objective.name != "ddpm":
+def _check_objective(config: Config) -> None:
+    objective, default = config.objective, ObjectiveConfig()
+    distribution = f"objective.time_distribution={objective.time_distribution}"
+    needed = {
+        "logit_mean": (objective.time_distribution == "logit_normal", distribution),
+        "logit_std": (objective.time_distribution == "logit_normal", distribution),
+        "mode_scale": (objective.time_distribution == "mode", distribution),
+        "time_shift": (objective.name == "flow", f"objective.name={objective.name}"),
+        "min_snr_gamma": (objective.name == "ddpm", f"objective.name={objective.name}"),
+    }
+    for name, (has_effect, other) in needed.items():
+        value = getattr(objective, name)
+        if value != getattr(default, name) and not has_effect:
+            raise UserError(f"objective.{name}={value} has no effect with {other}; remove it")
+    if objective.name != "ddpm":
         return
-    if not config.model.learn_sigma:
+    if config.sample.time_shift != 1.0:
         raise UserError(
-            "model.learn_sigma=false, but objective.name=ddpm trains a learned variance; set model.learn_sigma=true"
+            f"sample.time_shift={config.sample.time_shift} has no effect with objective.name=ddpm; remove it"
         )
     if not 2 <= config.sample.steps <= 1000:
         raise UserError(

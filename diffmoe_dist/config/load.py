@@ -138,6 +138,8 @@ def _without_nulls(given: Any) -> Any:
 def _derived(typed: Any, schema: Config) -> dict[str, dict[str, Any]]:
     """By section, the settings that are not given and follow from others. Raises UserError."""
     derived = {"model": _derived_model(typed.model), "objective": _derived_objective(typed.objective)}
+    if OmegaConf.is_missing(typed.sample, "time_shift"):
+        derived["sample"] = {"time_shift": typed.objective.time_shift}
     if schema.experts is not None:
         derived["moe"] = schema.experts.derived(typed)
     return derived

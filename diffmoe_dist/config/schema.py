@@ -44,9 +44,17 @@ class ObjectiveConfig:
     """What is not given is the objective's own (`load.OBJECTIVE_DEFAULTS`); DDPM knows no other values than those."""
 
     name: Literal["flow", "ddpm"] = "flow"
-    time_distribution: Literal["uniform", "logit_normal"] = MISSING
+    time_distribution: Literal["uniform", "logit_normal", "mode"] = MISSING
     direction: Literal["data_at_one", "noise_at_one"] = MISSING  # which end of time 1 is
     time_scale: float = MISSING  # the model is given time_scale * t
+    logit_mean: float = 0.0  # with logit_normal: mean and deviation of the logit of the time
+    logit_std: float = 1.0
+    mode_scale: float = 1.29  # with mode: more than 0 favours the middle times, less the ends (SD3, section 3.1)
+    time_shift: float = 1.0  # of flow: the noise of training, relative to the data, is multiplied by this (SD3, eq. 23)
+    min_snr_gamma: float | None = (
+        None  # of DDPM: the largest signal-to-noise ratio that counts in full (min-SNR, eq. 8)
+    )
+    same_t_per_batch: bool = False  # all images of a training step have one time
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class SampleConfig:
     every: int = 0  # steps between sample grids; 0: none
     num: int = 40
     steps: int = 50
+    time_shift: float = MISSING  # of the sampler's steps; default: objective.time_shift
     cfg_scale: float = 1.0
     decoder: str | None = None  # the folder of the autoencoder that turns latents into images
 
@@ -239,7 +248,7 @@ def model_settings(config: Config) -> dict[str, Any]:
     sections = {
         "model": {name: value for name, value in vars(config.model).items() if name != "size"},
         "moe": {"router": "dense"} if experts is None else {**experts.structure(), "blocks": config.moe_blocks},
-        "objective": vars(config.objective),
+        "objective": {name: getattr(config.objective, name) for name in ("name", "direction", "time_scale")},
     }
     return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 

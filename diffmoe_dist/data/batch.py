@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffmoe_dist.model.condition import TextCondition
 
-_SMALLEST_UNIFORM = 2.0**-54  # stands in for 0.0, which one number in 2**53 is
+SMALLEST_UNIFORM = 2.0**-54  # stands in for 0.0, which one number in 2**53 is
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BatchBuffer:
             images=torch.from_numpy(self.images),
             labels=torch.from_numpy(self.labels),
             noise=torch.from_numpy(self.noise),
-            time_uniform=torch.from_numpy(np.maximum(self.uniforms[0], _SMALLEST_UNIFORM)),
+            time_uniform=torch.from_numpy(np.maximum(self.uniforms[0], SMALLEST_UNIFORM)),
             drop_uniform=torch.from_numpy(self.uniforms[1]),
             sample_ids=torch.from_numpy(self.sample_ids),
             epochs=torch.from_numpy(self.epochs),

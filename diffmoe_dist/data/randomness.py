@@ -20,6 +20,7 @@ class Stream(IntEnum):
     SAMPLING = 3
     REPLACEMENT = 4
     STREAMED_SHARDS = 5
+    STEP_TIME = 6
 
 
 def philox(seed: int, stream: Stream, epoch: int, index: int) -> np.random.Philox:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffmoe_dist.config import ObjectiveConfig
+from diffmoe_dist.config import Config, ObjectiveConfig
 
 DDPM_STEPS = 1000
 # The linear schedule (DDPM, Ho et al. 2020, section 4), in the words of diffusers' schedulers
@@ -37,15 +37,29 @@ class RectifiedFlow:
     loss_names = ("diffusion",)
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        self.time_distribution = config.time_distribution
+        self.config = config
         self.data_time = 1.0 if config.direction == "data_at_one" else 0.0
         self.time_scale = config.time_scale
 
     def times(self, uniform: Tensor) -> Tensor:
-        """(N,) uniform numbers in (0, 1), fp64, to (N,) training times, fp32, by the inverse CDF."""
-        if self.time_distribution == "logit_normal":
-            uniform = torch.special.ndtri(uniform).sigmoid()
-        return uniform.float()
+        """(N,) uniform numbers in (0, 1), fp64, to (N,) training times, fp32, by the inverse CDF.
+
+        Logit-normal and mode-weighted times are those of SD3 (Esser et al. 2024, section 3.1), of the time that this
+        objective has. Then the noise is shifted.
+        """
+        config = self.config
+        if config.time_distribution == "logit_normal":
+            uniform = (config.logit_mean + config.logit_std * torch.special.ndtri(uniform)).sigmoid()
+        elif config.time_distribution == "mode":
+            uniform = uniform + config.mode_scale * ((math.pi / 2 * uniform).cos().square() - 1 + uniform)
+        return self.shifted(uniform, config.time_shift).float()
+
+    def shifted(self, t: Tensor, shift: float) -> Tensor:
+        """Times at which noise over data is `shift` times that of the times t: SD3, eq. 23, in either direction."""
+        if shift == 1.0:
+            return t
+        data, noise = (t, shift * (1 - t)) if self.data_time == 1.0 else (1 - t, shift * t)
+        return (data if self.data_time == 1.0 else noise) / (data + noise)
 
     def model_time(self, t: Tensor) -> Tensor:
         """What the model is conditioned on, (N,) fp32."""
@@ -68,19 +82,20 @@ class RectifiedFlow:
 
 
 class DDPM:
-    """A chain of 1000 noising steps; the target is the noise, and the variance of a step back is learned.
+    """A chain of 1000 noising steps; the target is the noise, and the variance of a step back may be learned.
 
     z_t = sqrt(abar_t) x + sqrt(1 - abar_t) e with abar_t the product of 1 - beta_0 ... 1 - beta_t, so that t = 0 is the
     least noise (DDPM, Ho et al. 2020, counts it as 1). The model is conditioned on t itself.
 
     Two losses (IDDPM, Nichol and Dhariwal 2021, eq. 16, as in DiT): the squared error of the noise, and one step's term
     of the variational bound, which trains the variance alone. With 1000 steps the term of a random step is 0.001 times
-    an estimate of the whole bound, which is the paper's weight.
+    an estimate of the whole bound, which is the paper's weight. Without a learned variance the first is the only one.
+    `min_snr_gamma` weights it by min(SNR, gamma) / SNR (Hang et al. 2023, eq. 8, for predicted noise).
     """
 
-    loss_names = ("diffusion", "variational")
-
-    def __init__(self) -> None:
+    def __init__(self, learned_variance: bool = True, min_snr_gamma: float | None = None) -> None:
+        self.learned_variance, self.min_snr_gamma = learned_variance, min_snr_gamma
+        self.loss_names = ("diffusion", "variational") if learned_variance else ("diffusion",)
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # takes seconds to import
 
         beta = DDPMScheduler(**DDPM_SCHEDULE).betas.double()
@@ -116,8 +131,14 @@ class DDPM:
         The term is KL(true step back || the model's) or, at t = 0, the negative log likelihood (NLL) of the image under
         the model's last step. It trains `variance` alone: the prediction is detached.
         """
-        assert variance is not None, "build_config requires model.learn_sigma"
         step = self._at(t, x.dtype)
+        diffusion = _image_mean((prediction - noise).square())
+        if self.min_snr_gamma is not None:
+            ratio = (step.data_weight / step.noise_weight).square().flatten()
+            diffusion = diffusion * (self.min_snr_gamma / ratio).clamp(max=1)
+        if not self.learned_variance:
+            return {"diffusion": diffusion}
+        assert variance is not None, "of a model with model.learn_sigma"
         # IDDPM eq. 15
         fraction = (variance + 1) / 2
         log_variance = fraction * step.log_beta + (1 - fraction) * step.log_posterior_variance
@@ -126,10 +147,7 @@ class DDPM:
         kl = _gaussian_kl(distance, step.log_posterior_variance, log_variance)
         nll = _discretized_nll(x, distance, log_variance)
         nats = torch.where((t == 0)[:, None, None, None], nll, kl)
-        return {
-            "diffusion": _image_mean((prediction - noise).square()),
-            "variational": _image_mean(nats) / math.log(2),
-        }
+        return {"diffusion": diffusion, "variational": _image_mean(nats) / math.log(2)}
 
     def _at(self, t: Tensor, dtype: torch.dtype) -> _StepValues:
         self.table = self.table.to(t.device)
@@ -149,8 +167,10 @@ class _StepValues(NamedTuple):
 Objective = RectifiedFlow | DDPM
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    return DDPM() if config.name == "ddpm" else RectifiedFlow(config)
+def build_objective(config: Config) -> Objective:
+    if config.objective.name == "ddpm":
+        return DDPM(config.model.learn_sigma, config.objective.min_snr_gamma)
+    return RectifiedFlow(config.objective)
 
 
 def _gaussian_kl(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:

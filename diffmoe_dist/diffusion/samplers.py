@@ -1,7 +1,7 @@
 """Samplers, from noise to images, and classifier-free guidance (CFG).
 
 A sampler calls a denoiser, any callable (z, t) -> (prediction, variance). The times t (N,) are all the same, and on the
-host but for those of the adaptive sampler: to compare them waits for no device. `with_guidance` makes a denoiser that
+host but for those of torchdiffeq's samplers: to compare them waits for no device. `with_guidance` makes a denoiser that
 guides; its one or two forward passes of the model count as one function evaluation (NFE).
 
 Shape legend: N images, C channels, H = W input size.
@@ -10,30 +10,34 @@ Shape legend: N images, C channels, H = W input size.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE, Objective, RectifiedFlow
+from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE, DDPM_STEPS, Objective, RectifiedFlow
 
 Prediction = tuple[Tensor, Tensor | None]  # the objective's target and, where the objective learns one, the variance
 Denoiser = Callable[[Tensor, Tensor], Prediction]
 Y = TypeVar("Y")  # what a model is conditioned on; samplers do not look at it
 
+# Those of torchdiffeq, by its names: on a grid of equal steps, and adaptive ones, which take as many as their
+# tolerances need. Its `euler` is the one here, its `heun2` the `heun`.
+FIXED_GRID = ("midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+# Of these the images of a batch decide together how often they are evaluated.
+JOINT = (*ADAPTIVE, "implicit_adams")
 # The objective each sampler is for; the first of an objective is its default.
 SAMPLERS = {
-    "euler": "flow",
-    "heun": "flow",
-    "dopri5": "flow",
-    "ddpm": "ddpm",
-    "ddim": "ddpm",
-    "dpm-solver++": "ddpm",
+    **dict.fromkeys(("euler", "heun", "sde", *FIXED_GRID, *ADAPTIVE), "flow"),
+    **dict.fromkeys(("ddpm", "ddim", "dpm-solver++"), "ddpm"),
 }
-ADAPTIVE = "dopri5"  # takes as many steps as its tolerances need
-RTOL, ATOL = 1e-3, 1e-6  # of the adaptive sampler, those of SiT
+ADAMS_ORDER = 4  # torchdiffeq's default of 12 multiplies rounding: docs/log.md has what comes out
+RTOL, ATOL = 1e-3, 1e-6  # of torchdiffeq's, those of SiT
+LAST_SDE_STEP = 0.04  # of the way from noise to data (SiT)
 
 
 def sample(
@@ -43,119 +47,188 @@ def sample(
     objective: Objective,
     steps: int | None,
     generators: list[torch.Generator],
+    time_shift: float = 1.0,
 ) -> Tensor:
     """Sample images with the sampler of this name, a key of `SAMPLERS`.
 
     Args:
         denoise: maps z (N, C, H, W) and the objective's times (N,) to its target and the variance, (N, C, H, W) each.
         noise: (N, C, H, W) standard normal, where the images start.
-        steps: None for the adaptive sampler.
-        generators: one for each image, of the noise that a sampler adds at each step; only `ddpm` adds any.
+        steps: None for the adaptive samplers.
+        generators: one for each image, of the noise that a sampler adds at each step; only `ddpm` and `sde` add any.
+        time_shift: of a flow's steps, which are equal before `RectifiedFlow.shifted`; 1 for the adaptive samplers.
 
     Returns:
         (N, C, H, W).
     """
-    if name == ADAPTIVE:
-        assert steps is None and isinstance(objective, RectifiedFlow)
-        return sample_dopri5(denoise, noise, objective)
+    if isinstance(objective, RectifiedFlow):
+        if name in ADAPTIVE:
+            assert steps is None and time_shift == 1.0
+            return sample_adaptive(name, denoise, noise, objective)
+        assert steps is not None
+        if name == "sde":
+            return sample_sde(denoise, noise, flow_times(objective, steps, time_shift, LAST_SDE_STEP), generators)
+        times = flow_times(objective, steps, time_shift)
+        if name in FIXED_GRID:
+            return sample_fixed_grid(name, denoise, noise, times)
+        return {"euler": sample_euler, "heun": sample_heun}[name](denoise, noise, times)
     assert steps is not None
-    if name in ("euler", "heun"):
-        assert isinstance(objective, RectifiedFlow)
-        follow = sample_euler if name == "euler" else sample_heun
-        return follow(denoise, noise, objective, steps)
     if name == "ddpm":
-        return sample_ddpm(denoise, noise, steps, generators)
-    if name == "ddim":
-        return sample_ddim(denoise, noise, steps)
-    assert name == "dpm-solver++", name
-    return sample_dpm_solver(denoise, noise, steps)
+        return sample_ddpm(denoise, noise, steps, generators, objective.learned_variance)
+    return {"ddim": sample_ddim, "dpm-solver++": sample_dpm_solver}[name](denoise, noise, steps)
 
 
-def sample_euler(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, steps: int) -> Tensor:
-    """Follow the flow from noise to data with `steps` equal Euler steps.
+def flow_times(
+    objective: RectifiedFlow, steps: int, time_shift: float = 1.0, last_step: float | None = None
+) -> list[float]:
+    """The times, from noise to data, of equal steps that are then shifted; the last one may have its own length."""
+    data = objective.data_time
+    if last_step is None:
+        times = torch.linspace(1 - data, data, steps + 1, dtype=torch.float64)
+    else:
+        before = data + (1 - 2 * data) * last_step
+        times = torch.linspace(1 - data, before, steps, dtype=torch.float64)
+        times = torch.cat([times, times.new_tensor([data])])
+    return [float(t) for t in objective.shifted(times, time_shift)]
+
+
+def sample_euler(denoise: Denoiser, noise: Tensor, times: list[float]) -> Tensor:
+    """Follow the flow from noise to data with an Euler step from each time to the next.
 
     Args:
         denoise: maps z (N, C, H, W) and the unscaled times (N,) to the velocity dz/dt.
         noise: (N, C, H, W) standard normal.
     """
     z = noise
-    for now, after in _flow_steps(objective, steps):
+    for now, after in itertools.pairwise(times):
         velocity, _ = denoise(z, torch.full((len(z),), now))
         z = z + (after - now) * velocity
     return z
 
 
-def sample_heun(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow, steps: int) -> Tensor:
-    """Follow the flow with `steps` equal steps of Heun's second-order method: NFE is 2 * `steps`.
+def sample_heun(denoise: Denoiser, noise: Tensor, times: list[float]) -> Tensor:
+    """Follow the flow with steps of Heun's second-order method: NFE is twice their number.
 
     Every step, also the last, takes the mean of the velocities at its two ends. The 250 NFE of the published comparison
     are 125 steps.
     """
     z = noise
-    for now, after in _flow_steps(objective, steps):
+    for now, after in itertools.pairwise(times):
         here, _ = denoise(z, torch.full((len(z),), now))
         there, _ = denoise(z + (after - now) * here, torch.full((len(z),), after))
         z = z + (after - now) * (here + there) / 2
     return z
 
 
-def sample_dopri5(denoise: Denoiser, noise: Tensor, objective: RectifiedFlow) -> Tensor:
-    """Follow the flow with the adaptive Runge-Kutta method of Dormand and Prince, tolerances `RTOL` and `ATOL`.
+def sample_sde(denoise: Denoiser, noise: Tensor, times: list[float], generators: list[torch.Generator]) -> Tensor:
+    """Follow SiT's stochastic flow by Euler and Maruyama's method; the last step adds no noise. NFE is the steps.
+
+    With d the weight of the data and v the velocity dz/dd, the score is (d v - z) / (1 - d). SiT's `sigma` diffusion,
+    w = 2 (1 - d), makes of the flow dz = (v + w / 2 score) dd + sqrt(w) dW, which has the same marginals: its drift
+    is (1 + d) v - z.
+    """
+    sign = 1 if times[-1] == 1.0 else -1
+    z = noise
+    for now, after in itertools.pairwise(times):
+        velocity, _ = denoise(z, torch.full((len(z),), now))
+        data = now if sign == 1 else 1 - now
+        length = abs(after - now)
+        z = z + length * ((1 + data) * sign * velocity - z)
+        if after != times[-1]:
+            added = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in generators])
+            z = z + math.sqrt(2 * (1 - data) * length) * added.to(z)
+    return z
+
+
+def sample_adaptive(name: str, denoise: Denoiser, noise: Tensor, objective: RectifiedFlow) -> Tensor:
+    """Follow the flow with an adaptive Runge-Kutta method of torchdiffeq, tolerances `RTOL` and `ATOL`.
 
     All images of a batch take the same steps, so an image depends, within the tolerances, on its batch.
     """
+    times = torch.tensor([1 - objective.data_time, objective.data_time], device=noise.device)
+    # A step ends on the last time: left to itself it goes beyond, where no model was trained, and interpolates back.
+    return _odeint(name, denoise, noise, times, {"step_t": times[1:]})
+
+
+def sample_fixed_grid(name: str, denoise: Denoiser, noise: Tensor, times: list[float]) -> Tensor:
+    """Follow the flow with a method of torchdiffeq that steps from each time to the next.
+
+    `implicit_adams` repeats a step, up to four times, until all images of the batch keep `RTOL` and `ATOL`.
+    """
+    grid, ends = (torch.tensor(values, device=noise.device) for values in (times, [times[0], times[-1]]))
+    # With the grid in the place of the times every state on it would be kept.
+    options: dict[str, Any] = {"grid_constructor": lambda f, z, t: grid}
+    if name.endswith("adams"):
+        options["max_order"] = ADAMS_ORDER
+    return _odeint(name, denoise, noise, ends, options)
+
+
+def _odeint(name: str, denoise: Denoiser, noise: Tensor, ends: Tensor, options: dict[str, Any]) -> Tensor:
     from torchdiffeq import odeint  # brings scipy along
 
     def velocity(t: Tensor, z: Tensor) -> Tensor:
         return denoise(z, t.float().expand(len(z)))[0]
 
-    times = torch.tensor([1 - objective.data_time, objective.data_time], device=noise.device)
-    # A step ends on the last time: left to itself it goes beyond, where no model was trained, and interpolates back.
-    options = {"step_t": times[1:]}
-    states: Tensor = odeint(velocity, noise, times, rtol=RTOL, atol=ATOL, method="dopri5", options=options)
+    states: Tensor = odeint(velocity, noise, ends, rtol=RTOL, atol=ATOL, method=name, options=options)
     return states[-1]
 
 
-def _flow_steps(objective: RectifiedFlow, steps: int) -> list[tuple[float, float]]:
-    """The start and the end of each of `steps` equal steps from noise to data."""
-    times = torch.linspace(1 - objective.data_time, objective.data_time, steps + 1, dtype=torch.float64).tolist()
-    return list(itertools.pairwise(times))
+def ddpm_chain(steps: int) -> list[int]:
+    """`steps` of the 1000 times, from the last to the first, as published code spreads them (IDDPM).
+
+    It adds up a stride in floating point and rounds each sum, so where one is nearly a half, the error of the sum
+    decides: to compute the times directly gives others at 278 of the possible numbers of steps.
+    """
+    stride = (DDPM_STEPS - 1) / (steps - 1)
+    return [round(time) for time in itertools.accumulate([0.0, *[stride] * (steps - 1)])][::-1]
 
 
-def sample_ddpm(denoise: Denoiser, noise: Tensor, steps: int, generators: list[torch.Generator]) -> Tensor:
-    """Walk back along `steps` of the 1000 times, evenly spread from the last to the first, with the learned variance.
+def ddim_stride(steps: int) -> int | None:
+    """The whole stride that takes `steps` of the 1000 times, as published code looks for it; None: there is none."""
+    return next((stride for stride in range(1, DDPM_STEPS) if len(range(0, DDPM_STEPS, stride)) == steps), None)
+
+
+def sample_ddpm(
+    denoise: Denoiser, noise: Tensor, steps: int, generators: list[torch.Generator], learned_variance: bool = True
+) -> Tensor:
+    """Walk back along the times of `ddpm_chain`, with the learned variance or, without one, the larger of the two.
 
     The chosen times form a chain of their own (IDDPM, section 4): its betas, between which the variance is
-    interpolated, are those of the longer steps. Predicted images are not clipped: latents have no range.
+    interpolated, are those of the longer steps. A variance that is not learned is that beta, as in published code.
+    Predicted images are not clipped: latents have no range.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # takes seconds to import
 
-    scheduler = DDPMScheduler(
-        **DDPM_SCHEDULE, variance_type="learned_range", timestep_spacing="linspace", clip_sample=False
-    )
-    scheduler.set_timesteps(steps)
+    kind = "learned_range" if learned_variance else "fixed_large"
+    scheduler = DDPMScheduler(**DDPM_SCHEDULE, variance_type=kind, clip_sample=False)
+    scheduler.set_timesteps(timesteps=ddpm_chain(steps))
     z = noise
     for t in scheduler.timesteps.tolist():
-        epsilon, variance = denoise(z, torch.full((len(z),), t))
-        assert variance is not None
-        z = scheduler.step(torch.cat([epsilon, variance], dim=1), t, z, generator=generators).prev_sample
+        prediction, variance = denoise(z, torch.full((len(z),), t))
+        if learned_variance:
+            assert variance is not None
+            prediction = torch.cat([prediction, variance], dim=1)
+        z = scheduler.step(prediction, t, z, generator=generators).prev_sample
     return z
 
 
 def sample_ddim(denoise: Denoiser, noise: Tensor, steps: int) -> Tensor:
-    """Walk back without adding noise (DDIM, Song et al. 2021, eq. 12 with eta = 0); `steps` divides 1000.
+    """Walk back without adding noise (DDIM, Song et al. 2021, eq. 12 with eta = 0).
 
-    The times are 0, s, 2 s, ... with s = 1000 / steps, as published. diffusers' step back is by 1000 // steps
-    whatever the spacing, which is right for these alone.
+    The times are 0, s, 2 s, ... with the whole stride s that makes `steps` of them, as published.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler  # takes seconds to import
 
-    scheduler = DDIMScheduler(**DDPM_SCHEDULE, timestep_spacing="leading", clip_sample=False)
-    scheduler.set_timesteps(steps)
+    alpha_bar = DDIMScheduler(**DDPM_SCHEDULE).alphas_cumprod.double().tolist()
+    stride = ddim_stride(steps)
+    assert stride is not None, "see choose_sampler"
     z = noise
-    for t in scheduler.timesteps.tolist():
+    # diffusers' own step goes back by 1000 // steps, which is the stride where it divides 1000 alone.
+    for t in range((steps - 1) * stride, -1, -stride):
         epsilon, _ = denoise(z, torch.full((len(z),), t))
-        z = scheduler.step(epsilon, t, z).prev_sample
+        data = (z - math.sqrt(1 - alpha_bar[t]) * epsilon) / math.sqrt(alpha_bar[t])
+        before = alpha_bar[t - stride] if t else 1.0
+        z = math.sqrt(before) * data + math.sqrt(1 - before) * epsilon
     return z
 
 

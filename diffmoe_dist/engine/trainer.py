@@ -25,7 +25,7 @@ from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.compiling import CompileClock
 from diffmoe_dist.engine.ema import WeightAverage
-from diffmoe_dist.engine.noising import noisy_inputs
+from diffmoe_dist.engine.noising import noisy_inputs, with_one_time
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.profiling import Profiler, Timings
 from diffmoe_dist.engine.run_folder import Claim
@@ -105,7 +105,7 @@ class Trainer:
         self.topology = topology
         self.engine = engine
         self.model: DiT = engine.module
-        self.objective = build_objective(config.objective)
+        self.objective = build_objective(config)
         self.state = state
         self.average = WeightAverage(state, config.ema.decay)
         self.loader = loader
@@ -167,7 +167,7 @@ class Trainer:
             if micro_steps:
                 self.engine.step()  # between micro-steps it only counts
             with self.timings.part("data"):
-                batches.append(next(self.batches))
+                batches.append(self._next_batch())
                 batch = batches[-1].to(self.topology.device)
             micro_steps.append(self._forward_backward(batch))
         report = self._update(micro_steps)
@@ -187,6 +187,12 @@ class Trainer:
             skipped=self.progress.skipped + skipped,
         )
         return report
+
+    def _next_batch(self) -> Batch:
+        batch = next(self.batches)
+        if self.config.objective.same_t_per_batch:
+            batch = with_one_time(batch, self.config.seed, self.progress.images_seen)
+        return batch
 
     def save(self) -> None:
         """Begin to write a checkpoint; collective. Training goes on meanwhile."""

@@ -30,7 +30,7 @@ class Validation:
 
     def __init__(self, config: Config, data: TrainingData, device: torch.device) -> None:
         self.config, self.data, self.device = config, data, device
-        self.objective = build_objective(config.objective)
+        self.objective = build_objective(config)
 
     @torch.no_grad()
     def losses(self, model: DiT) -> dict[str, float | None]:

@@ -40,7 +40,7 @@ class TrainingScores:
         config, rank, ranks = self.config, dist.get_rank(), dist.get_world_size()
         num, batch = config.fid.num, config.train.micro_batch_size
         share = -(-num // ranks)
-        objective = build_objective(config.objective)
+        objective = build_objective(config)
         bad = torch.zeros(1)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
         for start in range(rank * share, (rank + 1) * share, batch):

@@ -157,7 +157,7 @@ def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int, tok
 
 def _report_bytes(config: Config) -> int:
     """Bytes of the one fp64 reduction of a step's report."""
-    losses = [*build_objective(config.objective).loss_names, *loss_weights(config)]
+    losses = [*build_objective(config).loss_names, *loss_weights(config)]
     # The loss, its parts, bad samples, whether a rank was asked to stop, and the gradients' squares.
     numbers, experts = 4 + len(losses), config.experts
     if experts is not None:

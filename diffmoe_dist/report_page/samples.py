@@ -112,7 +112,7 @@ def _sample(
     model: DiT, config: Config, conditions: Conditions, job: dict[str, Any], num: int
 ) -> tuple[Tensor, RoutingTrace | None]:
     """The first `num` images of a job, (N, C, H, W), and their routing."""
-    objective, numbers, settings = build_objective(config.objective), list(range(num)), sampler_of(job)
+    objective, numbers, settings = build_objective(config), list(range(num)), sampler_of(job)
     trace = None
     if model.moe_layers:
         with recorded(model, objective) as recorder:

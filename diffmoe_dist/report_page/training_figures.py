@@ -22,7 +22,7 @@ def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict
     rank, world_size = dist.get_rank(), dist.get_world_size()
     per_rank = -(-config.sample.num // world_size)
     numbers = list(range(rank * per_rank, (rank + 1) * per_rank))
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     with recorded(model, objective) as recorder:
         generate(model, objective, numbers, conditions, run_sampler(config), recorder)
     if rank != 0:

@@ -18,7 +18,7 @@ from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.noising import noisy_inputs
+from diffmoe_dist.engine.noising import noisy_inputs, with_one_time
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 
@@ -50,13 +50,15 @@ def recalibrate(model: DiT, config: Config, batches: Iterable[Batch]) -> None:
     Each batch is one token pool, noised as in training; the proposal for an expert is the predicted score that as many
     tokens exceed as it has slots. The model comes back in eval mode.
     """
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     device = model.pos_embed.device
     proposals = []
     for layer in model.moe_layers:
         layer.router.end_schedule()
     model.train()
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if config.objective.same_t_per_batch:
+            batch = with_one_time(batch, config.seed, number * len(batch.labels))
         z, t, y = noisy_inputs(batch.to(device), objective, config)
         output = model(z, objective.model_time(t), y)
         proposals.append([stats.proposed_threshold for stats in output.routing])

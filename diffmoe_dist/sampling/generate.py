@@ -24,7 +24,16 @@ from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import Autoencoder, same_scaling
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
-from diffmoe_dist.diffusion.samplers import ADAPTIVE, SAMPLERS, Guidance, Prediction, filled_in, sample, with_guidance
+from diffmoe_dist.diffusion.samplers import (
+    ADAPTIVE,
+    SAMPLERS,
+    Guidance,
+    Prediction,
+    ddim_stride,
+    filled_in,
+    sample,
+    with_guidance,
+)
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.condition import Condition, join, on_device
@@ -44,9 +53,10 @@ class SamplerSettings:
     """How images are sampled, whatever they are conditioned on."""
 
     sampler: str  # a key of `SAMPLERS`
-    steps: int | None  # None for the adaptive sampler
+    steps: int | None  # None for the adaptive samplers
     guidance: Guidance = Guidance()
     seed: int = 0
+    time_shift: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -119,13 +129,13 @@ def generate(
         nfe += 1
         prediction, variance = guided(z, t)
         finite_EN.append(prediction.isfinite().flatten(1).all(dim=1))
-        if settings.sampler == ADAPTIVE and not finite_EN[-1].all():
+        if settings.sampler in ADAPTIVE and not finite_EN[-1].all():
             raise _NotFinite
         return prediction, variance
 
     generators = [step_generator(settings.seed, key) for key in keys]
     try:
-        images = sample(settings.sampler, counted, noise, objective, settings.steps, generators)
+        images = sample(settings.sampler, counted, noise, objective, settings.steps, generators, settings.time_shift)
     except _NotFinite:
         images = noise  # of which the caller keeps nothing
     total = float(torch.stack(slots).sum()) if slots else 0.0
@@ -164,7 +174,8 @@ def default_sampler(objective: str) -> str:
 def run_sampler(config: Config) -> SamplerSettings:
     """How a run samples images for itself: its sample grids, scores and figures."""
     guidance = Guidance(config.sample.cfg_scale)
-    return SamplerSettings(default_sampler(config.objective.name), config.sample.steps, guidance, config.seed)
+    own, sampler = config.sample, default_sampler(config.objective.name)
+    return SamplerSettings(sampler, own.steps, guidance, config.seed, own.time_shift)
 
 
 def choose_sampler(name: str | None, steps: int | None, objective: str) -> tuple[str, int | None]:
@@ -177,18 +188,39 @@ def choose_sampler(name: str | None, steps: int | None, objective: str) -> tuple
     if SAMPLERS[name] != objective:
         fitting = " or ".join(known for known, made_for in SAMPLERS.items() if made_for == objective)
         raise UserError(f"--sampler {name} is not for a model with objective.name={objective}; choose {fitting}")
-    if name == ADAPTIVE:
+    if name in ADAPTIVE:
         if steps is not None:
             raise UserError(f"--steps {steps} has no effect with --sampler {name}, which chooses its own; leave it out")
         return name, None
     steps = DEFAULT_STEPS if steps is None else steps
     if name == "ddpm" and not 2 <= steps <= DDPM_STEPS:
         raise UserError(f"--steps {steps}: --sampler ddpm takes 2 to {DDPM_STEPS}")
-    if name == "ddim" and (steps < 2 or DDPM_STEPS % steps):
-        raise UserError(f"--steps {steps}: --sampler ddim takes a divisor of {DDPM_STEPS} above 1, such as 50 or 250")
+    if name == "ddim" and ddim_stride(steps) is None:
+        counts = sorted({len(range(0, DDPM_STEPS, stride)) for stride in range(1, DDPM_STEPS)})
+        near = sorted(sorted(counts, key=lambda count: abs(count - steps))[:2])
+        raise UserError(
+            f"--steps {steps}: --sampler ddim takes each n-th of the {DDPM_STEPS} times, as published; the nearest "
+            f"numbers of steps are {near[0]} and {near[1]}"
+        )
+    if name == "sde" and steps < 2:
+        raise UserError(f"--steps {steps}: --sampler sde takes at least 2, the last one without noise")
     if name == "dpm-solver++" and steps >= DDPM_STEPS:
         raise UserError(f"--steps {steps}: --sampler dpm-solver++ takes 1 to {DDPM_STEPS - 1}; 20 are usually enough")
     return name, steps
+
+
+def choose_time_shift(given: float | None, sampler: str, config: Config) -> float:
+    """The shift of the sampler's steps: the given one, or the run's `sample.time_shift`.
+
+    Raises:
+        UserError: the sampler has no steps to shift.
+    """
+    if sampler in ADAPTIVE or config.objective.name != "flow":
+        if given is not None:
+            why = "which chooses its own steps" if sampler in ADAPTIVE else "which is not of a flow"
+            raise UserError(f"--time-shift {given:g} has no effect with --sampler {sampler}, {why}; leave it out")
+        return 1.0
+    return config.sample.time_shift if given is None else given
 
 
 def open_decoder(
@@ -255,7 +287,7 @@ def training_grid(model: DiT, config: Config, conditions: Conditions, decode: De
     num, rank, world_size = config.sample.num, dist.get_rank(), dist.get_world_size()
     share = -(-num // world_size)
     numbers = list(range(rank * share, (rank + 1) * share))
-    sampled = generate(model, build_objective(config.objective), numbers, conditions, run_sampler(config))
+    sampled = generate(model, build_objective(config), numbers, conditions, run_sampler(config))
     if sampled.non_finite is not None:
         logger.warning("sample grid: %s", sampled.non_finite)
     pixels = decode(sampled.images)

@@ -29,7 +29,7 @@ from diffmoe_dist.config import Config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
-from diffmoe_dist.diffusion.samplers import ADAPTIVE, ATOL, RTOL, Guidance
+from diffmoe_dist.diffusion.samplers import ATOL, JOINT, RTOL, Guidance
 from diffmoe_dist.engine.weights import find_model, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import lock_file, make_writable, write_atomically, write_json, write_npz
@@ -47,6 +47,7 @@ from diffmoe_dist.sampling.generate import (
     Decode,
     SamplerSettings,
     choose_sampler,
+    choose_time_shift,
     grid_columns,
     image_grid,
     open_decoder,
@@ -155,6 +156,7 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
         UserError: a setting does not fit the model.
     """
     sampler, steps = choose_sampler(settings.sampler, settings.steps, config.objective.name)
+    shift = choose_time_shift(settings.time_shift, sampler, config)
     num = settings.num
     conditioned: dict[str, Any] = {"labels": settings.labels or "balanced"}
     conditioned["classes"] = "all" if settings.classes is None else list(settings.classes)
@@ -173,7 +175,7 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
     alone = experts is None or experts.pool_kind() == "sample" or inference == "threshold"
     precision = settings.precision or config.precision
     # In bf16 an image's rounding, and with it the choice of an expert, can depend on how many are computed at once.
-    alone = alone and sampler != ADAPTIVE and precision == "fp32"
+    alone = alone and sampler not in JOINT and precision == "fp32"
     return {
         "weights": weights,
         "num": num,
@@ -181,7 +183,8 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
         "batch_size": settings.batch_size,
         "sampler": sampler,
         "steps": steps,
-        **({"rtol": RTOL, "atol": ATOL} if sampler == ADAPTIVE else {}),
+        "time_shift": None if shift == 1.0 else shift,
+        **({"rtol": RTOL, "atol": ATOL} if sampler in JOINT else {}),
         "cfg_scale": settings.cfg_scale,
         "cfg_channels": settings.cfg_channels or "all",
         "cfg_interval": None if settings.cfg_interval is None else list(settings.cfg_interval),
@@ -208,7 +211,7 @@ def _check_for_model(settings: SamplingSettings, config: Config, sampler: str, n
         raise UserError(f"{given}: the times of objective.name={config.objective.name} are 0 to {end}, lower one first")
     if expert == 1:
         return
-    if sampler == ADAPTIVE:
+    if sampler in JOINT:
         raise UserError(
             f"--expert {expert}: ranks that hold the experts together must take the same steps, and {sampler} chooses "
             "its own; use euler or heun"
@@ -224,11 +227,11 @@ def sampler_of(job: dict[str, Any]) -> SamplerSettings:
     """How the images of a job are sampled, by its description."""
     channels = None if job["cfg_channels"] == "all" else job["cfg_channels"]
     guidance = Guidance(job["cfg_scale"], channels, job["cfg_interval"], job["one_pass"])
-    return SamplerSettings(job["sampler"], job["steps"], guidance, job["seed"])
+    return SamplerSettings(job["sampler"], job["steps"], guidance, job["seed"], job.get("time_shift") or 1.0)
 
 
 def _block_sampler(job: dict[str, Any], source: Source, is_sharded: bool) -> BlockSampler:
-    objective = build_objective(source.config.objective)
+    objective = build_objective(source.config)
     return BlockSampler(
         source.model, objective, source.decode, source.conditions, sampler_of(job), job["num"], job["batch_size"],
         is_sharded,

@@ -22,7 +22,11 @@ OVERRIDABLE = (
 )  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"  # beside the images: the prompt of each
 PRECISIONS: tuple[str, ...] = get_args(get_type_hints(Config)["precision"])
-SAMPLERS = ("euler", "heun", "dopri5", "ddpm", "ddim", "dpm-solver++")  # those of diffusion.samplers
+# Those of diffusion.samplers.
+SAMPLERS = (
+    "euler", "heun", "sde", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "dopri5", "dopri8",
+    "bosh3", "fehlberg2", "adaptive_heun", "ddpm", "ddim", "dpm-solver++",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class SamplingSettings:
     cfg_scale: float = 1.0
     seed: int = 0
     sampler: str | None = None  # None: the default of the model's objective
+    time_shift: float | None = None  # None: the run's own
     batch_size: int = 100
     overrides: tuple[str, ...] = ()  # key=value, of OVERRIDABLE
     recalibrate: int = 0  # batches of training data from which the thresholds are found anew
@@ -72,6 +77,8 @@ class SamplingSettings:
         self._check_prompts()
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: choose one from 0 to 2**63 - 1")
+        if self.time_shift is not None and not 0 < self.time_shift < math.inf:
+            raise UserError(f"--time-shift {self.time_shift}: choose a number above 0, and finite; 1 is no shift")
         if self.recalibrate < 0:
             raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
         self._check_guidance()
@@ -121,12 +128,21 @@ _FOLDER: dict[str, Any] = {"metavar": "DIR"}
 _MOST = 10**8  # images, steps, ranks: beyond it a job would not end
 _OPTIONS: dict[str, dict[str, Any]] = {
     "num": {"type": int, "metavar": "N", "help": "how many images (default with prompts: one of each)"},
-    "steps": {"type": int, "metavar": "N", "help": "sampler steps (default 50; dopri5 chooses its own)"},
+    "steps": {"type": int, "metavar": "N", "help": "sampler steps (default 50; adaptive samplers choose their own)"},
     "seed": {"type": int, "metavar": "N", "help": "of the noise and of random labels (default 0)"},
     "sampler": {
         "choices": SAMPLERS,
-        "help": "for objective.name=flow: euler (its default), heun (two NFE a step), dopri5 (adaptive, images of a "
-        "batch share their steps); for ddpm: ddpm (its default), ddim, dpm-solver++",
+        "metavar": "NAME",
+        "help": "for objective.name=flow: euler (its default), heun (two NFE a step), sde (SiT's, adds noise), dopri5 "
+        "(adaptive, images of a batch share their steps), or another method of torchdiffeq: midpoint, heun2, heun3, "
+        "rk4, explicit_adams, implicit_adams, dopri8, bosh3, fehlberg2, adaptive_heun; for ddpm: ddpm (its default), "
+        "ddim, dpm-solver++",
+    },
+    "time_shift": {
+        "type": float,
+        "metavar": "FACTOR",
+        "help": "of a flow's steps, above 1: more of them where there is more noise (default: the run's "
+        "sample.time_shift)",
     },
     "cfg_scale": {
         "type": float,

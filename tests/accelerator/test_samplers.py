@@ -17,6 +17,7 @@ GUIDED = {"flow": Guidance(2.0, interval=(0.2, 0.8)), "ddpm": Guidance(2.0, 3, i
 WAITS = {
     "euler": (0, 0, 0),
     "heun": (0, 0, 0),
+    "sde": (0, 0, 3),  # its noise too
     "ddpm": (0, 0, 3),  # its noise, which generators on the host make for each image
     "ddim": (0, 0, 0),
     "dpm-solver++": (0, 0, 0),
@@ -25,7 +26,7 @@ WAITS = {
 
 def objective_of(kind: str) -> Objective:
     settings = {"model": {"size": "S", "learn_sigma": kind == "ddpm"}, "objective": {"name": kind}}
-    return build_objective(build_config(settings, training=False).objective)
+    return build_objective(build_config(settings, training=False))
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def run(name: str, guidance: Guidance) -> Log:
     generators = [torch.Generator().manual_seed(image) for image in range(IMAGES)]
     with simulate() as log:
         denoiser = with_guidance(denoise, None, None, lambda: None, guidance)
-        sample(name, denoiser, noise, objective, None if name == ADAPTIVE else STEPS, generators)
+        sample(name, denoiser, noise, objective, None if name in ADAPTIVE else STEPS, generators)
     return log
 
 

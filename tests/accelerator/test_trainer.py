@@ -95,7 +95,7 @@ def make_trainer(moe: str, dtype: torch.dtype, micro_steps: int, batch: Batch) -
     trainer: Any = Trainer.__new__(Trainer)
     made = model(settings, dtype)
     trainer.config, trainer.model, trainer.engine, trainer.state = settings, made, Engine(made), State(made)
-    trainer.objective, trainer.loss_weights = build_objective(settings.objective), loss_weights(settings)
+    trainer.objective, trainer.loss_weights = build_objective(settings), loss_weights(settings)
     trainer.topology = Topology(0, 1, DEVICE, 1, WORLD, WORLD, WORLD, 1, WORLD)
     trainer.batches = iter([batch] * 10)
     trainer.timings, trainer.timer = Timings(torch.device("cpu")), StepTimer()

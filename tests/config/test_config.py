@@ -82,7 +82,30 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
             {"objective": {"name": "ddpm", "direction": "data_at_one"}, "model": {"learn_sigma": True}},
             r"objective\.direction=data_at_one has no effect with objective\.name=ddpm; remove it",
         ),
-        ({"objective": {"name": "ddpm"}}, r"model\.learn_sigma=false.*set model\.learn_sigma=true"),
+        ({"objective": {"logit_mean": 0.5}}, r"objective\.logit_mean=0\.5 has no effect .*time_distribution=uniform"),
+        (
+            {"objective": {"time_distribution": "mode", "logit_std": 0.5}},
+            r"objective\.logit_std=0\.5 has no effect with objective\.time_distribution=mode; remove it",
+        ),
+        (
+            {"objective": {"time_distribution": "logit_normal", "mode_scale": 0.5}},
+            r"objective\.mode_scale=0\.5 has no effect with objective\.time_distribution=logit_normal",
+        ),
+        ({"objective": {"time_distribution": "mode", "mode_scale": 1.76}}, r"mode_scale=1\.76 must be from -1 to 2 /"),
+        (
+            {"objective": {"min_snr_gamma": 5.0}},
+            r"objective\.min_snr_gamma=5\.0 has no effect with objective\.name=flow",
+        ),
+        (
+            {"objective": {"name": "ddpm", "time_shift": 2.0}},
+            r"objective\.time_shift=2\.0 has no effect with .*name=ddpm",
+        ),
+        ({"objective": {"name": "ddpm"}, "sample": {"time_shift": 2.0}}, r"sample\.time_shift=2\.0 has no effect with"),
+        ({"objective": {"time_shift": 0.0}}, r"objective\.time_shift=0\.0 must be above 0"),
+        (
+            {"objective": {"time_distribution": "logit_normal", "logit_std": 0.0}},
+            r"objective\.logit_std=0\.0 must be above 0",
+        ),
         (
             {"objective": {"name": "ddpm"}, "model": {"learn_sigma": True}, "sample": {"steps": 1001}},
             r"sample\.steps=1001: objective\.name=ddpm has 1000 steps .* choose 2 to 1000",

@@ -174,6 +174,32 @@ def test_the_variational_loss_trains_the_variance_alone_and_the_other_the_noise(
     assert of_error[0] is not None and of_error[0].all() and of_error[1] is None
 
 
+def test_without_a_learned_variance_the_error_of_the_noise_is_the_only_loss() -> None:
+    x, noise, epsilon = torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    fixed = DDPM(learned_variance=False)
+
+    losses = fixed.losses(epsilon, None, x, noise, torch.tensor([0, 700]))
+
+    assert tuple(losses) == fixed.loss_names == ("diffusion",)
+    assert losses["diffusion"].tolist() == pytest.approx(
+        ((epsilon - noise) ** 2).mean(dim=(1, 2, 3)).tolist(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_min_snr_weights_the_error_of_an_image_by_its_signal_to_noise_ratio(ddpm: DDPM, learned: bool) -> None:
+    times = [0, 10, 200, 300, 999]
+    x, noise, epsilon, variance = torch.randn(4, 5, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    weighted = DDPM(learned, min_snr_gamma=5.0).losses(epsilon, variance, x, noise, torch.tensor(times))
+    plain = ddpm.losses(epsilon, variance, x, noise, torch.tensor(times))
+
+    weights = [min(alpha_bar(t) / (1 - alpha_bar(t)), 5.0) / (alpha_bar(t) / (1 - alpha_bar(t))) for t in times]
+    assert weights[0] < 0.001 and weights[1] < 0.1 and weights[3:] == [1.0, 1.0]
+    for image, weight in enumerate(weights):
+        assert float(weighted["diffusion"][image]) == pytest.approx(weight * float(plain["diffusion"][image]), rel=1e-4)
+    assert not learned or torch.equal(weighted["variational"], plain["variational"])
+
+
 def test_times_are_the_thousand_steps_equally_often(ddpm: DDPM) -> None:
     uniform = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, SigmoidTransform, TransformedDistribution
 
-from diffmoe_dist.config import OBJECTIVE_DEFAULTS, ObjectiveConfig
+from diffmoe_dist.config import OBJECTIVE_DEFAULTS, ObjectiveConfig, build_config
 from diffmoe_dist.diffusion.objectives import DDPM, RectifiedFlow, build_objective
 
 DIRECTIONS = ["data_at_one", "noise_at_one"]
@@ -99,6 +100,46 @@ def test_logit_normal_times_are_the_quantiles_of_the_distribution() -> None:
     assert times[4] == 0.5
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(-0.7, 1.0), (0.5, 0.4)])
+def test_the_logit_of_a_time_has_the_mean_and_the_deviation_that_are_set(mean: float, deviation: float) -> None:
+    uniform = torch.tensor([1e-4, 0.02, 0.3, 0.5, 0.77, 0.999], dtype=torch.float64)
+    normal = Normal(*torch.tensor([mean, deviation], dtype=torch.float64))
+
+    times = make_flow(time_distribution="logit_normal", logit_mean=mean, logit_std=deviation).times(uniform)
+
+    assert torch.allclose(
+        times.double(), TransformedDistribution(normal, [SigmoidTransform()]).icdf(uniform), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.8, 1.29, 1.75])
+def test_mode_weighted_times_are_those_of_the_paper(scale: float) -> None:
+    uniform = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)
+
+    times = make_flow(time_distribution="mode", mode_scale=scale).times(uniform).double()
+
+    # SD3, section 3.1: f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u), which falls from 1 to 0.
+    for u, time in zip(uniform.tolist(), times.tolist(), strict=True):
+        v = 1 - u
+        assert time == pytest.approx(1 - v - scale * (math.cos(math.pi / 2 * v) ** 2 - 1 + v), abs=1e-6)
+    assert (times.diff() > 0).all() and times[0] > 0 and times[-1] < 1
+    middle = ((times > 0.25) & (times < 0.75)).double().mean()
+    assert (middle > 0.5) == (scale > 0), "a positive scale favours the middle"
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_a_time_shift_multiplies_noise_over_data_in_either_direction(distribution: str) -> None:
+    uniform = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    for direction in DIRECTIONS:
+        plain, shifted = (
+            make_flow(direction=direction, time_distribution=distribution, time_shift=shift).times(uniform).double()
+            for shift in (1.0, 3.0)
+        )
+        sigma, after = (plain, shifted) if direction == "noise_at_one" else (1 - plain, 1 - shifted)
+        assert torch.allclose(after / (1 - after), 3 * sigma / (1 - sigma), rtol=1e-4)
+        assert torch.allclose(after, 3 * sigma / (1 + 2 * sigma), atol=1e-6)  # SD3, eq. 23
+
+
 def test_uniform_times_are_the_numbers_themselves() -> None:
     uniform = torch.tensor([0.001, 0.25, 0.5, 0.9], dtype=torch.float64)
 
@@ -123,5 +164,9 @@ def test_a_flow_leaves_the_variance_channels_of_the_published_models_alone() -> 
 
 
 def test_each_objective_is_built_by_its_name() -> None:
-    assert isinstance(build_objective(ObjectiveConfig("flow", **OBJECTIVE_DEFAULTS["flow"])), RectifiedFlow)
-    assert isinstance(build_objective(ObjectiveConfig("ddpm")), DDPM)
+    model = {"size": "S"}
+    assert isinstance(build_objective(build_config({"model": model}, training=False)), RectifiedFlow)
+    for learned in (True, False):
+        settings = {"model": {**model, "learn_sigma": learned}, "objective": {"name": "ddpm"}}
+        objective = build_objective(build_config(settings, training=False))
+        assert isinstance(objective, DDPM) and objective.learned_variance == learned

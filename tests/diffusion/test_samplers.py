@@ -1,25 +1,31 @@
 from __future__ import annotations
 
+import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
+from torchdiffeq import odeint
 
 from diffmoe_dist.config import OBJECTIVE_DEFAULTS, ObjectiveConfig
-from diffmoe_dist.diffusion.objectives import DDPM, RectifiedFlow
+from diffmoe_dist.diffusion.objectives import DDPM, DDPM_SCHEDULE, RectifiedFlow
 from diffmoe_dist.diffusion.samplers import (
+    ADAPTIVE,
+    FIXED_GRID,
     Denoiser,
     Guidance,
     Prediction,
+    ddim_stride,
+    ddpm_chain,
     sample,
     sample_ddim,
     sample_ddpm,
-    sample_dopri5,
     sample_dpm_solver,
-    sample_euler,
-    sample_heun,
     with_guidance,
 )
 
@@ -52,7 +58,7 @@ def test_euler_with_the_exact_denoiser_of_a_gaussian_recovers_its_mean_and_varia
     noise = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     flow = make_flow(direction=direction)
 
-    images = sample_euler(gaussian_denoiser(mean, std, direction), noise, flow, steps)
+    images = sample("euler", gaussian_denoiser(mean, std, direction), noise, flow, steps, [])
 
     # Sample by sample the exact flow is noise -> mean + std * noise; Euler's error is of the order of 1 / steps.
     assert (images - (mean + std * noise)).abs().max() < 4 / steps
@@ -82,7 +88,10 @@ def test_heun_and_dopri5_with_the_exact_denoiser_of_a_gaussian_recover_its_momen
 def test_heun_is_of_second_order() -> None:
     noise = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     errors = [
-        (sample_heun(gaussian_denoiser(1.5, 0.4, "data_at_one"), noise, make_flow(), steps) - (1.5 + 0.4 * noise))
+        (
+            sample("heun", gaussian_denoiser(1.5, 0.4, "data_at_one"), noise, make_flow(), steps, [])
+            - (1.5 + 0.4 * noise)
+        )
         .abs()
         .max()
         .item()
@@ -99,7 +108,7 @@ def test_heun_asks_at_both_ends_of_each_step() -> None:
         asked.append(float(t[0]))
         return torch.full_like(z, float(t[0])), None
 
-    images = sample_heun(denoise, torch.zeros(1, 1, 2, 2), make_flow(), steps=2)
+    images = sample("heun", denoise, torch.zeros(1, 1, 2, 2), make_flow(), 2, [])
 
     assert asked == [0.0, 0.5, 0.5, 1.0]
     assert images.flatten().tolist() == [0.5] * 4  # the integral of t, which the trapezoidal rule has exactly
@@ -117,7 +126,7 @@ def test_dopri5_has_a_higher_nfe_where_the_flow_bends_more_and_none_beyond_the_e
             calls.append(float(t[0]))
             return exact(z, t)
 
-        sample_dopri5(denoise, noise, make_flow(direction=direction))
+        sample("dopri5", denoise, noise, make_flow(direction=direction), None, [])
         counts.append(len(calls))
         # A step that ends on the last time asks for the number next to it.
         assert 0 <= min(calls) < 1e-6 and 1 - 1e-6 < max(calls) <= 1
@@ -132,7 +141,7 @@ def test_a_constant_velocity_is_followed_exactly_whatever_the_steps(steps: int, 
     data = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     flow = make_flow(direction=direction)
 
-    images = sample_euler(lambda z, t: (flow.target(data, noise), None), noise, flow, steps)
+    images = sample("euler", lambda z, t: (flow.target(data, noise), None), noise, flow, steps, [])
 
     assert torch.allclose(images, data, atol=1e-6)
 
@@ -149,7 +158,7 @@ def test_euler_asks_at_the_start_of_each_step_for_unscaled_times(direction: str,
 
     noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     flow = make_flow(direction=direction, time_scale=1000.0)
-    images = sample_euler(denoise, noise, flow, steps=4)
+    images = sample("euler", denoise, noise, flow, 4, [])
 
     assert torch.equal(images, noise)
     assert [t.tolist() for t in asked] == [[now] * 3 for now in expected]
@@ -285,11 +294,6 @@ def gaussian_noise_denoiser(mean: float, std: float, chain: list[int]) -> Denois
     return denoise
 
 
-def ddpm_chain(steps: int) -> list[int]:
-    """As the published code spreads them: first and last, and between them the multiples of the stride, rounded."""
-    return [round(step * 999 / (steps - 1)) for step in reversed(range(steps))]
-
-
 def make_generators(count: int, first_seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first_seed + image) for image in range(count)]
 
@@ -388,8 +392,169 @@ def test_ddim_samples_no_noise_after_the_start() -> None:
     assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(generators, make_generators(2), strict=True))
 
 
-def test_euler_is_reached_by_its_name() -> None:
-    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    flow, denoise = make_flow(), gaussian_denoiser(0.5, 0.4, "data_at_one")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", FIXED_GRID)
+def test_a_fixed_grid_of_torchdiffeq_is_its_own_solution_at_the_last_of_all_times(name: str, direction: str) -> None:
+    noise = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise, ends = gaussian_denoiser(1.5, 0.4, direction), [0.0, 1.0] if direction == "data_at_one" else [1.0, 0.0]
 
-    assert torch.equal(sample("euler", denoise, noise, flow, 5, []), sample_euler(denoise, noise, flow, 5))
+    images = sample(name, denoise, noise, make_flow(direction=direction), 25, [])
+
+    def velocity(t: Tensor, z: Tensor) -> Tensor:
+        return denoise(z, t.expand(len(z)))[0]
+
+    times = torch.linspace(ends[0], ends[1], 26, dtype=torch.float64).float()
+    order = {"options": {"max_order": 4}} if "adams" in name else {}
+    expected = odeint(velocity, noise, times, method=name, rtol=1e-3, atol=1e-6, **order)[-1]
+    assert torch.allclose(images, expected, atol=1e-6)
+    # Of second order and more: the exact flow is noise -> mean + std * noise.
+    assert (images - (1.5 + 0.4 * noise)).abs().max() < 0.03
+
+
+def test_heun2_is_heun() -> None:
+    noise = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (
+        sample(name, gaussian_denoiser(1.5, 0.4, "data_at_one"), noise, make_flow(), 10, [])
+        for name in ("heun", "heun2")
+    )
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTIVE if name != "dopri5"])
+def test_every_adaptive_method_recovers_a_gaussian_and_asks_nothing_beyond_the_ends(name: str) -> None:
+    noise = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    asked: list[float] = []
+    exact = gaussian_denoiser(1.5, 0.4, "noise_at_one")
+
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
+        asked.append(float(t[0]))
+        return exact(z, t)
+
+    images = sample(name, denoise, noise, make_flow(direction="noise_at_one"), None, [])
+
+    assert (images - (1.5 + 0.4 * noise)).abs().max() < 5e-2
+    assert 0 <= min(asked) < 1e-6 and 1 - 1e-6 < max(asked) <= 1
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sde_is_a_slow_euler_and_maruyama_with_the_score_of_the_velocity(direction: str) -> None:
+    """SiT: drift v + sigma * score with sigma = 1 - d, noise sqrt(2 sigma h), and a last step of 0.04 without noise."""
+    steps, noise = 6, torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian_denoiser(1.5, 0.4, direction)
+    asked: list[float] = []
+
+    def counted(z: Tensor, t: Tensor) -> Prediction:
+        asked.append(float(t[0]))
+        return denoise(z, t)
+
+    images = sample("sde", counted, noise, make_flow(direction=direction), steps, make_generators(2))
+
+    z, added = noise.double(), make_generators(2)
+    weights = [0.96 * step / (steps - 1) for step in range(steps)] + [1.0]
+    for data, after in itertools.pairwise(weights):
+        sigma, length = 1 - data, after - data
+        mean, std = 1.5, 0.4
+        variance = data**2 * std**2 + sigma**2
+        score = -(z - data * mean) / variance  # of the marginal, which is N(d mean, variance)
+        velocity = (score * sigma + z) / data if data else z * 0 + mean - z  # d v - z = sigma score
+        z = z + length * (velocity + sigma * score)
+        if after < 1:
+            noises = [torch.randn(1, 2, 2, generator=generator) for generator in added]
+            z = z + math.sqrt(2 * sigma * length) * torch.stack(noises)
+    assert torch.allclose(images.double(), z, atol=1e-5)
+    times = weights[:-1] if direction == "data_at_one" else [1 - weight for weight in weights[:-1]]
+    assert asked == pytest.approx(times, abs=1e-7) and len(asked) == steps
+
+
+def test_sde_with_the_exact_denoiser_recovers_a_gaussian_whatever_is_beside_an_image() -> None:
+    mean, std, steps = 1.5, 0.4, 250
+    noise = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    denoise, flow = gaussian_denoiser(mean, std, "data_at_one"), make_flow()
+
+    images = sample("sde", denoise, noise, flow, steps, make_generators(40, first_seed=1))
+
+    # 40,960 numbers' own mean and deviation, and steps of first order.
+    assert images.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(40_960) + 2 / steps)
+    assert images.std().item() == pytest.approx(std, abs=4 * std / math.sqrt(81_920) + 2 / steps)
+    alone = sample("sde", denoise, noise[3:4], flow, steps, make_generators(1, first_seed=4))
+    assert torch.equal(alone[0], images[3])
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "rk4", "sde"])
+def test_a_time_shift_moves_the_steps_towards_the_noise_alike_in_both_directions(name: str) -> None:
+    noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    images, asked = [], []
+    for direction in DIRECTIONS:
+        exact = gaussian_denoiser(1.5, 0.4, direction)
+        levels: list[float] = []
+
+        def denoise(z: Tensor, t: Tensor, exact: Denoiser = exact, levels: list[float] = levels) -> Prediction:
+            levels.append(float(t[0]))
+            return exact(z, t)
+
+        flow = make_flow(direction=direction)
+        images.append(sample(name, denoise, noise, flow, 4, make_generators(4), time_shift=3.0))
+        asked.append(levels if direction == "noise_at_one" else [1 - level for level in levels])
+    assert torch.allclose(images[0], images[1], atol=1e-5)
+    assert asked[0] == pytest.approx(asked[1], abs=1e-6)
+    if name == "euler":  # SD3, eq. 23: 3 s / (1 + 2 s)
+        assert asked[0] == pytest.approx([1.0, 2.25 / 2.5, 1.5 / 2, 0.75 / 1.5], abs=1e-6)
+
+
+def test_the_chain_of_ddpm_is_the_published_one_at_every_number_of_steps() -> None:
+    other = 0
+    for steps in range(2, 1001):
+        chain = ddpm_chain(steps)[::-1]
+        direct = np.linspace(0, 999, steps).round().astype(int).tolist()
+        # Each time is the multiple of the stride, rounded; where that is a half, either way.
+        exact = [Fraction(999 * place, steps - 1) for place in range(steps)]
+        assert all(abs(time - at) <= Fraction(1, 2) for time, at in zip(chain, exact, strict=True))
+        assert chain[0] == 0 and chain[-1] == 999 and len(set(chain)) == steps
+        other += chain != direct
+    # The published function, run once for all numbers of steps, differs from the direct computation at so many, and
+    # with 21 and 31 steps in the middle one.
+    assert other == 278
+    assert (ddpm_chain(21)[10], ddpm_chain(31)[15]) == (499, 500)
+    assert np.linspace(0, 999, 21).round()[10] == 500 and np.linspace(0, 999, 31).round()[15] == 499
+
+
+def test_ddim_takes_the_published_times_at_counts_that_do_not_divide_1000() -> None:
+    asked: list[int] = []
+    noise = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact = gaussian_noise_denoiser(1.5, 0.4, list(range(992, -1, -31)))
+
+    def denoise(z: Tensor, t: Tensor) -> Prediction:
+        asked.append(int(t[0]))
+        return exact(z, t)
+
+    images = sample_ddim(denoise, noise, 33)
+
+    assert asked == list(range(992, -1, -31)) and len(asked) == 33
+    assert (images - (1.5 + 0.4 * noise)).abs().max() < 0.25
+    assert [steps for steps in range(1, 30) if ddim_stride(steps) is None] == [1]
+    assert ddim_stride(300) is None and ddim_stride(1000) == 1
+
+
+def test_ddim_is_that_of_diffusers_where_both_have_the_times() -> None:
+    noise = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    denoise = gaussian_noise_denoiser(0.5, 0.4, list(range(980, -1, -20)))
+    scheduler = DDIMScheduler(**DDPM_SCHEDULE, timestep_spacing="leading", clip_sample=False)
+    scheduler.set_timesteps(50)
+    z = noise
+    for t in scheduler.timesteps:
+        z = scheduler.step(denoise(z, t.expand(4))[0], t, z).prev_sample
+
+    assert torch.allclose(sample_ddim(denoise, noise, 50), z, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1000, 31, 7])
+def test_ddpm_without_a_learned_variance_recovers_the_gaussian_that_its_fixed_one_is_of(steps: int) -> None:
+    mean = 1.5
+    noise = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    exact = gaussian_noise_denoiser(mean, 1.0, ddpm_chain(steps))  # a step back has the variance beta
+    objective = DDPM(learned_variance=False)
+
+    images = sample("ddpm", lambda z, t: (exact(z, t)[0], None), noise, objective, steps, make_generators(40, 1))
+
+    assert images.mean().item() == pytest.approx(mean, abs=4 / math.sqrt(40_960))
+    assert images.std().item() == pytest.approx(1.0, abs=4 / math.sqrt(81_920) + 0.0001)

@@ -66,7 +66,7 @@ def all_channels(folder: Path, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """(N, 2 C, H, W), with the times given to the model as the folder's objective says."""
     model, config = read_model(folder, "cpu")
     assert not model.training
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     output = model(x, objective.model_time(objective.times(t.double())), y)
     assert output.variance is not None
     return torch.cat([output.prediction, output.variance], dim=1)

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffmoe_dist.config import learning_rate
+from diffmoe_dist.config import Config, learning_rate
+from diffmoe_dist.data.batch import BatchBuffer
+from diffmoe_dist.engine.noising import with_one_time
+from diffmoe_dist.engine.sharded_state import MASTER
 from tests.distributed import run_ranks
-from tests.engine.runs import curve, tiny_config, train_all
+from tests.engine.runs import curve, make_trainer, tiny_config, train_all
 
 pytestmark = pytest.mark.slow
 
+# A schedule and an objective each, which do not touch.
 RECIPES: dict[str, dict[str, Any]] = {
-    "cosine": {"optim": {"schedule": "cosine", "warmup_steps": 5, "final_lr": 1e-4}},
-    "wsd": {"optim": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 12}},
-    "milestones": {"optim": {"schedule": "milestones", "milestones": [7, 12]}},
+    "cosine, shifted times": {
+        "optim": {"schedule": "cosine", "warmup_steps": 5, "final_lr": 1e-4},
+        "objective": {"logit_mean": -0.5, "logit_std": 1.5, "time_shift": 3.0},
+    },
+    "wsd, min-SNR without a variance": {
+        "optim": {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 12},
+        "objective": {"name": "ddpm", "time_distribution": None, "time_scale": None, "min_snr_gamma": 5.0},
+    },
+    "milestones, one mode-weighted time": {
+        "optim": {"schedule": "milestones", "milestones": [7, 12]},
+        "objective": {"time_distribution": "mode", "mode_scale": 0.8, "same_t_per_batch": True},
+    },
 }
 TWENTY: dict[str, Any] = {"train": {"steps": 20}, "checkpoint": {"every": 10}}
 
@@ -51,12 +65,42 @@ def test_a_resume_from_the_middle_is_the_run_bit_for_bit(runs: Path, recipe: str
         assert curve(runs / "resumed" / recipe, name) == curve(runs / "two" / recipe, name)
 
 
-def test_the_logged_rate_is_the_one_of_the_step_and_the_one_that_trains(runs: Path, digits: Path) -> None:
-    for recipe in ("cosine", "wsd", "milestones"):
-        config = tiny_config(runs, digits, RECIPES[recipe], TWENTY)
-        expected = [learning_rate(config, step) for step in range(1, 21)]
-        assert curve(runs / "one" / recipe, "lr") == expected and len(set(expected)) > 2
-    losses = [curve(runs / "one" / recipe) for recipe in ("cosine", "wsd", "milestones")]
-    # Whatever the rate, the first loss is that of the initial weights, and none that follows an update.
-    assert losses[0][0] == losses[1][0] == losses[2][0]
-    assert losses[0][1] != losses[1][1] != losses[2][1]
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_logged_rate_is_that_of_the_step(runs: Path, digits: Path, recipe: str) -> None:
+    config = tiny_config(runs, digits, RECIPES[recipe], TWENTY)
+    expected = [learning_rate(config, step) for step in range(1, 21)]
+    assert curve(runs / "one" / recipe, "lr") == expected and len(set(expected)) > 2
+
+
+def test_the_rate_of_a_step_is_what_moves_the_weights(runs: Path, digits: Path) -> None:
+    recipe = "wsd, min-SNR without a variance"
+    config = tiny_config(runs, digits, RECIPES[recipe], TWENTY)
+    (moved,) = run_ranks(1, change_of_weights, digits, runs / "last", config)
+    assert moved == [pytest.approx(learning_rate(config, step), rel=1e-2) for step in (1, 2)]
+
+
+def change_of_weights(rank: int, world_size: int, digits: Path, run_dir: Path, config: Config) -> list[float]:
+    """The largest change of a weight in each of the first two steps: where gradients keep their sign, AdamW's rate."""
+    trainer = make_trainer(rank, world_size, replace(config, run_dir=str(run_dir)))
+    changes = []
+    for _ in range(2):
+        before = [flat.clone() for flat in trainer.state.flat[MASTER]]
+        trainer.train_step()
+        after = trainer.state.flat[MASTER]
+        changes.append(max(float((new - old).abs().max()) for new, old in zip(after, before, strict=True)))
+    trainer.close()
+    return changes
+
+
+def test_one_time_of_a_batch_is_a_function_of_the_images_seen_and_of_the_seed() -> None:
+    def uniforms(rows: int, seed: int, images_seen: int) -> list[float]:
+        batch = BatchBuffer(rows, channels=1, image_size=2).batch()
+        found: list[float] = with_one_time(batch, seed, images_seen).time_uniform.tolist()
+        return found
+
+    drawn = [uniforms(2, 0, 16 * step)[0] for step in range(1000)]
+    assert uniforms(5, 0, 32) == [drawn[2]] * 5 and uniforms(1, 1, 32) != [drawn[2]]
+    # 1000 numbers of a uniform distribution: the mean of a quarter is off by up to 4 sqrt(3 / 16 / 1000).
+    for quarter in range(4):
+        share = sum(quarter / 4 <= number < (quarter + 1) / 4 for number in drawn) / 1000
+        assert share == pytest.approx(0.25, abs=0.055)

@@ -8,7 +8,12 @@ from diffmoe_dist.config import load_config
 from tests.distributed import run_ranks
 from tests.engine.runs import tiny_config, train_all
 
-CHANGED = {"optim": {"lr": 5e-4, "betas": [0.9, 0.95]}, "ema": {"decay": 0.8}, "checkpoint": {"keep": 5}}
+CHANGED = {
+    "objective": {"logit_std": 0.8},
+    "optim": {"lr": 5e-4, "betas": [0.9, 0.95]},
+    "ema": {"decay": 0.8},
+    "checkpoint": {"keep": 5},
+}
 
 
 def test_a_resume_says_in_one_line_which_settings_it_changes_and_keeps_the_old_file(
@@ -22,7 +27,8 @@ def test_a_resume_says_in_one_line_which_settings_it_changes_and_keeps_the_old_f
     assert len(told) == 2, "nothing is said where nothing changes"
     line = told[0].partition(" settings change after step-00000002: ")[2]
     assert line == (
-        "train.steps 2 -> 3, optim.lr 0.001 -> 0.0005, optim.betas (0.9, 0.999) -> (0.9, 0.95), ema.decay 0.9 -> 0.8, "
+        "objective.logit_std 1.0 -> 0.8, train.steps 2 -> 3, "
+        "optim.lr 0.001 -> 0.0005, optim.betas (0.9, 0.999) -> (0.9, 0.95), ema.decay 0.9 -> 0.8, "
         f"checkpoint.keep 2 -> 5; the old ones stay in {run_dir}/config-until-step-00000002.yaml"
     )
     rates = [line for line in (run_dir / "logs/rank-0.log").read_text().splitlines() if "learning rate" in line]

@@ -80,7 +80,7 @@ def batches(folder: Path, count: int, seed: int = 0) -> list[Batch]:
 def test_a_dropped_caption_becomes_the_stored_empty_caption_and_others_stay(folder: Path) -> None:
     config = build_config(TINY, text_settings(folder, "unused"))
     for batch in batches(folder, 3):
-        _, _, y = noisy_inputs(batch, build_objective(config.objective), config)
+        _, _, y = noisy_inputs(batch, build_objective(config), config)
         assert isinstance(y, TextCondition) and batch.text is not None and batch.null_text is not None
         dropped = batch.drop_uniform < 0.2
         absent = torch.tensor([sample % 4 == 2 for sample in batch.sample_ids.tolist()])  # samples without a caption

@@ -88,7 +88,7 @@ def test_the_losses_are_those_of_the_averaged_weights_by_quarters_of_time(
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in weights:
                 tensor.copy_(weights[name].view(tensor.shape))
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     dataset = TrainingDataset(TrainingData((DataSet.open(held_out),), 8), seed=0, flip=False)
     losses, times = [], []
     for start in (0, 16, 32):  # the pools of a step; the last one reaches beyond the 40 images

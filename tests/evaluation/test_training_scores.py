@@ -59,7 +59,7 @@ def test_a_score_is_that_of_the_averaged_models_images_on_any_ranks(runs: Path, 
     config = tiny_config(runs / "alone", digits)
     numbers = list(range(21))
     sampled = generate(
-        load_model(runs / "alone"), build_objective(config.objective), numbers, DIGITS,
+        load_model(runs / "alone"), build_objective(config), numbers, DIGITS,
         SamplerSettings("euler", steps=3, guidance=Guidance(1.5)),
     )  # fmt: skip
     moments = Moments(12, CPU)

@@ -68,7 +68,7 @@ def random_model(**moe: Any) -> tuple[DiT, Any]:
 
 
 def trace_of(model: DiT, config: Any, guidance: Guidance, labels: list[int]) -> RoutingTrace:
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     with recorded(model, objective) as recorder:
         numbers, sampling = list(range(len(labels))), SamplerSettings("euler", steps=4, guidance=guidance)
         generate(model, objective, numbers, ClassLabels(labels, 10), sampling, recorder)

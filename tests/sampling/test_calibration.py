@@ -48,7 +48,7 @@ def batches(digits: Path, config: Config, number: int, size: int) -> list[Batch]
 
 
 def measured_capacity(model: DiT, config: Config, batch: Batch) -> list[float]:
-    objective = build_objective(config.objective)
+    objective = build_objective(config)
     z, t, labels = noisy_inputs(batch, objective, config)
     with torch.no_grad():
         return [float(stats.capacity) for stats in model(z, objective.model_time(t), labels).routing]

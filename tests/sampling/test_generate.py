@@ -47,7 +47,7 @@ DIGITS = ClassLabels(list(range(10)), null_label=10)
 
 
 def sample(model: DiT, numbers: list[int], seed: int = 0, sampler: str = "ddpm") -> Generated:
-    objective = build_objective(build_config(CONFIG).objective)
+    objective = build_objective(build_config(CONFIG))
     return generate(model, objective, numbers, DIGITS, SamplerSettings(sampler, 10, Guidance(2.0), seed))
 
 
@@ -83,9 +83,12 @@ def test_without_a_name_the_sampler_is_that_of_the_objective(objective: str, sam
         ("ddpm", 50, "flow", r"--sampler ddpm is not for .* objective\.name=flow; choose euler"),
         (None, 1, "ddpm", r"--steps 1: --sampler ddpm takes 2 to 1000"),
         ("ddpm", 1001, "ddpm", r"--steps 1001: --sampler ddpm takes 2 to 1000"),
-        ("ddim", 300, "ddpm", r"--steps 300: --sampler ddim takes a divisor of 1000 above 1"),
-        ("ddim", 1, "ddpm", r"--steps 1: --sampler ddim takes a divisor"),
-        ("ddim", 2000, "ddpm", r"--steps 2000: --sampler ddim takes a divisor"),
+        ("ddim", 300, "ddpm", r"--steps 300: .* each n-th of the 1000 times, as published; .* 250 and 334"),
+        ("ddim", 1, "ddpm", r"--steps 1: .* the nearest numbers of steps are 2 and 3"),
+        ("ddim", 2000, "ddpm", r"--steps 2000: .* the nearest numbers of steps are 500 and 1000"),
+        ("sde", 1, "flow", r"--steps 1: --sampler sde takes at least 2"),
+        ("sde", 10, "ddpm", r"--sampler sde is not for a model with objective\.name=ddpm"),
+        ("bosh3", 50, "flow", r"--steps 50 has no effect with --sampler bosh3"),
         ("dpm-solver++", 1000, "ddpm", r"--steps 1000: --sampler dpm-solver\+\+ takes 1 to 999"),
         ("dopri5", 50, "flow", r"--steps 50 has no effect with --sampler dopri5"),
     ],

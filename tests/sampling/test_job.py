@@ -209,6 +209,10 @@ def test_the_png_folder_holds_the_images_of_the_npz(trained: Path, tmp_path: Pat
         ({"cfg_interval": (0.1, 0.2)}, r"--cfg-interval has no effect without guidance"),
         ({"one_pass": True}, r"--one-pass has no effect without guidance"),
         ({"steps": 0}, r"--steps 0: choose at least 1"),
+        (
+            {"sampler": "dopri8", "steps": None, "time_shift": 2.0},
+            r"--time-shift 2 has no effect with --sampler dopri8",
+        ),
         ({"cfg_scale": 2.0, "cfg_channels": 3}, r"--cfg-channels 3: this model has 1; use --cfg-channels all"),
         ({"cfg_scale": 2.0, "cfg_interval": (0.2, 400.0)}, r"--cfg-interval 0\.2 400: the times .*flow are 0 to 1"),
         ({"cfg_scale": 2.0, "cfg_interval": (0.8, 0.2)}, r"--cfg-interval 0\.8 0\.2: .* lower one first"),
@@ -221,6 +225,7 @@ def test_the_png_folder_holds_the_images_of_the_npz(trained: Path, tmp_path: Pat
             {"expert": 2, "sampler": "dopri5", "steps": None},
             r"--expert 2: .* dopri5 chooses its own; use euler or heun",
         ),
+        ({"expert": 2, "sampler": "implicit_adams"}, r"--expert 2: .* implicit_adams chooses its own"),
     ],
 )
 def test_a_setting_that_would_be_ignored_or_does_not_fit_is_refused(

@@ -36,7 +36,7 @@ def sample_part(rank: int, ranks: int, run: Path, cases: list[tuple[int, int]]) 
             numbers = blocks[place] if place < len(blocks) else blocks[0]
             if place < len(blocks) or expert > 1:
                 result = generate(
-                    model, build_objective(config.objective), numbers, ClassLabels(LABELS, 10),
+                    model, build_objective(config), numbers, ClassLabels(LABELS, 10),
                     SamplerSettings("euler", steps=10, guidance=Guidance(2.0), seed=3),
                 )  # fmt: skip
                 if place < len(blocks):

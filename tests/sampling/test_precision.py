@@ -55,7 +55,7 @@ def record(folder: Path) -> dict[str, Any]:
 def in_fp32(run: Path) -> np.ndarray:
     """The images of `asked`, by a model of fp32 weights, block by block."""
     model, config = read_model(find_model(run), CPU)
-    objective, labels = build_objective(config.objective), ClassLabels([number % 10 for number in range(7)], 10)
+    objective, labels = build_objective(config), ClassLabels([number % 10 for number in range(7)], 10)
     blocks = [
         generate(model, objective, numbers, labels, SamplerSettings("euler", 3)).images
         for numbers in ([0, 1, 2], [3, 4, 5], [6])

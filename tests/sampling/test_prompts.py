@@ -61,7 +61,7 @@ def conditions_of(folder: Path, texts: list[str], negative: str | None = None) -
 def sample(folder: Path, texts: list[str], scale: float = 3.0, negative: str | None = None) -> dict[str, Tensor]:
     config = load_config(folder / "run/config.yaml")
     images = generate(
-        load_model(folder / "run"), build_objective(config.objective), list(range(len(texts))),
+        load_model(folder / "run"), build_objective(config), list(range(len(texts))),
         conditions_of(folder, texts, negative), SamplerSettings("euler", steps=4, guidance=Guidance(scale)),
     ).images  # fmt: skip
     return dict(zip(texts, images, strict=True))
@@ -80,7 +80,7 @@ def test_the_prompt_matters(folder: Path) -> None:
     conditions = conditions_of(folder, TEXTS)
     model, config = load_model(folder / "run"), load_config(folder / "run/config.yaml")
     z, t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1), torch.rand(1)
-    prediction = model(z, build_objective(config.objective).model_time(t.expand(4)), conditions.of([0, 1, 2, 3]))
+    prediction = model(z, build_objective(config).model_time(t.expand(4)), conditions.of([0, 1, 2, 3]))
     differences = [(prediction.prediction[i] - prediction.prediction[0]).abs().max() for i in (1, 2, 3)]
     assert min(differences) > 1e-3
 

@@ -19,7 +19,7 @@ from tests.machine import ROOT
 EVERY_OPTION = """
 --num 3 --steps 4 --cfg-scale 2.5 --seed 5 --sampler heun --batch-size 6 --recalibrate 7 --cfg-channels 3
 --cfg-interval 0.1 0.9 --one-pass --labels random --classes 1,2 --expert 8 --png --decoder d --prompts p --prompt q
---negative-prompt n --encoder e --tokenizer t --geneval --precision bf16 moe.inference=static
+--negative-prompt n --encoder e --tokenizer t --geneval --precision bf16 --time-shift 3 moe.inference=static
 """
 
 
@@ -40,7 +40,7 @@ def test_every_setting_has_an_option_and_is_what_was_given() -> None:
         "run", num=3, steps=4, cfg_scale=2.5, seed=5, sampler="heun", batch_size=6, overrides=("moe.inference=static",),
         recalibrate=7, cfg_channels=3, cfg_interval=(0.1, 0.9), one_pass=True, labels="random", classes=(1, 2),
         expert=8, png=True, decoder="d", prompts="p", prompt="q", negative_prompt="n", encoder="e", tokenizer="t",
-        geneval=True, precision="bf16",
+        geneval=True, precision="bf16", time_shift=3.0,
     )  # fmt: skip
     plain = SamplingSettings("run")
     same = {field.name for field in fields(plain) if getattr(plain, field.name) == getattr(settings, field.name)}
@@ -114,6 +114,11 @@ def test_evaluate_refuses_options_of_sampling_where_it_samples_nothing(
             "sample",
             ["--checkpoint", "r", "--out", "o", "--num", "1", "--cfg-scale=-1"],
             "--cfg-scale -1.0: choose 0 or more",
+        ),
+        (
+            "sample",
+            ["--checkpoint", "r", "--out", "o", "--num", "1", "--time-shift=0"],
+            "--time-shift 0.0: choose a number above 0",
         ),
         ("evaluate", ["--samples", "tests", "--sampler", "TYPO"], "argument --sampler: invalid choice: 'TYPO'"),
         (
