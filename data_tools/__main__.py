@@ -92,10 +92,11 @@ examples:
 _TEXT_HELP = (
     "run a text encoder over the captions of a folder",
     """\
-Encode all captions of every image with a CLIP or T5 text encoder from transformers, in fp32.
+Encode all captions of every image with a text encoder from transformers, in fp32: CLIP, T5, another encoder or a causal
+model. A .json file in the place of its folder names a layer, or several encoders whose tokens follow each other.
 
-OUT becomes a side folder of BASE: in fp16 the encoder's last layer for the tokens of each caption, without padding, the
-pooled vector where the encoder has one, and once the empty caption. An interrupted command is simply run again.""",
+OUT becomes a side folder of BASE: in fp16 the encoder's last layer for the tokens of each caption, without padding,
+CLIP's pooled vector, and once the empty caption. An interrupted command is simply run again.""",
     """\
 example:
   python -m data_tools encode-text shards/coco shards/coco-t5 --encoder models/t5-v1_1-xxl --device cuda""",
@@ -104,7 +105,7 @@ example:
 _PROMPTS_HELP = (
     "run a text encoder over the prompts of a sampler",
     """\
-Encode prompts with a CLIP or T5 text encoder, as encode-text does captions, but each alone.
+Encode prompts with a text encoder, as encode-text does captions, but each alone.
 
 PROMPTS is .txt, a prompt a line, or .jsonl, a line an object with the string `prompt`, which is kept whole. OUT becomes
 one file that the sampler takes as --prompts, and then needs no encoder: the same images, bit for bit on one kind of
@@ -185,9 +186,11 @@ def _parser() -> CommandParser:
 
 
 def _add_text_encoder(add: Callable[..., Any]) -> None:
-    add("--encoder", type=Path, required=True, metavar="DIR", help="local folder of a CLIP or T5 text encoder")
+    add("--encoder", type=Path, required=True, metavar="DIR", help="local folder of a text encoder, or a .json of some")
     add("--tokenizer", type=Path, metavar="DIR", help="local folder of its tokenizer (default: the encoder's)")
-    add("--max-length", type=int, metavar="N", help="tokens of a caption at most (default: CLIP 77, T5 120)")
+    add(
+        "--max-length", type=int, metavar="N", help="tokens of a caption at most (default: CLIP 77, T5 120, others 256)"
+    )
 
 
 def _add_batch_size(add: Callable[..., Any], default: int) -> None:

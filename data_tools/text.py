@@ -16,10 +16,11 @@ import numpy as np
 from data_tools.folder import PackedFolder, ShardFolder
 from data_tools.parallel import SERIAL, Workers
 from data_tools.side import ShardNotes, side_names, worker_device, write_side
+from diffmoe_dist.data.encoder_choice import choices_kind, choices_sha256, choose_encoders
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import npy_bytes
 from diffmoe_dist.data.text import EncodedText, captions_of, check_captions, pooled_field, text_field
-from diffmoe_dist.data.text_encoder import USUAL_LENGTH, TextEncoder, encoder_kind, encoder_sha256
+from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256, write_atomically
 
@@ -32,9 +33,9 @@ _MAX_CAPTIONS = 32  # of one image; each is a column of the index
 class TextSettings:
     """What decides the bytes of encoded captions, beside the captions and the encoder's weights."""
 
-    encoder: Path
+    encoder: Path  # a folder, or a .json file that names several or a layer
     tokenizer: Path | None = None  # default: beside the encoder's weights
-    max_length: int | None = None  # tokens; default: 77 for CLIP, 120 for T5
+    max_length: int | None = None  # tokens; default: the usual number
     batch_size: int = 32
     device: str = "cpu"  # "cpu" or "cuda"
 
@@ -79,13 +80,13 @@ def encode_text(
 
 def describe_encoder(settings: TextSettings) -> dict[str, str | int]:
     """What a folder or a file of encoded captions says of their encoder. Raises UserError for one that cannot be."""
-    kind = encoder_kind(settings.encoder, "--encoder")
     if settings.max_length is not None and settings.max_length < 2:
-        raise UserError(f"--max-length={settings.max_length}: must be at least 2; {USUAL_LENGTH[kind]} is usual")
+        raise UserError(f"--max-length={settings.max_length}: must be at least 2; 77 is usual for CLIP, 120 for T5")
+    choices = choose_encoders(settings.encoder, settings.tokenizer, settings.max_length, "--encoder")
     return {
-        "encoder": kind,
-        "encoder_sha256": encoder_sha256(settings.encoder, settings.tokenizer),
-        "max_length": settings.max_length or USUAL_LENGTH[kind],
+        "encoder": choices_kind(choices),
+        "encoder_sha256": choices_sha256(choices),
+        "max_length": sum(choice.length for choice in choices),
     }
 
 
@@ -115,7 +116,7 @@ def _samples(
     for start in range(0, len(ids), batch_size):
         captions = {sample_id: _captions(base, sample_id) for sample_id in ids[start : start + batch_size]}
         together = [caption for listed in captions.values() for caption in listed]
-        notes.num_cut += sum(length > encoder.max_length for length in encoder.num_tokens(together))
+        notes.num_cut += len(encoder.cuts(together))
         encoded = encoder.encode(together, batch_size)
         for sample_id, listed in captions.items():
             fields: dict[str, bytes] = {}

@@ -43,7 +43,7 @@ def encode_captions(
     """What a model with `model.condition=text` is told; the empty caption is the unconditional one.
 
     Args:
-        encoder: the local folder of the text encoder that the model was trained with.
+        encoder: the local folder, or the .json file of several, of the text encoder that the model was trained with.
         max_length: `model.text_max_length`; longer captions are cut.
         tokenizer: the folder of its tokenizer, where it lies elsewhere.
     """

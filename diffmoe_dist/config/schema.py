@@ -126,7 +126,7 @@ class DataConfig:
     shards: str = ""
     latents: str | None = None  # a folder made from the shards by `encode-latents`; takes the place of their images
     text: str | None = None  # a folder made from the shards by `encode-text`
-    # In the place of latents and of text: folders of an AutoencoderKL, and of a CLIP or T5, that encode images and
+    # In the place of latents and of text: folders of an autoencoder, and of a text encoder, that encode images and
     # captions as they are read; and of the latter's tokenizer, where it lies elsewhere.
     autoencoder: str | None = None
     text_encoder: str | None = None

@@ -82,9 +82,10 @@ class OnlineEncoders:
 
     def _warn_once_of_a_cut(self, captions: Sequence[str]) -> None:
         assert self.text is not None
-        longest = 0 if self._warned else max(self.text.num_tokens(captions))
-        if longest > self.text.max_length:
+        cuts = [] if self._warned else self.text.cuts(captions)
+        if cuts:
             self._warned = True
-            logger.warning(
-                "a caption of %d tokens: captions are cut to model.text_max_length=%d", longest, self.text.max_length
-            )
+            longest, left = max(cuts)
+            setting = f"model.text_max_length={self.text.max_length}"
+            cut = setting if left == self.text.max_length else f"{left}, that encoder's part of {setting}"
+            logger.warning("a caption of %d tokens: captions are cut to %s", longest, cut)

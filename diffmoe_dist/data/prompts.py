@@ -49,7 +49,7 @@ class EncodedPrompts:
 
     prompts: Sequence[Prompt]
     negative_prompt: str | None
-    kind: str  # "clip" or "t5"
+    kind: str  # "clip", "t5", a model_type of transformers, or several joined by "+"
     encoder_sha256: str
     max_length: int  # tokens; a longer prompt was cut
     null: EncodedText
@@ -142,10 +142,9 @@ def encode_prompts(prompts: Sequence[Prompt], negative_prompt: str | None, encod
 
 def encode_prompt(prompt: str, encoder: TextEncoder) -> EncodedText:
     """Encode a prompt alone, with a warning where it is too long and cut."""
-    (length,) = encoder.num_tokens([prompt])
-    if length > encoder.max_length:
+    for length, left in encoder.cuts([prompt]):
         begin = " ".join(prompt.split())[:_QUOTED]
-        logger.warning('prompt "%s...": %d tokens, cut to %d', begin, length, encoder.max_length)
+        logger.warning('prompt "%s...": %d tokens, cut to %d', begin, length, left)
     return encoder.encode_alone(prompt)
 
 

@@ -1,4 +1,4 @@
-"""A CLIP or T5 text encoder from local folders: captions in, what a model is trained on out.
+"""A text encoder, or several, from local folders: captions in, what a model is trained on out.
 
 Shape legend: B captions, T tokens of one caption, L tokens after padding, D hidden size, P size of the pooled vector.
 """
@@ -14,31 +14,41 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from diffmoe_dist.data.encoding import load_in_fp32, model_sha256, one_line, reproducible_arithmetic, to_fp16
-from diffmoe_dist.data.model_folder import check_model_folder, refuse_pointers
+from diffmoe_dist.data.encoder_choice import (
+    CLIP,
+    MODEL_FILES,
+    T5,
+    EncoderChoice,
+    choices_sha256,
+    choose_encoders,
+    import_transformers,
+)
+from diffmoe_dist.data.encoding import load_in_fp32, one_line, reproducible_arithmetic, to_fp16
+from diffmoe_dist.data.model_folder import refuse_pointers
 from diffmoe_dist.data.text import EncodedText
 from diffmoe_dist.errors import UserError
 
-USUAL_LENGTH = {"clip": 77, "t5": 120}  # tokens
-_KINDS = {"clip": "clip", "clip_text_model": "clip", "t5": "t5"}  # by the model_type of config.json
-_MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-
 
 class TextEncoder:
-    """A text encoder and its tokenizer, in fp32. The vectors are those of the last layer, after its norm.
+    """A text encoder and its tokenizer, in fp32. The vectors are the last layer's, after its norm, or another's.
 
     Made by `TextEncoder.open`.
     """
 
-    def __init__(self, module: Any, tokenizer: Any, kind: str, max_length: int, folders: Sequence[Path], name: str):
-        self.module, self.tokenizer = module, tokenizer
-        self.kind, self.max_length = kind, max_length  # "clip" or "t5"; tokens
-        self.hidden_size = int(module.config.hidden_size)  # D
-        self.pooled_size = self.hidden_size if kind == "clip" else 0  # P; 0: no pooled vector
-        self._folders = folders  # of the encoder and, where it is another, of the tokenizer
-        self._name = name  # in an error
+    def __init__(self, module: Any, tokenizer: Any, choice: EncoderChoice):
+        config = module.config.get_text_config() if choice.kind not in (CLIP, T5) else module.config
+        self.module, self.tokenizer, self.layer = module, tokenizer, choice.layer
+        self.kind, self.max_length = choice.kind, choice.length  # "clip", "t5" or a model_type; tokens
+        self.hidden_size = int(config.hidden_size)  # D
+        projected = choice.class_name.endswith("WithProjection")
+        self._pooled = ("text_embeds" if projected else "pooler_output") if self.kind == CLIP else None
+        self.pooled_size = 0 if self._pooled is None else int(config.projection_dim if projected else self.hidden_size)
+        self._choices: tuple[EncoderChoice, ...] = (choice,)
+        self._name = choice.named  # in an error
 
     @classmethod
     def open(
@@ -49,31 +59,23 @@ class TextEncoder:
         device: torch.device | str,
         setting: str,
     ) -> TextEncoder:
-        """Load an encoder in fp32 from a local folder; `setting` is how the user named it.
+        """Load an encoder, or several, in fp32 from local folders; `setting` is how the user named them.
 
         Args:
-            folder: of a CLIPTextModel or T5EncoderModel.
+            folder: of an encoder, or a .json file that names some (`encoder_choice.choose_encoders`).
             tokenizer: the folder of its tokenizer; None: it lies beside the weights.
-            max_length: tokens of a caption at most, start and end included; None: 77 for CLIP, 120 for T5.
+            max_length: tokens of a caption at most, start and end included; None: 77 for CLIP, 120 for T5, 256 else.
             device: where to encode.
 
-        Raises UserError for folders that hold no such thing, and for more tokens than the encoder takes.
+        Raises UserError for folders that hold no such thing, and for more tokens or layers than the encoder has.
         """
-        path = Path(folder)
-        kind = encoder_kind(path, setting)
-        module = _load_module(path, kind, setting).to(device)
-        folders = (path,) if tokenizer is None else (path, Path(tokenizer))
-        loaded = load_tokenizer(folders[-1], f"{setting}={folder}", int(module.config.vocab_size))
-        length = USUAL_LENGTH[kind] if max_length is None else max_length
-        limit = getattr(module.config, "max_position_embeddings", math.inf)  # T5 has none
-        if not 2 <= length <= limit:
-            raise UserError(f"{setting}={folder}: takes captions of 2 to {limit} tokens, not of {length}")
-        return cls(module, loaded, kind, length, folders, f"{setting}={folder}")
+        encoders = [_open(choice, device) for choice in choose_encoders(folder, tokenizer, max_length, setting)]
+        return encoders[0] if len(encoders) == 1 else JoinedTextEncoder(encoders)
 
     @cached_property
     def sha256(self) -> str:
         """The fingerprint of the encoder's and the tokenizer's files, which are read for it."""
-        return encoder_sha256(*self._folders)
+        return choices_sha256(self._choices)
 
     def encode(self, captions: Sequence[str], batch_size: int = 32) -> Iterator[EncodedText]:
         """The captions in order, `batch_size` of them at a time. The last bits depend on which are encoded together."""
@@ -92,46 +94,87 @@ class TextEncoder:
         ids = self.tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
         return [len(tokens) for tokens in ids]
 
+    def cuts(self, captions: Sequence[str]) -> list[tuple[int, int]]:
+        """Of each caption that is cut, how many tokens it has and how many are left."""
+        return [(length, self.max_length) for length in self.num_tokens(captions) if length > self.max_length]
+
     @torch.no_grad()
     def _encode_batch(self, captions: Sequence[str]) -> Iterator[EncodedText]:
         texts = [caption if caption.strip() else "" for caption in captions]
         tokens = self.tokenizer(
             texts, max_length=self.max_length, truncation=True, padding="max_length", return_tensors="pt"
         )
+        ids_BL, mask_BL = tokens["input_ids"], tokens["attention_mask"]
+        mask_BL[:, 0] = 1  # an empty caption of an encoder without start and end is one token of padding
         device = self.module.device
-        ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
         with reproducible_arithmetic():
-            output = self.module(input_ids=ids_BL, attention_mask=mask_BL)
-        hidden_BLD = to_fp16(output.last_hidden_state.cpu().numpy(), self._name)
-        pooled = getattr(output, "pooler_output", None)
-        pooled_BP = None if pooled is None else to_fp16(pooled.cpu().numpy(), self._name)
-        valid_BL = mask_BL.cpu().numpy().astype(bool)
+            output = self.module(
+                input_ids=ids_BL.to(device),
+                attention_mask=mask_BL.to(device),
+                output_hidden_states=self.layer is not None,
+            )
+        hidden_BLD = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
+        pooled_BP = None if self._pooled is None else to_fp16(output[self._pooled].cpu().numpy(), self._name)
+        tokens_BLD, valid_BL = to_fp16(hidden_BLD.cpu().numpy(), self._name), mask_BL.numpy().astype(bool)
         for row, text in enumerate(texts):
-            tokens_TD = hidden_BLD[row, valid_BL[row]]
+            tokens_TD = tokens_BLD[row, valid_BL[row]]
             yield EncodedText(tokens_TD, None if pooled_BP is None else pooled_BP[row], is_null=not text)
 
 
-def encoder_kind(folder: Path, setting: str) -> str:
-    """`clip` or `t5`. Raises UserError for any other folder."""
-    return _KINDS[check_model_folder(folder, f"{setting}={folder}", "a CLIP or T5 text encoder", _KINDS)]
+class JoinedTextEncoder(TextEncoder):
+    """Several encoders of one caption: their tokens one after the other, as wide as the widest of them.
+
+    Narrower vectors are filled up with zeros, and pooled vectors are put side by side, as SD3 does with CLIP and T5.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder]) -> None:
+        self.encoders = encoders
+        self.module = nn.ModuleList([encoder.module for encoder in encoders])
+        self.kind = "+".join(encoder.kind for encoder in encoders)
+        self.max_length = sum(encoder.max_length for encoder in encoders)
+        self.hidden_size = max(encoder.hidden_size for encoder in encoders)
+        self.pooled_size = sum(encoder.pooled_size for encoder in encoders)
+        self._choices = tuple(choice for encoder in encoders for choice in encoder._choices)
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        counts = [encoder.num_tokens(captions) for encoder in self.encoders]
+        return [sum(of_caption) for of_caption in zip(*counts, strict=True)]
+
+    def cuts(self, captions: Sequence[str]) -> list[tuple[int, int]]:
+        """Of each caption that one of the encoders cuts, its tokens for the first of these, and how many are left."""
+        found = ([cut for encoder in self.encoders for cut in encoder.cuts([caption])] for caption in captions)
+        return [cuts[0] for cuts in found if cuts]
+
+    def _encode_batch(self, captions: Sequence[str]) -> Iterator[EncodedText]:
+        for parts in zip(*(encoder._encode_batch(captions) for encoder in self.encoders), strict=True):
+            widths = [(0, self.hidden_size - part.tokens_TD.shape[1]) for part in parts]
+            padded = [np.pad(part.tokens_TD, ((0, 0), width)) for part, width in zip(parts, widths, strict=True)]
+            pooled = [part.pooled_P for part in parts if part.pooled_P is not None]
+            yield EncodedText(np.concatenate(padded), np.concatenate(pooled) if pooled else None, parts[0].is_null)
 
 
-def encoder_sha256(encoder: Path, tokenizer: Path | None = None) -> str:
-    """The fingerprint of an encoder's files, and of its tokenizer's where they lie elsewhere."""
-    own = model_sha256(encoder, *_MODEL_FILES)
-    return own if tokenizer is None else own[:32] + model_sha256(tokenizer, *_MODEL_FILES)[:32]
-
-
-def _load_module(folder: Path, kind: str, setting: str) -> Any:
-    try:
-        from transformers import CLIPTextModel, T5EncoderModel
-    except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
+def _open(choice: EncoderChoice, device: torch.device | str) -> TextEncoder:
+    module = _load_module(choice).to(device)
+    known = choice.kind in (CLIP, T5)
+    config = module.config if known else module.config.get_text_config()
+    if not known:
+        config.use_cache = False  # of keys and values, which a causal model keeps for the next token
+    tokenizer = load_tokenizer(choice.folders[-1], choice.named, int(config.vocab_size))
+    limit = getattr(config, "max_position_embeddings", None) or math.inf  # T5 has none
+    if not 2 <= choice.length <= limit:
+        raise UserError(f"{choice.named}: takes captions of 2 to {limit} tokens, not of {choice.length}")
+    layers = int(config.num_hidden_layers)
+    if choice.layer is not None and not -layers - 1 <= choice.layer <= layers:
         raise UserError(
-            f"{setting}={folder}: transformers does not import ({error}); pip install transformers"
-        ) from error
-    architecture: Any = CLIPTextModel if kind == "clip" else T5EncoderModel
+            f"{choice.named}: has layers 0 (embeddings) to {layers}, or -{layers + 1} to -1, not {choice.layer}"
+        )
+    return TextEncoder(module, tokenizer, choice)
+
+
+def _load_module(choice: EncoderChoice) -> Any:
+    architecture = getattr(import_transformers(choice.named), choice.class_name)
     with without_loading_bar():
-        return load_in_fp32(architecture, folder, f"{setting}={folder}", dtype=torch.float32)
+        return load_in_fp32(architecture, choice.folder, choice.named, dtype=torch.float32)
 
 
 @contextmanager
@@ -162,9 +205,12 @@ def load_tokenizer(folder: Path, named: str, vocab_size: int) -> Any:
     """
     from transformers import AutoTokenizer
 
-    refuse_pointers(folder, named, _MODEL_FILES)
+    refuse_pointers(folder, named, MODEL_FILES)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        if tokenizer.pad_token is None:  # as of causal models
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         letters = {tuple(ids) for ids in tokenizer(list(string.ascii_letters), add_special_tokens=False)["input_ids"]}
         largest = max(tokenizer.get_vocab().values(), default=0)
         missing = _missing_merges(tokenizer)
@@ -195,6 +241,8 @@ def _missing_merges(tokenizer: Any) -> int:
         return 0
     suffix = model["end_of_word_suffix"] or ""
     special = {token["content"] for token in whole["added_tokens"]} | {model["unk_token"]}
+    if model.get("byte_fallback"):  # made from SentencePiece, where symbols of the user's come without merges
+        return 0
     longer = {token for token in model["vocab"] if len(token.removesuffix(suffix)) > 1}
     made = {first + second.removeprefix(model["continuing_subword_prefix"] or "") for first, second in model["merges"]}
     return len(longer - made - special)

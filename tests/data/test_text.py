@@ -247,8 +247,8 @@ def test_captions_are_found_wherever_their_origin_put_them(fields: dict[str, byt
 
 
 def test_a_model_that_is_no_text_encoder_is_refused(base: ShardIndex, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="is bert; give the local folder of a CLIP or T5 text encoder"):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="is vit, which does not encode text alone; give the local folder of CLIP"):
         encode_text(base, tmp_path / "out", TextSettings(tmp_path))
 
 

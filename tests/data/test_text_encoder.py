@@ -115,10 +115,10 @@ def test_the_fingerprint_is_of_the_files_of_encoder_and_tokenizer(encoder_folder
 
 
 def test_an_encoder_that_cannot_be_is_refused_by_the_name_of_the_setting(encoder_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     for given, tokenizer, length, problem in (
         (tmp_path / "nowhere", None, None, "nowhere: no config.json that can be read"),
-        (tmp_path, None, None, ".*: is bert; give the local folder of a CLIP or T5 text encoder"),
+        (tmp_path, None, None, ".*: is vit, which does not encode text alone; give the local folder of CLIP"),
         (encoder_folder, tmp_path / "nowhere", None, ".*: no tokenizer loads from .*nowhere"),
         (encoder_folder, None, 1, ".*: takes captions of 2 to .* tokens, not of 1"),
     ):
