@@ -36,7 +36,8 @@ SPREAD: Case = {"parallel": {"expert": 2}}
 COMPILED: Case = {"train": {"steps": 20, "compile": True}}
 COMPILED_AGAIN: Case = {**SPREAD, "train": {"steps": 20, "compile": True, "recompute": "block"}}
 # The experts of token choice have other numbers of rows in each step, its unconditional one too.
-PROTOTYPE: Case = {"moe": {"router": "prototype"}, "train": {"steps": 20}}
+NORMED = {"qk_norm": "layer", "head_dim": 12, "activation": "swiglu"}
+PROTOTYPE: Case = {"model": NORMED, "moe": {"router": "prototype"}, "train": {"steps": 20}}
 MIXED: Case = {"precision": "bf16_mixed"}
 RAGGED: Case = {"precision": "bf16", "moe": {"router": "token_choice"}, **SPREAD}
 JOBS: dict[int, dict[str, Case]] = {
