@@ -10,15 +10,19 @@ no longer says.
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
-from diffmoe_dist.config import load_config
+from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.planning import table
 from diffmoe_dist.planning.accelerators import ACCELERATORS
 from diffmoe_dist.planning.estimate import Plan, make_plan
-from diffmoe_dist.planning.sweep import by_speed, choose, days, gpu_hours, sweep
+from diffmoe_dist.planning.step_time import transfer_seconds
+from diffmoe_dist.planning.sweep import by_speed, choose, days, gpu_hours, plans_on, sweep
 from diffmoe_dist.planning.workload import Cluster
 
 H100 = ACCELERATORS["H100-80"]
@@ -29,11 +33,9 @@ SCRIPTS = {f"slurm/train_{size}.sh": f"configs/imagenet256/global_pool_{size}.ya
 DAYS = 1  # of a job's time limit: the scripts take the fewest GPU-hours that end in it
 
 
-def plans_on(path: str, nodes: int, *overrides: str) -> list[Plan]:
+def plans_up_to(nodes: int, path: str) -> list[Plan]:
     """Every plan that fits on up to so many nodes of eight H100s, in the configuration's precision."""
-    config = load_config(path, [*UNUSED, *overrides])
-    given = {"precision", *(override.partition("=")[0] for override in overrides)}
-    return list(sweep(config, nodes, 8, H100, given))
+    return list(sweep(load_config(path, UNUSED), nodes, 8, H100, {"precision"}))
 
 
 def sizes() -> list[str]:
@@ -43,7 +45,7 @@ def sizes() -> list[str]:
         f"|{'---|' * 9}",
     ]
     for path in SCRIPTS.values():
-        config, plans = load_config(path, UNUSED), plans_on(path, 4)
+        config, plans = load_config(path, UNUSED), plans_up_to(4, path)
         chosen = choose(plans, config, DAYS)
         for nodes in (1, 2, 4):
             plan = by_speed([plan for plan in plans if plan.cluster.nodes == nodes])[0]
@@ -54,14 +56,153 @@ def sizes() -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"sizes": sizes}
-PAGES = ("README.md", "docs/cluster.md")
+XL = SCRIPTS["slurm/train_xl.sh"]
+OF_16B = ("model.size=null", "model.depth=28", "model.hidden_size=2688", "model.num_heads=24", "precision=bf16")
+MODELS = {"XL-E16": (), "16 B": OF_16B}
+NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@cache
+def loaded(*overrides: str) -> Config:
+    return load_config(XL, [*UNUSED, *overrides])
+
+
+def config_of(overrides: Sequence[str], images: int) -> Config:
+    config = loaded(*overrides)
+    return replace(config, train=replace(config.train, global_batch_size=images))
+
+
+def best(config: Config, nodes: int, expert: int = 0) -> Plan | None:
+    """The fastest plan on so many nodes, in the configuration's precision. No layers are cut: it is never faster here.
+
+    Args:
+        expert: with so many GPUs in an expert-parallel group; 0: any number.
+    """
+    given = {"precision", "parallel.tensor"}
+    if expert:
+        given.add("parallel.expert")
+        config = replace(config, parallel=replace(config.parallel, expert=expert))
+    return next(iter(by_speed(list(plans_on(config, Cluster(nodes, 8, H100), given)))), None)
+
+
+def scaling_of(images: Callable[[int], int]) -> list[str]:
+    """Of both models, the fastest plan of each number of GPUs."""
+    lines = [
+        "| model | GPUs | images a step | `parallel.expert` | `train.recompute` | GiB | step (ms) | images/s "
+        "| efficiency | MFU | bound by |",
+        f"|{'---|' * 11}",
+    ]
+    for model, overrides in MODELS.items():
+        first: Plan | None = None
+        for nodes in NODES:
+            config = config_of(overrides, images(8 * nodes))
+            plan = best(config, nodes)
+            if plan is None:
+                lines.append(f"| {model} | {8 * nodes} | {config.train.global_batch_size} | none fits |{' |' * 7}")
+                continue
+            first = first or plan
+            efficiency = plan.images_per_second / plan.cluster.ranks / (first.images_per_second / first.cluster.ranks)
+            chosen = plan.config
+            cells = [model, plan.cluster.ranks, chosen.train.global_batch_size, chosen.parallel.expert]
+            cells += [chosen.train.recompute, f"{plan.memory / 2**30:.1f}", f"{plan.step_seconds * 1e3:.0f}"]
+            cells += [f"{plan.images_per_second:.0f}", f"{efficiency:.2f}", f"{plan.mfu:.0%}", plan.bound_by]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def strong() -> list[str]:
+    return scaling_of(lambda gpus: 4096)
+
+
+def weak() -> list[str]:
+    return scaling_of(lambda gpus: 32 * gpus)
+
+
+def inside_or_across() -> list[str]:
+    """Milliseconds of a step with the experts over 8 GPUs of a node and over 16 of two, by images of a GPU."""
+    each = (4, 8, 16, 32)
+    heads = " | ".join(f"{images} images, 8 | {images} images, 16" for images in each)
+    lines = [f"| model | GPUs | {heads} |", f"|{'---|' * (2 + 2 * len(each))}"]
+    for model, overrides in {**MODELS, "XL-E16, bf16": ("precision=bf16",)}.items():
+        for nodes in (2, 4, 16, 64):
+            cells = []
+            for images in each:
+                config = config_of(overrides, 8 * nodes * images)
+                plans = [best(config, nodes, expert) for expert in (8, 16)]
+                times = [plan.step_seconds if plan else math.inf for plan in plans]
+                marks = ["**" if time == min(times) else "" for time in times]
+                cells += [f"{mark}{time * 1e3:.0f}{mark}" for time, mark in zip(times, marks, strict=True)]
+            lines.append(f"| {model} | {8 * nodes} | {' | '.join(cells)} |")
+    return lines
+
+
+def pool_seconds(plan: Plan) -> float:
+    """Of a step, what the routing of all layers exchanges beside the tokens."""
+    names = ("scores", "scores and cutoffs", "scores of the groups", "row counts")
+    return sum(transfer_seconds(transfer, H100) for transfer in plan.transfers if transfer.name in names)
+
+
+def pools() -> list[str]:
+    """XL-E16, experts over 16 GPUs, 32 images a GPU: what scores cost by how they travel and how large a pool is."""
+    ways = {
+        "a pool of each group": ("moe.pool=expert_parallel",),
+        "the whole batch, to the owners": ("parallel.score_exchange=all_to_all",),
+        "the whole batch, two levels": ("parallel.score_exchange=two_level",),
+    }
+    lines = [
+        "| GPUs | " + " | ".join(f"{way}: MB sent | MB of the busiest | ms" for way in ways) + " |",
+        f"|{'---|' * (1 + 3 * len(ways))}",
+    ]
+    for nodes in NODES[1:]:
+        cells = []
+        for overrides in ways.values():
+            plan = make_plan(config_of(["parallel.expert=16", *overrides], 8 * nodes * 32), Cluster(nodes, 8, H100))
+            scores = [transfer for transfer in plan.transfers if transfer.name.startswith("scores")]
+            sent, busiest = (sum(t.sent * factor(t) for t in scores) for factor in (lambda t: 1, lambda t: t.busiest))
+            cells += [f"{sent / 1e6:.0f}", f"{busiest / 1e6:.0f}", f"{pool_seconds(plan) * 1e3:.1f}"]
+        lines.append(f"| {8 * nodes} | {' | '.join(cells)} |")
+    return lines
+
+
+def parts() -> list[str]:
+    """Where the milliseconds of a step go: XL-E16, 4,096 images."""
+    lines, names = [], ("arithmetic", "token exchange", "other routing and report", "gradients beyond backward",
+                        "parameter gather", "optimizer")  # fmt: skip
+    lines = [f"| GPUs | {' | '.join(names)} | step |", f"|{'---|' * (2 + len(names))}"]
+    for nodes in NODES[3:]:
+        plan = best(config_of((), 4096), nodes)
+        assert plan is not None
+        cells = [f"{plan.seconds.get(name, 0.0) * 1e3:.1f}" for name in names]
+        lines.append(f"| {8 * nodes} | {' | '.join(cells)} | {plan.step_seconds * 1e3:.1f} |")
+    return lines
+
+
+def week() -> list[str]:
+    """XL-E16 with 4,096 images a step, 700K steps: days and GPU-hours by nodes; in bold the cheapest within a week."""
+    config = config_of((), 4096)
+    plans = [plan for nodes in NODES for plan in [best(config, nodes)] if plan is not None]
+    chosen = choose(plans, config, 7)
+    lines = ["| nodes | GPUs | `parallel.expert` | `train.recompute` | days | GPU-hours |", f"|{'---|' * 6}"]
+    for plan in plans:
+        bold = "**" if plan is chosen else ""
+        cells = [str(plan.cluster.nodes), str(plan.cluster.ranks), str(plan.config.parallel.expert)]
+        cells += [plan.config.train.recompute]
+        cells += [f"{days(plan):.1f}", f"{gpu_hours(plan):.0f}"]
+        lines.append(f"| {' | '.join(f'{bold}{cell}{bold}' for cell in cells)} |")
+    return lines
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "sizes": sizes, "strong": strong, "weak": weak, "inside or across": inside_or_across, "pools": pools,
+    "parts": parts, "week": week,
+}  # fmt: skip
+PAGES = ("README.md", "docs/cluster.md", "docs/scaling.md")
 
 
 def with_nodes(script: str, path: str) -> str:
     """A script of slurm/ with the number of nodes that the planner chooses for a configuration."""
     config = load_config(path, UNUSED)
-    nodes = choose(plans_on(path, 4), config, DAYS).cluster.nodes
+    nodes = choose(plans_up_to(4, path), config, DAYS).cluster.nodes
     return re.sub(r"(?m)^#SBATCH --nodes=\d+", f"#SBATCH --nodes={nodes}", script)
 
 

@@ -103,6 +103,9 @@ COMMANDS: dict[str, How] = {
     r"scontrol show hostnames .*|deepspeed --hostfile hostfile --no_ssh_check .*": Elsewhere(DEEPSPEED_ON_NODES),
     # planning, sampling, looking
     r"python -m diffmoe_dist\.plan .*": Runs(),
+    r"python -m benchmarks\.planned": Elsewhere(
+        "tests/test_benchmarks.py::test_a_page_shows_what_the_planner_says_now"
+    ),
     r"python -m diffmoe_dist\.sample --checkpoint runs/demo .*": Runs(("--steps", "2", "--device", "cpu")),
     r"torchrun .* diffmoe_dist\.sample .*": Elsewhere(
         "tests/test_commands.py::test_sampling_gives_the_same_images_on_one_process_and_on_two"

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings, loss_weights
@@ -188,12 +189,8 @@ class _Groups:
     def all_to_all(self, name: str, group: RankGroup, payload: float, calls: int, times: int) -> Transfer:
         """`payload` bytes in each of `times`."""
         n = self.size(group)
-        neighbours = 0  # ordered pairs on one node
-        for members in self.members[group]:
-            by_node = Counter(self._node(rank) for rank in members)
-            neighbours += sum(count * (count - 1) for count in by_node.values())
         to_each = payload * times / n
-        intra_node = to_each * neighbours / self.cluster.ranks
+        intra_node = to_each * self._neighbours(group) / self.cluster.ranks
         inter_node = to_each * (n - 1) - intra_node
         return Transfer(name, "all-to-all", n, payload * times, calls, intra_node, inter_node, steps=n - 1)
 
@@ -221,14 +218,25 @@ class _Groups:
         return self._ring(name, "reduce-scatter", group, payload * calls, calls, (n - 1) / n * payload * calls)
 
     def _ring(self, name: str, kind: Collective, group: RankGroup, payload: float, calls: int, sent: float) -> Transfer:
+        crossing = self._crossing(group)
+        n = self.size(group)
+        return Transfer(name, kind, n, payload, calls, sent * (1 - crossing), sent * crossing, steps=n - 1)
+
+    @cache  # noqa: B019  # of one plan
+    def _neighbours(self, group: RankGroup) -> int:
+        """Ordered pairs of ranks that are in one group and on one node."""
+        by_node = [Counter(self._node(rank) for rank in members) for members in self.members[group]]
+        return sum(count * (count - 1) for counts in by_node for count in counts.values())
+
+    @cache  # noqa: B019
+    def _crossing(self, group: RankGroup) -> float:
+        """The part of the edges of its rings that leave a node."""
         edges = [
             (members[place], members[(place + 1) % len(members)])
             for members in self.members[group]
             for place in range(len(members))
         ]
-        crossing = sum(self._node(one) != self._node(other) for one, other in edges) / len(edges)
-        n = self.size(group)
-        return Transfer(name, kind, n, payload, calls, sent * (1 - crossing), sent * crossing, steps=n - 1)
+        return sum(self._node(one) != self._node(other) for one, other in edges) / len(edges)
 
     def _node(self, rank: int) -> int:
         return rank // self.cluster.gpus_per_node
