@@ -59,6 +59,7 @@ class State:
     def __init__(self, module: DiT) -> None:
         self.module = module
         self.told: list[tuple[float, bool]] = []
+        self.rates: list[float] = []
 
     def gradient_squares(self) -> Tensor:
         squares = [p.grad.double().square().sum() for p in self.module.parameters() if p.grad is not None]
@@ -66,6 +67,9 @@ class State:
 
     def set_norm(self, norm: float, skip: bool) -> None:
         self.told.append((norm, skip))
+
+    def set_learning_rate(self, rate: float) -> None:
+        self.rates.append(rate)
 
 
 def make_batch(value: float = 1.0) -> Batch:
@@ -127,6 +131,7 @@ def test_a_step_and_its_line_of_metrics_wait_once_and_copy_nothing_from_the_host
     assert "copy to the host at engine/trainer.py" in log.waits[0]
     assert log.collectives == 1
     [(norm, skip)] = trainer.state.told
+    assert trainer.state.rates == [trainer.config.optim.lr]
     assert norm == metrics["grad_norm"] > 0 and not skip
     trainer.average.update.assert_called_once()
 
