@@ -12,6 +12,7 @@ from diffmoe_dist.model.accounting import account
 from tests.machine import ROOT
 
 FOLDER = ROOT / "configs" / "imagenet256"
+SHIPPED = "../imagenet128/global_pool_s"  # the configuration of DiffMoE's code
 # Millions of parameters, of sizes S, B, L and XL. DiffMoE's have 16 experts, ProMoE's 12 routed ones.
 TOTALS = {
     "dense": (32.96, 130.51, 458.10, 675.13),
@@ -25,7 +26,8 @@ MODELS = [
     (f"{router}_{size}", total)
     for router, totals in TOTALS.items()
     for size, total in zip(("s", "b", "l", "xl"), totals, strict=True)
-] + [("global_pool_xl_tp2", 2924.99)]
+] + [("global_pool_xl_tp2", 2924.99), ("sit_xl", 675.13), (SHIPPED, 140.19)]
+STEPS = {"sit_xl": 7_000_000, SHIPPED: 1000 * (1_281_167 // 512)}  # an epoch's tail is dropped there
 
 
 @pytest.mark.parametrize(("name", "millions"), MODELS)
@@ -41,7 +43,8 @@ def test_a_configuration_has_the_published_number_of_parameters_and_says_so(name
 
 
 def test_there_is_a_configuration_for_each_model_and_no_other() -> None:
-    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(name for name, _ in MODELS)
+    found = [path for folder in (FOLDER, FOLDER / "../imagenet128") for path in folder.iterdir()]
+    assert sorted(found) == sorted(FOLDER / f"{name}.yaml" for name, _ in MODELS)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in MODELS])
@@ -49,13 +52,14 @@ def test_a_configuration_follows_its_papers_recipe(name: str) -> None:
     config = load_config(FOLDER / f"{name}.yaml")
     promoe = name.startswith("prototype")
     objective, optim = config.objective, config.optim
-    assert (config.train.global_batch_size, config.train.label_dropout, config.data.flip) == (256, 0.1, True)
+    batch = 512 if name == SHIPPED else 256
+    assert (config.train.global_batch_size, config.train.label_dropout, config.data.flip) == (batch, 0.1, True)
     assert (optim.lr, tuple(optim.betas), optim.weight_decay, config.ema.decay) == (1e-4, (0.9, 0.999), 0.0, 0.9999)
     assert (objective.name, objective.time_distribution, objective.direction, objective.time_scale) == (
         ("flow", "logit_normal", "noise_at_one", 1000.0) if promoe else ("flow", "uniform", "data_at_one", 1.0)
     )
     assert (config.precision, optim.clip_grad_norm, config.train.steps) == (
-        ("bf16_mixed", 0.5, 500_000) if promoe else ("fp32", 0.0, 700_000)
+        ("bf16_mixed", 0.5, 500_000) if promoe else ("fp32", 0.0, STEPS.get(name, 700_000))
     )
     assert loss_weights(config).get("balance", 0.0) == (0.01 if name.startswith("load_balanced") else 0.0)
 
