@@ -231,6 +231,7 @@ def export_published(layout: str, directory: str | Path, out: Path, weights: str
     # ProMoE's sampler asks for this key; DiT's and DiffMoE's take a state dict as it is.
     key = "model_state_dict" if weights == "model" else "ema_model_state_dict"
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(out) as file:
             torch.save({key: tensors} if layout == "promoe" else tensors, file)
     except OSError as error:

@@ -24,8 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "e2": {"parallel": {"expert": 2}},
-    "t2": {"parallel": {"tensor": 2}},
-    "recomputed": {"parallel": {"expert": 2}},
+    "t2, recomputed": {"parallel": {"tensor": 2}, "recompute": "block"},
 }
 
 
@@ -40,9 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     run_ranks(1, train_all, digits, [(root / f"{kind}_1", job(kind, 20)) for kind in KINDS])
     jobs = []
     for kind in KINDS:
-        for name, parallel in LAYOUTS.items():
-            recompute = "block" if name == "recomputed" else "none"
-            jobs.append((root / f"{kind}_{name}", job(kind, 20, recompute, **parallel)))
+        jobs += [(root / f"{kind}_{name}", job(kind, 20, **layout)) for name, layout in LAYOUTS.items()]
         jobs += [(root / f"{kind}_resumed", job(kind, steps, **LAYOUTS["e2"])) for steps in (10, 20)]
     run_ranks(2, train_all, digits, jobs)
     return root
