@@ -26,7 +26,10 @@ MODELS = [
     (f"{router}_{size}", total)
     for router, totals in TOTALS.items()
     for size, total in zip(("s", "b", "l", "xl"), totals, strict=True)
-] + [("global_pool_xl_tp2", 2924.99), ("sit_xl", 675.13), (SHIPPED, 140.19)]
+] + [
+    ("global_pool_xl_tp2", 2924.99), ("sit_xl", 675.13), (SHIPPED, 140.19), ("expert_choice_dynamic_l", 1981.96),
+    ("global_pool_l_promoe", 1175.97),
+]  # fmt: skip
 STEPS = {"sit_xl": 7_000_000, SHIPPED: 1000 * (1_281_167 // 512)}  # an epoch's tail is dropped there
 
 
@@ -50,7 +53,7 @@ def test_there_is_a_configuration_for_each_model_and_no_other() -> None:
 @pytest.mark.parametrize("name", [name for name, _ in MODELS])
 def test_a_configuration_follows_its_papers_recipe(name: str) -> None:
     config = load_config(FOLDER / f"{name}.yaml")
-    promoe = name.startswith("prototype")
+    promoe = name.startswith("prototype") or name.endswith("promoe")
     objective, optim = config.objective, config.optim
     batch = 512 if name == SHIPPED else 256
     assert (config.train.global_batch_size, config.train.label_dropout, config.data.flip) == (batch, 0.1, True)
