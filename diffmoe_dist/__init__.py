@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def load_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT:
+def load_model(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    ema_decay: float | None = None,
+    ema_length: float | None = None,
+) -> DiT:
     """The averaged (EMA) model of a run, or the model of a folder of weights, in eval mode on one device.
 
     It has fp32 weights and computes in fp32, whatever the precision of the run.
@@ -27,10 +33,13 @@ def load_model(directory: str | Path, device: str | torch.device = "cpu") -> DiT
     Args:
         directory: a run folder, for its newest checkpoint, a `step-N` folder, or a folder that `diffmoe_dist.convert`
             has written.
+        ema_decay: which average of a run, one of its `ema.decays`; default: that of `ema.decay`.
+        ema_length: or one by a power function, of its `ema.lengths`.
     """
     from diffmoe_dist.engine.weights import find_model, read_model
 
-    return read_model(find_model(directory), device, ["precision=fp32"])[0]
+    folder = find_model(directory)
+    return read_model(folder, device, ["precision=fp32"], ema_decay=ema_decay, ema_length=ema_length)[0]
 
 
 def encode_captions(

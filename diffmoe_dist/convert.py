@@ -22,6 +22,7 @@ of our own. load_model, diffmoe_dist.sample --checkpoint and train.initial_weigh
   python -m diffmoe_dist.convert --inspect ckpt_step_500000.pth > promoe.yaml
   python -m diffmoe_dist.convert --to safetensors --checkpoint runs/demo --out weights/demo
   python -m diffmoe_dist.convert --to diffmoe --checkpoint runs/demo --out demo.pt
+  python -m diffmoe_dist.convert --to safetensors --checkpoint runs/demo --ema-length 0.13 --out weights/demo-0.13
 
 --from says whose names the file uses: dit (DiT, SiT), diffmoe (DiffMoE and its dense, TC-DiT and EC-DiT baselines,
 those that ProMoE's code trains too) or promoe. --config FILE [key=value ...] says which model it holds. Every tensor
@@ -45,6 +46,11 @@ are all copies of that block's feed-forward layer, the shared and the unconditio
 seed says. Where a token's gates do not add up to 1, as they do with token_choice and top_k=num_experts, the start is
 not what the dense model computes, and the loss begins higher. FILE may also be the model.safetensors of a dense run of
 ours. Train on with train.initial_weights=DIR.
+
+--ema-length makes the average of the weights by a power function, after the run (EDM2): L is the standard deviation
+of the steps it is of, as a part of all. A run with ema.lengths=[0.05,0.1] keeps two such averages in each checkpoint,
+and those of all its checkpoints up to the given one are combined. How far the result is apart from the average that
+was asked for is told; beyond 10 % it is refused: checkpoint.keep_every keeps more checkpoints.
 
 Files are read without executing anything in them.
 """
@@ -78,6 +84,10 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="averaged or not, where there are both (default: ema)"
+    )
+    parser.add_argument("--ema-decay", type=float, metavar="D", help="with --to: another average, of ema.decays")
+    parser.add_argument(
+        "--ema-length", type=float, metavar="L", help="with --to: the average of any length, of a run with ema.lengths"
     )
     parser.add_argument(
         "--out", metavar="DIR", help="a folder that does not exist yet, or an empty one; with --to dit and such, a file"
@@ -116,23 +126,39 @@ def _export(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name} has no effect with --to, whose checkpoint has its settings; leave it out")
     if arguments.overrides:
         raise UserError(f"{arguments.overrides[0]} has no effect with --to; leave it out")
+    given = [name for name in ("weights", "ema_decay", "ema_length") if getattr(arguments, name) is not None]
+    if len(given) > 1:
+        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
+        raise UserError(f"{first} and {second}: each chooses the weights; give one of them")
     if arguments.checkpoint is None:
         raise UserError(f"--to {arguments.to} needs --checkpoint DIR, a run folder or a step folder")
 
     from diffmoe_dist.engine.conversion import export_checkpoint, export_published
 
-    out, weights = Path(arguments.out), arguments.weights
+    what = arguments.weights or "ema"
+    out, decay, length = Path(arguments.out), arguments.ema_decay, arguments.ema_length
     if arguments.to == "safetensors":
-        source = export_checkpoint(arguments.checkpoint, out, weights)
+        source, made = export_checkpoint(arguments.checkpoint, out, arguments.weights, decay, length)
+        if decay is not None:
+            what = f"average with decay {decay:g}"
+        if made is not None:
+            what = f"average of length {length:g}, of {len(made.sources)} stored ones, {made.error:.2%} apart from it"
+    elif decay is not None or length is not None:
+        raise UserError(
+            f"--{given[0].replace('_', '-')} has no effect with --to {arguments.to}; make a folder of that average by "
+            "--to safetensors, and give it as --checkpoint"
+        )
     else:
-        source = export_published(arguments.to, arguments.checkpoint, out, weights)
-    sys.stdout.write(f"{source} ({arguments.weights or 'ema'}) is now in {arguments.out}\n")
+        source = export_published(arguments.to, arguments.checkpoint, out, arguments.weights)
+    sys.stdout.write(f"{source} ({what}) is now in {arguments.out}\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     layout, file = arguments.published
-    if arguments.checkpoint is not None:
-        raise UserError("--checkpoint has no effect with --from, which names its file; leave it out")
+    for name in ("checkpoint", "ema_decay", "ema_length"):
+        if getattr(arguments, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no effect with --from, which names its file; leave it out")
     if arguments.config is None:
         raise UserError(f"--from {layout} needs --config FILE, the settings of the model that {file} holds")
     config = load_config(arguments.config, arguments.overrides, training=False)

@@ -115,6 +115,9 @@ COMMANDS: dict[str, How] = {
     ),
     r"python -m diffmoe_dist\.report --run runs/demo .*": Runs(("--device", "cpu")),
     r"python -m diffmoe_dist\.interval_search .*": Runs(("--num", "4", "--steps", "2", "--device", "cpu")),
+    r"python -m diffmoe_dist\.convert --to safetensors --checkpoint RUN .*": Elsewhere(
+        "tests/engine/test_averages.py::test_an_average_of_any_length_is_made_of_the_stored_ones"
+    ),
     # evaluation
     r"python -m diffmoe_dist\.evaluate --samples \S+ .*": Refuses(
         r"--(inception|clip) \S+: (cannot be read|no config\.json)"

@@ -26,6 +26,7 @@ def up_to(most: int) -> Rule:
 NOT_NEGATIVE: Rule = (lambda value: 0 <= value < math.inf, "0 (off) or more, and finite")
 POSITIVE: Rule = (lambda value: 0 < value < math.inf, "above 0 and finite")
 BELOW_ONE: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+LONGEST_AVERAGE = 0.28  # of ema.lengths; the plain mean of all steps has 0.289
 
 # What each setting by itself must be, where its type does not say it.
 RULES: dict[str, Rule] = {
@@ -62,6 +63,14 @@ RULES: dict[str, Rule] = {
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.clip_grad_norm": NOT_NEGATIVE,
     "ema.decay": BELOW_ONE,
+    "ema.decays": (
+        lambda value: len(set(value)) == len(value) and all(0 <= decay < 1 for decay in value),
+        "different numbers in [0, 1)",
+    ),
+    "ema.lengths": (
+        lambda value: len(set(value)) == len(value) and all(0 < length <= LONGEST_AVERAGE for length in value),
+        f"different numbers above 0, at most {LONGEST_AVERAGE}",
+    ),
     "parallel.expert": AT_LEAST_ONE,
     "parallel.tensor": AT_LEAST_ONE,
     "data.workers": (lambda value: 0 <= value <= 1024, "from 0 to 1024"),

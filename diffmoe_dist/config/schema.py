@@ -87,7 +87,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EMAConfig:
-    decay: float = 0.9999
+    decay: float = 0.9999  # of the average that samples and scores of the run are taken from
+    decays: list[float] = field(default_factory=list)  # of averages kept beside it
+    # And averages by a power function (EDM2): the standard deviation of the steps that they are of, as a part of all.
+    lengths: list[float] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many averages there are."""
+        return len({self.decay, *self.decays}) + len(self.lengths)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.engine.checkpoint import Progress
+from diffmoe_dist.engine.ema import averages
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.resume import Start, changed_rate, changed_settings
 from diffmoe_dist.engine.run_folder import NoClaim
@@ -48,7 +49,7 @@ def build_trainer(
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(config.run_dir)
     engine = _build_engine(config, topology)
-    state = ShardedState(engine.module, engine.optimizer)
+    state = ShardedState(engine.module, engine.optimizer, averages(config.ema))
     set_up_logging(run_dir, topology.rank)
     _load(start, config, state)
     if topology.rank == 0:
@@ -68,7 +69,7 @@ def _load(start: Start, config: Config, state: ShardedState) -> None:
         logger.warning("%s; going back to the one before", complaint)
     if start.checkpoint is not None:
         load_fragments(start.checkpoint, fragments)
-        state.after_load(progress.step - progress.skipped)
+        state.after_load(progress.updates)
         logger.info("resumed from %s", start.checkpoint)
         if initial_weights is not None:
             logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)

@@ -51,6 +51,10 @@ class Progress:
     micro_steps: int  # forward passes of an optimizer step, each with pools of its own
     skipped: int = 0  # of the steps, those whose update was left out because something was not finite
 
+    @property
+    def updates(self) -> int:
+        return self.step - self.skipped
+
 
 class CheckpointError(Exception):
     """A checkpoint could not be written, for lack of space or the like; the ones before are as they were."""
@@ -259,7 +263,7 @@ def read_checkpoint_model(
     """The model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied.
 
     Args:
-        kind: EMA for the averaged weights, MASTER for the weights themselves, both fp32.
+        kind: EMA or another one of `ema.averages`, or MASTER for the weights themselves; all fp32.
         spread: edits the model before it has any memory, to hold its rank's experts alone; collective then.
 
     Raises:

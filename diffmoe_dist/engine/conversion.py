@@ -20,6 +20,8 @@ from torch import Tensor
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.config.pool_choice import PoolChoiceSettings
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
+from diffmoe_dist.engine.ema import stored_average
+from diffmoe_dist.engine.post_hoc import Fit, read_average
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
 from diffmoe_dist.engine.weights import (
     CONFIG_NAME,
@@ -166,15 +168,23 @@ def _with_text_encoder(config: Config, file: Path) -> Config:
     return replace(config, model=replace(config.model, text_encoder_sha256=sha256))
 
 
-def export_checkpoint(directory: str | Path, out: Path, weights: str | None = None) -> Path:
+def export_checkpoint(
+    directory: str | Path,
+    out: Path,
+    weights: str | None = None,
+    ema_decay: float | None = None,
+    ema_length: float | None = None,
+) -> tuple[Path, Fit | None]:
     """Write the weights of one of our checkpoints as a folder.
 
     Args:
         directory: a run folder (its newest checkpoint) or a step folder.
         weights: "ema" (default) or "model", the fp32 weights that the optimizer works on.
+        ema_decay: which of the averages, by its decay; default: that of `ema.decay`.
+        ema_length: or the average of this length, made of those that the run's checkpoints hold.
 
     Returns:
-        The checkpoint that was read.
+        The checkpoint that was read, and for `ema_length` what its average was made of.
 
     Raises:
         UserError: there is no checkpoint, it is damaged, or `out` is not empty.
@@ -182,18 +192,31 @@ def export_checkpoint(directory: str | Path, out: Path, weights: str | None = No
     check_out(out)
     checkpoint = find_checkpoint(directory)
     taken = weights or "ema"
-    model, config = read_checkpoint_model(checkpoint, "cpu", {"ema": EMA, "model": MASTER}[taken])
+    made: Fit | None = None
+    if ema_length is not None:
+        model, config, made = read_average(checkpoint, ema_length)
+    else:
+        ema = read_settings(checkpoint).ema
+        kind = MASTER if taken == "model" else stored_average(ema, ema_decay)
+        model, config = read_checkpoint_model(checkpoint, "cpu", kind)
+        taken = f"{taken} {ema_decay:g}" if ema_decay else taken
     _refuse_non_finite(model.state_dict(), f"checkpoint {checkpoint}")
     progress = read_progress(checkpoint)
-    source = {
+    source: dict[str, Any] = {
         "checkpoint": checkpoint.name,
         "step": progress.step,
         "images_seen": progress.images_seen,
         "sha256": _folder_sha256(checkpoint),
         "weights": taken,
     }
+    if made is not None:
+        averages = [
+            {"checkpoint": name, "length": length, "coefficient": number}
+            for (name, length), number in made.sources.items()
+        ]
+        source |= {"ema_length": ema_length, "error": made.error, "averages": averages}
     write_weights(out, model.state_dict(), config, source)
-    return checkpoint
+    return checkpoint, made
 
 
 def export_published(layout: str, directory: str | Path, out: Path, weights: str | None = None) -> Path:

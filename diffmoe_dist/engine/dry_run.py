@@ -172,7 +172,7 @@ def _report(
             "encoders",
             f"{format_bytes(data.encoders.num_bytes)} more on every rank, for what is encoded as it is read",
         )
-    written = 4 * 4 * total  # weights, two moments and their average, fp32
+    written = 4 * (3 + config.ema.count) * total  # weights, two moments and averages, fp32
     yield (
         "checkpoint",
         f"{format_bytes(written)}, {format_bytes(written // ranks)} of it copied to host memory by a rank; "

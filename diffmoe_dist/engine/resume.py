@@ -11,6 +11,7 @@ from diffmoe_dist.config import Config, flat_settings, learning_rate, load_confi
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, read_progress
+from diffmoe_dist.engine.ema import averages
 from diffmoe_dist.engine.weights import is_weights_folder, open_tensors, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
@@ -63,6 +64,7 @@ def progress_from(
     saved = read_progress(checkpoint)
     _check_same_model(checkpoint, config)
     _check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
+    _check_averages(checkpoint, config)
     return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
 
 
@@ -114,6 +116,17 @@ def _refuse_other_model(config: Config, saved: Config, whose: str, otherwise: st
                 f"{key}={value}, but {whose} is of another model with {key}={settings[key]}; "
                 f"use that value or {otherwise}"
             )
+
+
+def _check_averages(checkpoint: Path, config: Config) -> None:
+    """Refuse averages that a checkpoint does not have: the steps before it cannot be averaged any more."""
+    saved = load_config(checkpoint / "config.yaml").ema
+    if averages(config.ema).keys() - averages(saved).keys():
+        now, then = (f"{ema.decay:g}, {ema.decays} and {ema.lengths}" for ema in (config.ema, saved))
+        raise UserError(
+            f"ema.decay, ema.decays and ema.lengths are {now}, but {checkpoint} has averages by {then}; use "
+            "those, some of them, or another run_dir"
+        )
 
 
 def _check_same_run(checkpoint: Path, saved: Progress, now: Progress, allow_pool_change: bool) -> None:

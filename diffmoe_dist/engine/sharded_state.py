@@ -7,7 +7,7 @@ and a rank's shard of the experts is an interval of the flattened stack of all e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,14 @@ class Fragment:
 
 
 class ShardedState:
-    """This rank's partitions: fp32 weights, AdamW's moments and the weight average, one flat tensor a group each."""
+    """This rank's partitions: fp32 weights, AdamW's moments and averaged weights, one flat tensor a group each."""
 
-    def __init__(self, model: nn.Module, zero: ReducingZero) -> None:
+    def __init__(self, model: nn.Module, zero: ReducingZero, averages: Iterable[str] = (EMA,)) -> None:
         """
         Args:
             model: the model whose parameters DeepSpeed has partitioned.
             zero: the ZeRO optimizer, around a torch AdamW that has not stepped yet.
+            averages: the kinds of `ema.averages`.
         """
         self.model = model
         self.zero = zero
@@ -56,7 +57,7 @@ class ShardedState:
             MASTER: [master.detach() for master in masters],
             EXP_AVG: [self.adamw.state[master][EXP_AVG] for master in masters],
             EXP_AVG_SQ: [self.adamw.state[master][EXP_AVG_SQ] for master in masters],
-            EMA: [master.detach().clone() for master in masters],
+            **{kind: [master.detach().clone() for master in masters] for kind in averages},
         }
 
     def fragments(self) -> Iterator[Fragment]:

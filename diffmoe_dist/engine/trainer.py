@@ -24,7 +24,7 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.compiling import CompileClock
-from diffmoe_dist.engine.ema import WeightAverage
+from diffmoe_dist.engine.ema import WeightAverages
 from diffmoe_dist.engine.noising import noisy_inputs, with_one_time
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.profiling import Profiler, Timings
@@ -107,7 +107,7 @@ class Trainer:
         self.model: DiT = engine.module
         self.objective = build_objective(config)
         self.state = state
-        self.average = WeightAverage(state, config.ema.decay)
+        self.averages = WeightAverages(state, config.ema)
         self.loader = loader
         self.batches = iter(loader)
         self.progress = progress
@@ -179,7 +179,7 @@ class Trainer:
             if report.thresholds_LN is not None:
                 for layer, proposal in zip(self.model.moe_layers, report.thresholds_LN, strict=True):
                     layer.router.update_threshold(proposal)
-            self.average.update()
+            self.averages.update(self.progress.updates + 1)
         self.progress = replace(
             self.progress,
             step=self.progress.step + 1,
@@ -243,7 +243,7 @@ class Trainer:
     def _run_with_average(self, job: Periodic) -> Any:
         self.set_deadline(job.name, SLOW_FACTOR)
         self.model.train(job.in_training_mode)
-        with self.average.applied():
+        with self.averages.applied():
             result = job.run(self.model)
         self.model.train()
         return result

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config, load_config
 from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model
-from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
+from diffmoe_dist.engine.ema import stored_average
+from diffmoe_dist.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, Fragment
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, refuse_pointer, write_json
 from diffmoe_dist.model.dit import DiT
@@ -46,24 +47,34 @@ def find_model(directory: str | Path) -> Path:
 
 
 def read_model(
-    folder: Path, device: str | torch.device, overrides: Sequence[str] = (), spread: Spread | None = None
+    folder: Path,
+    device: str | torch.device,
+    overrides: Sequence[str] = (),
+    spread: Spread | None = None,
+    ema_decay: float | None = None,
+    ema_length: float | None = None,
 ) -> tuple[DiT, Config]:
     """The model of a folder of weights, or the averaged one of a checkpoint, in eval mode, and its settings.
 
     Args:
         overrides: key=value, applied to the settings.
         spread: as in `read_checkpoint_model`.
+        ema_decay, ema_length: which average of a checkpoint; default: that of `ema.decay`.
 
     Raises:
-        UserError: the folder is damaged, or an override is not possible.
+        UserError: the folder is damaged, has no such average, or an override is not possible.
     """
     if is_weights_folder(folder):
+        for name, value in {"--ema-decay": ema_decay, "--ema-length": ema_length}.items():
+            if value is not None:
+                raise UserError(f"{name} {value:g} has no effect with {folder}, one set of weights; leave it out")
         if spread is not None:
             raise UserError(
                 f"--checkpoint {folder}: experts of a folder of weights are not sharded; leave out --expert"
             )
         return _read_weights(folder, device, overrides)
-    return read_checkpoint_model(folder, device, overrides=overrides, spread=spread)
+    kind = stored_average(read_settings(folder).ema, ema_decay, ema_length)
+    return read_checkpoint_model(folder, device, kind, overrides, spread)
 
 
 def read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -117,14 +128,14 @@ def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, sour
 
 
 def fill_fragments(folder: Path, fragments: Sequence[Fragment]) -> None:
-    """Start a run's weights, their average and its buffers from a folder; AdamW's moments stay as they are.
+    """Start a run's weights, their averages and its buffers from a folder; AdamW's moments stay as they are.
 
     Of a stack of experts only the rows are read that hold the fragment.
     """
     with _open_file(folder) as file:
         for fragment in fragments:
             kind, _, name = fragment.name.partition(".")
-            if kind in (MASTER, EMA, "buffer"):
+            if kind not in (EXP_AVG, EXP_AVG_SQ):
                 fragment.data.copy_(_read(file, name, fragment))
 
 

@@ -99,7 +99,7 @@ def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
         "weights": sum(group.padded for group in groups) * weight_bytes(config),
         "fp32 master weights": partitions * 4 if weight_bytes(config) < 4 else 0,  # else they are the model's own
         "AdamW moments": 2 * partitions * 4 + 4 * len(groups),  # and its step counts
-        "EMA": partitions * 4,
+        "EMA": config.ema.count * partitions * 4,
         "buffers": sum(buffer.numel() * buffer.element_size() for buffer in buffers),
     }
 

@@ -95,7 +95,7 @@ def state_traffic(config: Config, ranks: int) -> dict[str, int]:
         passes["norm"] += owned * summed
         passes["AdamW"] += owned * 28  # reads gradient, weight and moments, writes the latter
         passes["model's weights"] += group.partition * (4 + e) if e < 4 else 0
-        passes["EMA"] += group.partition * 12
+        passes["EMA"] += config.ema.count * group.partition * 12
     return dict(passes)
 
 

@@ -17,6 +17,8 @@ from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import read_checkpoint_model
+from diffmoe_dist.engine.ema import stored_average
+from diffmoe_dist.engine.weights import read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import refuse_irregular
 from diffmoe_dist.model.dit import DiT
@@ -53,6 +55,8 @@ class FinishedSamples:
             job = AS_BEFORE_0_2 | json.loads(refuse_irregular(folder / "sampling.json").read_text())
             if not {"weights", "overrides"} <= job.keys():
                 raise ValueError("a setting is missing")
+            if not all(isinstance(job.get(name), (float, int, type(None))) for name in ("ema_decay", "ema_length")):
+                raise ValueError("an average has a number")
         except (OSError, ValueError, TypeError, RecursionError):
             raise UserError(
                 f"--samples {folder}: no readable sampling.json there; give a folder that diffmoe_dist.sample finished"
@@ -66,6 +70,14 @@ class FinishedSamples:
     @property
     def recalibrate(self) -> int:
         return int(self.job.get("recalibrate", 0))
+
+    @property
+    def ema_decay(self) -> float | None:
+        return self.job.get("ema_decay")
+
+    @property
+    def ema_length(self) -> float | None:
+        return self.job.get("ema_length")
 
     @property
     def precision(self) -> str:
@@ -93,7 +105,8 @@ def sample_for_page(checkpoint: Path, asked: SamplingSettings | FinishedSamples,
         UserError: the samples are of other weights, or a setting is not for this model.
     """
     precision = [] if asked.precision is None else [f"precision={asked.precision}"]
-    model, config = read_checkpoint_model(checkpoint, device, overrides=[*asked.overrides, *precision])
+    kind = stored_average(read_settings(checkpoint).ema, asked.ema_decay, asked.ema_length)
+    model, config = read_checkpoint_model(checkpoint, device, kind, [*asked.overrides, *precision])
     weights = weights_fingerprint(model, is_sharded=False)
     if isinstance(asked, FinishedSamples) and asked.job["weights"] != weights:
         raise UserError(f"--samples {asked.folder}: they are of other weights than {checkpoint}; give samples of those")

@@ -177,6 +177,8 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
     # In bf16 an image's rounding, and with it the choice of an expert, can depend on how many are computed at once.
     alone = alone and sampler not in JOINT and precision == "fp32"
     return {
+        "ema_decay": settings.ema_decay,
+        "ema_length": settings.ema_length,
         "weights": weights,
         "num": num,
         "seed": settings.seed,

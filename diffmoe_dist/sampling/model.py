@@ -46,7 +46,7 @@ def open_model(
     precision = [] if settings.precision is None else [f"precision={settings.precision}"]
     overrides = [*settings.overrides, *precision]
     check_device(device, read_settings(checkpoint, overrides).precision)
-    model, config = read_model(checkpoint, device, overrides, shard)
+    model, config = read_model(checkpoint, device, overrides, shard, settings.ema_decay, settings.ema_length)
     weights = weights_fingerprint(model, settings.expert > 1)
     set_weight_type(model, config.precision)
     if data is not None:

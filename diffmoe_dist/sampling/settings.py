@@ -46,6 +46,8 @@ class SamplingSettings:
     one_pass: bool = False
     labels: Literal["balanced", "random"] | None = None  # None: balanced, for a model conditioned on classes
     classes: tuple[int, ...] | None = None  # None: all
+    ema_decay: float | None = None  # which average of a checkpoint; None: that of ema.decay
+    ema_length: float | None = None  # or one by a power function, of those in ema.lengths
     precision: str | None = None  # one of PRECISIONS, without TF32; None: the run's precision, and its TF32
     expert: int = 1  # ranks that one set of experts is sharded over
     png: bool = False
@@ -82,6 +84,8 @@ class SamplingSettings:
         if self.recalibrate < 0:
             raise UserError(f"--recalibrate {self.recalibrate}: choose 0 (no) or a number of batches, such as 4")
         self._check_guidance()
+        if self.ema_decay is not None and self.ema_length is not None:
+            raise UserError("--ema-decay and --ema-length: each chooses an average of the weights; give one of them")
         for override in self.overrides:
             if override.partition("=")[0] not in OVERRIDABLE:
                 raise UserError(
@@ -163,6 +167,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"choices": ["balanced", "random"], "help": "the classes in turn (default) or random ones"},
     "classes": {"type": read_classes, "metavar": "A,B,...", "help": "only these classes"},
     "batch_size": {"type": int, "metavar": "N", "help": "images sampled together, a block (default 100)"},
+    "ema_decay": {"type": float, "metavar": "D", "help": "another average of the weights, of ema.decays"},
+    "ema_length": {"type": float, "metavar": "L", "help": "or one by a power function, of ema.lengths"},
     "precision": {
         "choices": PRECISIONS,
         "help": "what the model computes in, without TF32 (default: the run's precision and tf32)",

@@ -106,7 +106,7 @@ def make_trainer(moe: str, dtype: torch.dtype, micro_steps: int, batch: Batch) -
     trainer.progress = Progress(0, 0, 0, "", IMAGES, micro_steps)
     trainer.guards = SimpleNamespace(stop_asked=lambda: True, claim=NoClaim())
     trainer.checkpointer = MagicMock(failed=0)
-    trainer.average, trainer.bad_samples, trainer.device_peak = MagicMock(), 0, None
+    trainer.averages, trainer.bad_samples, trainer.device_peak = MagicMock(), 0, None
     trainer.accounting = account(settings)
     return trainer
 
@@ -133,7 +133,7 @@ def test_a_step_and_its_line_of_metrics_wait_once_and_copy_nothing_from_the_host
     [(norm, skip)] = trainer.state.told
     assert trainer.state.rates == [trainer.config.optim.lr]
     assert norm == metrics["grad_norm"] > 0 and not skip
-    trainer.average.update.assert_called_once()
+    trainer.averages.update.assert_called_once()
 
 
 def test_a_step_that_is_not_finite_is_known_from_the_same_copy_and_changes_nothing() -> None:
@@ -146,6 +146,6 @@ def test_a_step_that_is_not_finite_is_known_from_the_same_copy_and_changes_nothi
     assert len(log.waits) == 1, log
     assert report.non_finite and trainer.state.told[0][1], "the optimizer is told to skip"
     trainer._handle_non_finite.assert_called_once()
-    trainer.average.update.assert_not_called()
+    trainer.averages.update.assert_not_called()
     after = [layer.router.threshold.values_here for layer in trainer.model.moe_layers]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -77,7 +77,7 @@ def count_bytes(rank: int, world_size: int, shards: Path, run_dir: Path, setting
     count_in(trainer.engine.optimizer, "_receive")
     count_in(trainer.state, "gradient_squares")
     count_in(trainer.engine, "step")
-    count_in(trainer.average, "update")
+    count_in(trainer.averages, "update")
     trainer.train_step()
     trainer.close()
     return dict(touched.by_operation)

@@ -101,7 +101,7 @@ def _persistent(trainer: Any) -> dict[str, int]:
         "weights": sum(map(_bytes, zero.bit16_groups_flat)),
         "fp32 master weights": sum(_bytes(m) for m in masters if m.untyped_storage().data_ptr() not in flats),
         "AdamW moments": sum(map(_bytes, adamw)),
-        "EMA": sum(map(_bytes, state.flat["ema"])),
+        "EMA": sum(_bytes(flat) for kind, flats in state.flat.items() for flat in flats if kind.startswith("ema")),
         "buffers": sum(map(_bytes, trainer.model.buffers())),
     }
 
@@ -134,6 +134,7 @@ ON_RANKS: dict[int, dict[str, Case]] = {
         "mixed": {**MIXED, **SHARDED},
         "mixed, prototype, accumulated": {**MIXED, **PROTOTYPE, "train": {"label_dropout": 0.0, "micro_batch_size": 4}},
         "DDPM": DDPM,
+        "averages": {"ema": {"decays": [0.99], "lengths": [0.1]}},
         "accumulated": {**SHARDED, **ACCUMULATED},
         "gradients in bf16": BF16_GRADIENTS,
         "cut": {"parallel": {"tensor": 2}},

@@ -19,7 +19,8 @@ from tests.machine import ROOT
 EVERY_OPTION = """
 --num 3 --steps 4 --cfg-scale 2.5 --seed 5 --sampler heun --batch-size 6 --recalibrate 7 --cfg-channels 3
 --cfg-interval 0.1 0.9 --one-pass --labels random --classes 1,2 --expert 8 --png --decoder d --prompts p --prompt q
---negative-prompt n --encoder e --tokenizer t --geneval --precision bf16 --time-shift 3 moe.inference=static
+--negative-prompt n --encoder e --tokenizer t --geneval --precision bf16 --time-shift 3 --ema-decay 0.9 --ema-length 0.1
+moe.inference=static
 """
 
 
@@ -40,7 +41,7 @@ def test_every_setting_has_an_option_and_is_what_was_given() -> None:
         "run", num=3, steps=4, cfg_scale=2.5, seed=5, sampler="heun", batch_size=6, overrides=("moe.inference=static",),
         recalibrate=7, cfg_channels=3, cfg_interval=(0.1, 0.9), one_pass=True, labels="random", classes=(1, 2),
         expert=8, png=True, decoder="d", prompts="p", prompt="q", negative_prompt="n", encoder="e", tokenizer="t",
-        geneval=True, precision="bf16", time_shift=3.0,
+        geneval=True, precision="bf16", time_shift=3.0, ema_decay=0.9, ema_length=0.1,
     )  # fmt: skip
     plain = SamplingSettings("run")
     same = {field.name for field in fields(plain) if getattr(plain, field.name) == getattr(settings, field.name)}
