@@ -15,9 +15,9 @@ from torch import Tensor
 
 from diffmoe_dist.engine.adamw import AdamW
 
-BLOCK = 4096  # elements of one piece that one program of a kernel computes
-_WARPS = 8
-_ALIGNED = 16  # bytes: vectors that a thread may load at once
+BLOCK = 1024  # elements of one piece that one program of a kernel computes
+_WARPS = 4
+_ALIGNED = 16  # bytes of a gradient, elements of a piece: a thread then moves 16 bytes at once
 
 
 class PieceTable:
@@ -31,21 +31,22 @@ class PieceTable:
         """
         blocks = [-(-size // BLOCK) for size in sizes]
         of_piece = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(blocks, dtype=torch.int64))
-        first = torch.tensor([0, *blocks], dtype=torch.int64).cumsum(0)[:-1]
         self.blocks = len(of_piece)
-        self._piece = of_piece.to(torch.int32).to(device)
-        self._begin = ((torch.arange(self.blocks) - first[of_piece]) * BLOCK).to(device)
+        self._piece = of_piece.to(torch.int32).to(device)  # of each block
+        self._first_block = torch.tensor([0, *blocks], dtype=torch.int64).cumsum(0)[:-1].to(device)
         self._size = torch.tensor(sizes, dtype=torch.int64, device=device)
         self._place = torch.tensor(places, dtype=torch.int64, device=device)
-        self._places_aligned = all(place % _ALIGNED == 0 for place in places)
+        self._aligned = all(number % _ALIGNED == 0 for number in (*sizes, *places))
 
     def addresses(self, gradients: Sequence[Tensor]) -> tuple[Tensor, bool]:
-        """Of each piece's gradient, contiguous and of one type: (pieces,) int64 on the device, and whether aligned."""
+        """Of the gradients, contiguous and of one type: (pieces,) int64 on the device; and whether all is aligned."""
         found = [gradient.data_ptr() for gradient in gradients]
         table = torch.tensor(found, dtype=torch.int64)
         if self._size.device.type == "cuda":
             table = table.pin_memory()
-        return table.to(self._size.device, non_blocking=True), all(address % _ALIGNED == 0 for address in found)
+        return table.to(self._size.device, non_blocking=True), self._aligned and all(
+            address % _ALIGNED == 0 for address in found
+        )
 
     def squares(self, gradients: Sequence[Tensor]) -> Tensor:
         """(blocks,) fp32: sums of squares, each of `BLOCK` elements at most."""
@@ -53,7 +54,7 @@ class PieceTable:
         out = torch.empty(self.blocks, device=addresses.device)
         if self.blocks:
             _squares_kernel[(self.blocks,)](
-                addresses, self._piece, self._begin, self._size, out, **_options(gradients, aligned)
+                addresses, self._piece, self._first_block, self._size, out, **_options(gradients, aligned)
             )
         return out
 
@@ -82,7 +83,7 @@ class PieceTable:
         _adamw_kernel[(self.blocks,)](
             addresses,
             self._piece,
-            self._begin,
+            self._first_block,
             self._size,
             self._place,
             master,
@@ -99,7 +100,7 @@ class PieceTable:
             settings.weight_decay,
             settings.grad_scale,
             HAS_WEIGHTS=weights is not None,
-            **_options(gradients, aligned and self._places_aligned),
+            **_options(gradients, aligned),
         )
 
 
@@ -109,41 +110,47 @@ def _options(gradients: Sequence[Tensor], aligned: bool) -> dict[str, bool | int
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gradient(addresses, piece, at, size, BF16: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _block(pieces, first_blocks, sizes, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The piece of this program, its elements of that piece, and which of them there are."""
+    block = tl.program_id(0)
+    piece = tl.load(pieces + block)
+    size = tl.load(sizes + piece)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)  # else the mask may differ between the elements of a vector
+    at = (block - tl.load(first_blocks + piece)) * BLOCK + tl.arange(0, BLOCK)
+    return piece, at, at < size
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradient(addresses, piece, at, inside, BF16: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Elements of a piece's gradient in fp32, zero beyond its end."""
-    address = tl.load(addresses + piece)
-    pointer = address.to(tl.pointer_type(tl.bfloat16 if BF16 else tl.float32))
+    pointer = tl.load(addresses + piece).to(tl.pointer_type(tl.bfloat16 if BF16 else tl.float32))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
-    return tl.load(pointer + at, mask=at < size, other=0.0).to(tl.float32)
+    return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _squares_kernel(  # type: ignore[no-untyped-def]
-    addresses, pieces, begins, sizes, out, BF16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    addresses, pieces, first_blocks, sizes, out, BF16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    block = tl.program_id(0)
-    piece = tl.load(pieces + block)
-    at = tl.multiple_of(tl.load(begins + block), BLOCK) + tl.arange(0, BLOCK)
-    g = _gradient(addresses, piece, at, tl.load(sizes + piece), BF16, ALIGNED)
-    tl.store(out + block, tl.sum(g * g, axis=0))
+    piece, at, inside = _block(pieces, first_blocks, sizes, ALIGNED, BLOCK)
+    g = _gradient(addresses, piece, at, inside, BF16, ALIGNED)
+    tl.store(out + tl.program_id(0), tl.sum(g * g, axis=0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _adamw_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
-    addresses, pieces, begins, sizes, places, master, exp_avg, exp_avg_sq, weights, corrections,
+    addresses, pieces, first_blocks, sizes, places, master, exp_avg, exp_avg_sq, weights, corrections,
     lr, beta1, rest1, beta2, rest2, eps, weight_decay, grad_scale,
     HAS_WEIGHTS: tl.constexpr, BF16: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    piece = tl.load(pieces + block)
-    at = tl.multiple_of(tl.load(begins + block), BLOCK) + tl.arange(0, BLOCK)
-    inside = at < tl.load(sizes + piece)
+    piece, at, inside = _block(pieces, first_blocks, sizes, ALIGNED, BLOCK)
     place = tl.load(places + piece)
     if ALIGNED:
         place = tl.multiple_of(place, 16)
     there = place + at
-    g = _gradient(addresses, piece, at, tl.load(sizes + piece), BF16, ALIGNED) / grad_scale
+    g = _gradient(addresses, piece, at, inside, BF16, ALIGNED) / grad_scale
     m = tl.load(exp_avg + there, mask=inside, other=0.0)
     v = tl.load(exp_avg_sq + there, mask=inside, other=0.0)
     w = tl.load(master + there, mask=inside, other=0.0)

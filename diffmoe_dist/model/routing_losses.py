@@ -61,7 +61,7 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, *torch._foreach_mul(ctx.saved_tensors, grad)
 
 
-def balance_loss(mean_N: Tensor, picks_N: Tensor) -> Tensor:
+def balance_loss(mean_N: Tensor, fraction_N: Tensor) -> Tensor:
     """Load-balance loss of token choice (Switch Transformer, Fedus et al. 2021, eq. 4): N * sum of f_i * P_i.
 
     It is 1 where the load is even. f_i is the fraction of the whole batch's assignments that go to expert i, P_i the
@@ -70,13 +70,12 @@ def balance_loss(mean_N: Tensor, picks_N: Tensor) -> Tensor:
 
     Args:
         mean_N: P, of a softmax over the experts, with gradient.
-        picks_N: the assignments to each expert in the whole batch.
+        fraction_N: f, of the assignments in the whole batch.
 
     Returns:
         () fp32.
     """
-    fraction_N = picks_N.to(mean_N.dtype) / picks_N.sum().clamp_min(1)
-    return len(picks_N) * torch.sum(fraction_N * mean_N)
+    return len(fraction_N) * torch.sum(fraction_N * mean_N)
 
 
 def contrastive_loss(prototypes_ND: Tensor, sums_ND: Tensor, counts_N: Tensor, temperature: float) -> Tensor:

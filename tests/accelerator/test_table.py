@@ -23,20 +23,20 @@ from tests.distributed import run_ranks
 TABLE = """
 layer                                   forward backward collectives waits fp32 copies
 dense MLP                                     3        7           0     0    0      0
-dense block                                  20       41           0     0    0      0
+dense block                                  20       40           0     0    0      0
 global_pool layer                            38       30           0     0    0      0
-global_pool block                            55       64           0     0    0      0
+global_pool block                            55       63           0     0    0      0
 global_pool swiglu layer                     39       32           0     0    0      0
 global_pool sample layer                     41       30           0     0    0      0
 expert_choice layer                          25       21           0     0    0      0
-expert_choice block                          42       55           0     0    0      0
+expert_choice block                          42       54           0     0    0      0
 expert_choice predictor layer                41       30           0     0    0      0
 token_choice layer                           36       29           0     0    1      0
-token_choice block                           53       63           0     0    1      0
+token_choice block                           53       62           0     0    1      0
 token_choice balanced layer                  36       29           0     0    1      0
 token_choice swiglu layer                    29       27           0     0    1      0
 prototype layer                              81      131           0     1    1      0
-prototype block                              98      165           0     1    1      0
+prototype block                              98      164           0     1    1      0
 prototype expert_choice layer               104      123           0     1    1      0
 global_pool layer, whole                     73       34           1     1    1      0
 global_pool swiglu layer, whole              66       32           1     1    1      0

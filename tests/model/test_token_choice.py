@@ -77,8 +77,8 @@ def test_assignments_are_ordered_by_expert_and_then_by_token() -> None:
 
 
 def test_the_balance_loss_is_one_when_even_and_n_when_all_choose_one() -> None:
-    assert float(balance_loss(torch.full((4,), 0.25), torch.ones(4))) == pytest.approx(1.0)
-    assert float(balance_loss(torch.eye(4)[0], torch.tensor([4.0, 0, 0, 0]))) == pytest.approx(4.0)
+    assert float(balance_loss(torch.full((4,), 0.25), torch.full((4,), 0.25))) == pytest.approx(1.0)
+    assert float(balance_loss(torch.eye(4)[0], torch.tensor([1.0, 0, 0, 0]))) == pytest.approx(4.0)
 
 
 def test_at_inference_there_is_no_loss() -> None:

@@ -96,7 +96,8 @@ class PrototypeRouter(Router):
             columns = [routed_T @ softmax_TN, chosen_NT.sum(dim=1), routed_T.sum().expand(self.num_experts)]
             sums = self.batch.sum(torch.cat([sums, torch.stack(columns, dim=1)], dim=1))
             sums, (scores_N, picks_N, tokens_N) = sums[:, :-3], sums[:, -3:].unbind(dim=1)
-            balance = {"balance": balance_loss(scores_N / tokens_N.clamp_min(1), picks_N)}
+            fraction_N = picks_N / picks_N.sum().clamp_min(1)  # no image may have a condition
+            balance = {"balance": balance_loss(scores_N / tokens_N.clamp_min(1), fraction_N)}
         temperature = self.settings.contrastive_temperature
         loss = contrastive_loss(self.prototypes.float(), sums[:, :-1], sums[:, -1], temperature)
         return {"contrastive": loss, **balance}

@@ -45,7 +45,8 @@ class TokenChoice(Router):
         counts_N = chosen_TN.sum(dim=0)
         losses = {}
         if self.training:
-            losses["balance"] = balance_loss(scores_TN.mean(dim=0), self.batch.sum(counts_N))
+            picks_N = self.batch.sum(counts_N)
+            losses["balance"] = balance_loss(scores_TN.mean(dim=0), picks_N.to(scores_TN.dtype) / picks_N.sum())
         selection = Selection(
             chosen=chosen_TN.T,
             pool_ranks=1,
