@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,3 +65,38 @@ def test_adamw_by_interpreted_kernels_is_adamw_by_torch() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Compiles for a Hopper GPU, where there is none. Arguments: whether aligned; prints the widths of loads and stores.
+COMPILED = """
+import re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from diffmoe_dist.engine.adamw_kernels import _WARPS, BLOCK, _adamw_kernel
+pointers = {"addresses": "*i64", "pieces": "*i32", "first_blocks": "*i64", "sizes": "*i64", "places": "*i64",
+            "master": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32", "weights": "*bf16", "corrections": "*fp64"}
+fixed = {"HAS_WEIGHTS": True, "BF16": True, "ALIGNED": sys.argv[1] == "True", "BLOCK": BLOCK}
+names = _adamw_kernel.arg_names
+source = ASTSource(
+    fn=_adamw_kernel,
+    signature={name: "constexpr" if name in fixed else pointers.get(name, "fp32") for name in names},
+    constexprs={(names.index(name),): value for name, value in fixed.items()},
+    attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+)
+ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": _WARPS}).asm["ptx"]
+print(len(re.findall(r"(?:ld|st)[.]global[.a-z0-9:]*v4[.]b32", ptx)))
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed; torch brings it where it has CUDA")
+def test_aligned_pieces_move_sixteen_bytes_at_a_time(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    moves = {}
+    for aligned in (False, True):
+        command = [sys.executable, "-c", COMPILED, str(aligned)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        moves[aligned] = int(done.stdout)
+    # A thread has 8 elements: of each fp32 tensor two vectors in, two out; of gradients and bf16 weights one.
+    assert moves == {False: 0, True: 14}
