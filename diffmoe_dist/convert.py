@@ -108,6 +108,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         "--config": arguments.config,
         "--upcycle": arguments.upcycle,
         "--checkpoint": arguments.checkpoint,
+        "--ema-decay": arguments.ema_decay is not None,
+        "--ema-length": arguments.ema_length is not None,
         "--out": arguments.out,
         **{override: True for override in arguments.overrides},
     }

@@ -199,7 +199,7 @@ def export_checkpoint(
         ema = read_settings(checkpoint).ema
         kind = MASTER if taken == "model" else stored_average(ema, ema_decay)
         model, config = read_checkpoint_model(checkpoint, "cpu", kind)
-        taken = f"{taken} {ema_decay:g}" if ema_decay else taken
+        taken = taken if ema_decay is None else f"{taken} {ema_decay:g}"
     _refuse_non_finite(model.state_dict(), f"checkpoint {checkpoint}")
     progress = read_progress(checkpoint)
     source: dict[str, Any] = {

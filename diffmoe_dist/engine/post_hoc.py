@@ -75,11 +75,14 @@ def read_average(checkpoint: Path, length: float) -> tuple[DiT, Config, Fit]:
 def _stored(checkpoint: Path) -> dict[tuple[Path, float], Weighting]:
     """The averages by power functions in a checkpoint and those before it, the newest first."""
     found: dict[tuple[Path, float], Weighting] = {}
-    for path in reversed([*complete_checkpoints(checkpoint.parent)] or [checkpoint]):
-        progress = read_progress(path)
-        if path.name <= checkpoint.name and progress.updates:
-            lengths = load_config(path / "config.yaml").ema.lengths
-            found |= {(path, length): Weighting(progress.updates, length) for length in lengths}
+    for path in reversed(complete_checkpoints(checkpoint.parent) or [checkpoint]):
+        if path.name > checkpoint.name:
+            continue
+        updates = read_progress(path).updates
+        for length in load_config(path / "config.yaml").ema.lengths if updates else ():
+            weighting = Weighting(updates, length)
+            if weighting not in found.values():  # steps whose updates were left out change no average
+                found[path, length] = weighting
     if not found:
         raise UserError(
             f"--ema-length: {checkpoint} has no averages by power functions to make one of; a run with "

@@ -121,6 +121,11 @@ def _refuse_other_model(config: Config, saved: Config, whose: str, otherwise: st
 def _check_averages(checkpoint: Path, config: Config) -> None:
     """Refuse averages that a checkpoint does not have: the steps before it cannot be averaged any more."""
     saved = load_config(checkpoint / "config.yaml").ema
+    if config.ema.decay != saved.decay and config.ema.decay in saved.decays:
+        raise UserError(
+            f"ema.decay={config.ema.decay:g}, but {checkpoint} has that average in ema.decays, beside ema.decay="
+            f"{saved.decay:g}; leave it there, and choose it by --ema-decay"
+        )
     if averages(config.ema).keys() - averages(saved).keys():
         now, then = (f"{ema.decay:g}, {ema.decays} and {ema.lengths}" for ema in (config.ema, saved))
         raise UserError(

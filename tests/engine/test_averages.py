@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from diffmoe_dist import load_model
 from diffmoe_dist.engine.checkpoint import complete_checkpoints
 from diffmoe_dist.engine.conversion import export_checkpoint
 from diffmoe_dist.engine.ema import exponent_of
-from diffmoe_dist.engine.post_hoc import Weighting, fit, of_updates
+from diffmoe_dist.engine.post_hoc import Weighting, fit, of_updates, read_average
 from diffmoe_dist.engine.resume import progress_from
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import file_sha256
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
@@ -164,6 +166,17 @@ def test_few_checkpoints_make_no_average_far_from_the_stored_ones(runs: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_after_skipped_updates_alone_counts_once(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "split/checkpoints", tmp_path / "checkpoints")
+    newest = complete_checkpoints(tmp_path / "checkpoints")[-1]
+    state, sums = newest / "state.json", newest / "SHA256SUMS"
+    before = file_sha256(state)
+    state.write_text(json.dumps({**json.loads(state.read_text()), "skipped": 10}))
+    sums.write_text(sums.read_text().replace(before, file_sha256(state)))
+    made = read_average(newest, 0.07)[2]
+    assert {name for name, _ in made.sources} == {newest.name} and sum(made.sources.values()) == pytest.approx(1)
+
+
 def test_coefficients_are_those_of_the_papers_closed_form_for_a_long_run() -> None:
     updates, lengths, wanted = [2_000 * n for n in range(1, 11)], (0.05, 0.1), Weighting(20_000, 0.07)
     stored = [Weighting(last, length) for last in updates for length in lengths]
@@ -190,6 +203,10 @@ def test_a_resume_may_drop_an_average_but_not_begin_one(runs: Path, digits: Path
         progress_from(complete_checkpoints(runs / "alone/checkpoints")[-1], config, open_data(config), 1)
 
     resume(decay=0.9, lengths=[0.1])
+    with pytest.raises(
+        UserError, match=r"ema\.decay=0\.99, but .* has that average in ema\.decays, beside ema\.decay=0\.9;"
+    ):
+        resume(decay=0.99)
     with pytest.raises(UserError, match=r"ema\.lengths are 0\.9, \[0\.7\] and \[\], but .* has averages by 0\.9, "):
         resume(decay=0.9, decays=[0.7])
 
@@ -202,6 +219,7 @@ def test_a_resume_may_drop_an_average_but_not_begin_one(runs: Path, digits: Path
             "--weights and --ema-length: each",
         ),
         ("--from dit x --config y --ema-decay 0.9", "--ema-decay has no effect with --from, which names its file"),
+        ("--inspect x --ema-decay 0", "--ema-decay has no effect with --inspect"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(tmp_path: Path, words: str, complaint: str) -> None:
