@@ -81,11 +81,11 @@ Encode every image, and its mirror image, with a diffusers AutoencoderKL or Auto
 OUT becomes a side folder of BASE that the trainer takes as data.latents: in fp16, unscaled, the mean and the log
 variance of each latent; training samples from them anew in every epoch. An AutoencoderDC has means alone. OUT has the
 samples of BASE in the same order. The index records the autoencoder's fingerprint, scale and shift, the crop and the
-size. An interrupted command is simply run again. On GPUs: one MPI rank for each, and one more to hand out work.""",
+size. An interrupted command is simply run again. On several GPUs: an MPI rank for each.""",
     """\
 examples:
   python -m data_tools encode-latents shards/imagenet shards/imagenet-latents --vae models/sd-vae-ft-ema --size 256
-  mpirun -n 9 python -m mpi4py -m data_tools encode-latents BASE OUT --vae DIR --device cuda
+  mpirun -n 8 python -m mpi4py -m data_tools encode-latents BASE OUT --vae DIR --device cuda
   python -m diffmoe_dist.train --config FILE data.shards=BASE data.latents=OUT""",
 )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -55,7 +56,7 @@ SERIAL = Workers()
 def make_workers(num_processes: int) -> Iterator[Workers | None]:
     """Processes of this machine, or the ranks of `mpirun -n N python -m mpi4py -m data_tools`.
 
-    Under MPI rank 0 hands out the work; on the other ranks this yields None when all of it is done.
+    Under MPI rank 0 hands out the work and does its share; on the others this yields None when all of it is done.
     Raises UserError where the number of processes makes no sense.
     """
     if num_processes < 1:
@@ -98,9 +99,30 @@ def _mpi_workers() -> Iterator[Workers | None]:
             elif MPI.COMM_WORLD.size == 1:
                 yield SERIAL
             else:
-                yield Workers(executor, MPI.COMM_WORLD.size - 1)
+                with _WithThisRank(executor) as all_ranks:
+                    yield Workers(all_ranks, MPI.COMM_WORLD.size)
     finally:
         MPI.Finalize()  # the command leaves through os._exit, which mpirun would take for a crash
+
+
+class _WithThisRank(Executor):
+    """The other MPI ranks and a thread of this one, which gets a job whenever it is idle: no GPU goes without."""
+
+    def __init__(self, others: Executor) -> None:
+        self._others = others
+        self._thread = ThreadPoolExecutor(1)
+        self._own: Future[Any] | None = None
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if self._own is not None and not self._own.done():
+            return self._others.submit(function, *args, **kwargs)
+        # A copy, as the other ranks get one: what a job holds, such as open files, is not the main thread's.
+        args, kwargs = pickle.loads(pickle.dumps((args, kwargs)))
+        self._own = self._thread.submit(function, *args, **kwargs)
+        return self._own
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._thread.shutdown(wait, cancel_futures=cancel_futures)  # the others end with their own executor
 
 
 def _leave_signals() -> None:

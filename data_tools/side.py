@@ -95,10 +95,7 @@ def choose_encoder_device(device: str, num_workers: int) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: this machine has no usable CUDA device; use --device=cpu")
     if device == "cuda" and num_workers > 1:
-        raise UserError(
-            f"--workers={num_workers}: processes would share one GPU; "
-            "use mpirun with one rank more than there are GPUs, as the first rank hands out the work"
-        )
+        raise UserError(f"--workers={num_workers}: processes would share one GPU; use mpirun with a rank for each GPU")
     return device
 
 

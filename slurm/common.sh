@@ -1,6 +1,14 @@
 # shellcheck shell=bash
 # What the sbatch scripts of this folder share. Nothing here is to be edited: settings stand in the scripts and site.sh.
 
+# A mistake of the user's: one line, and the exit code of the commands for it.
+refuse() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+if [[ -z ${SLURMD_NODENAME:-} ]]; then refuse "no Slurm job runs this script; submit it: sbatch slurm/${0##*/}"; fi
+
 set +u # many a site's modules and environments use variables that are not set
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
@@ -11,12 +19,9 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}    # threads of two processes o
 export PYTHONUNBUFFERED=1
 attempt=${SLURM_RESTART_COUNT:-0} # Slurm leaves it unset in a job's first run
 read -ra interpreter <<<"$PYTHON"
-
-# A mistake of the user's: one line, and the exit code of the commands for it.
-refuse() {
-    echo "error: $*" >&2
-    exit 2
-}
+read -ra container <<<"$CONTAINER"
+read -ra launcher <<<"$LAUNCHER"
+export HWLOC_COMPONENTS=-gl # else mpirun asks ports 6000 to 6009 for X displays, where a TensorBoard never answers
 
 say() {
     printf '%(%F %T)T %s, job %s, attempt %s: %s\n' -1 "$SLURMD_NODENAME" "$SLURM_JOB_ID" "$attempt" "$*"
@@ -25,7 +30,7 @@ say() {
 # Run a command as the job's tasks, one for each GPU, and return its exit code. Signals reach it through $step.
 launch() {
     # A rank that leaves must not have the others killed: they are about to leave too, with an exit code that counts.
-    srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label "$@" &
+    srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label "${container[@]}" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true # a trapped signal ends it early
@@ -33,9 +38,26 @@ launch() {
     wait "$step"
 }
 
+# Run Python on the first node, once.
+python_once() {
+    if ((${#container[@]} == 0)); then
+        "${interpreter[@]}" "$@"
+    else
+        srun --export=ALL --nodes=1 --ntasks=1 "${container[@]}" "${interpreter[@]}" "$@"
+    fi
+}
+
+# Run a command of data_tools on all MPI ranks of the job. A rank that dies takes the others with it: what is finished
+# stays, and the next attempt goes on from there.
+on_all_ranks() {
+    if [[ -n $CONTAINER && ${launcher[0]} != srun ]]; then
+        refuse "LAUNCHER=$LAUNCHER: starts processes outside of CONTAINER; use srun --mpi=pmix"
+    fi
+    "${launcher[@]}" "${container[@]}" "${interpreter[@]}" -m mpi4py -m data_tools "$@"
+}
+
 # Where the processes meet, and over which network they talk.
 connect() {
-    if [[ -z ${SLURMD_NODENAME:-} ]]; then refuse "no Slurm job runs this script; submit it: sbatch slurm/${0##*/}"; fi
     read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     if ! getent hosts "$MASTER_ADDR" >/dev/null; then # a node's name need not be one of the network
         MASTER_ADDR=$(scontrol show node --oneliner "$MASTER_ADDR" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -157,7 +179,7 @@ ask_slurm() {
 # What the settings make of the configuration: the most processes that can share out the experts evenly, for gradients of
 # experts that several groups hold travel between nodes, every step and whole; and the precision.
 read_config() {
-    "${interpreter[@]}" -c '
+    python_once -c '
 import math, sys
 from diffmoe_dist.command import run_command
 from diffmoe_dist.config import load_config

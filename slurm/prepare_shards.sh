@@ -8,7 +8,7 @@
 # goes on with the shards that are missing or damaged. Settings stand here and, for the cluster, in site.sh.
 #SBATCH --job-name=diffmoe-shards
 #SBATCH --nodes=4
-#SBATCH --ntasks-per-node=16   # one process for each core; the first one only hands out the work
+#SBATCH --ntasks-per-node=16   # one process for each core
 #SBATCH --cpus-per-task=1
 #SBATCH --time=04:00:00
 ##SBATCH --partition=cpu
@@ -20,20 +20,12 @@ set -euo pipefail
 # The environment of the submission wins over these.
 SOURCE=${SOURCE:-data/ILSVRC2012_img_train.tar} # on a disk that all nodes share, like OUT
 OUT=${OUT:-shards/imagenet}
-VAE=${VAE:-} # the folder of an autoencoder, to encode latents into $OUT-latents; empty: none
 
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
-read -ra launcher <<<"$LAUNCHER"
-export HWLOC_COMPONENTS=-gl # else mpirun asks ports 6000 to 6009 for X displays, where a TensorBoard never answers
+if [[ -n ${VAE:-} ]]; then refuse "VAE=$VAE: latents are encoded on GPUs; sbatch slurm/encode.sh latents --vae $VAE"; fi
 
-on_all_ranks() {
-    # A rank that dies takes the others with it: what is finished stays, and the next attempt goes on from there.
-    "${launcher[@]}" "${interpreter[@]}" -m mpi4py -m data_tools "$@"
-}
-
-"${interpreter[@]}" -m data_tools plan "$SOURCE" "$@"
+python_once -m data_tools plan "$SOURCE" "$@"
 on_all_ranks pack "$SOURCE" "$OUT" "$@"
 on_all_ranks verify "$OUT" --full
-"${interpreter[@]}" -m data_tools stats "$OUT" --picture "$OUT.png"
-if [[ -n $VAE ]]; then "${interpreter[@]}" -m data_tools encode-latents "$OUT" "$OUT-latents" --vae "$VAE"; fi
+python_once -m data_tools stats "$OUT" --picture "$OUT.png"

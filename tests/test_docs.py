@@ -98,6 +98,9 @@ COMMANDS: dict[str, How] = {
     r"torchrun --nnodes 2 .*diffmoe_dist\.train .*": NotRun("needs a second node; tried by hand, see docs/cluster.md"),
     r"(.*\S )?sbatch .*slurm/train_\S+.*": SLURM,
     r"sbatch slurm/prepare_shards\.sh .*": PREPARATION,
+    r"(.*\S )?sbatch .*slurm/encode\.sh .*": Elsewhere(
+        "tests/slurm/test_slurm.py::test_the_latents_of_two_nodes_have_the_bytes_of_one_process"
+    ),
     r"\$EDITOR .*|cat hostfile|node\d slots=8": NotRun("the reader's editor and file"),
     r"deepspeed --hostfile hostfile --launcher pdsh .*": NotRun("needs ssh; tried by hand, see docs/cluster.md"),
     r"scontrol show hostnames .*|deepspeed --hostfile hostfile --no_ssh_check .*": Elsewhere(DEEPSPEED_ON_NODES),

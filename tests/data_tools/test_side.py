@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,31 @@ from diffmoe_dist.errors import UserError
 from tests.data.encoders import save_encoder
 from tests.data.folders import png, random_images, write_folder
 from tests.data.test_latents import save_autoencoder
+from tests.machine import ROOT, TIME_LIMIT, needs_mpirun
+
+# All commands in one start of two ranks; last, a job that is there to show who works.
+_ON_RANKS = """
+import sys, time
+from data_tools.__main__ import _parser
+from data_tools.parallel import make_workers
+from diffmoe_dist.command import run_command
+
+def rank(number):
+    from mpi4py import MPI
+    time.sleep(0.1)
+    return MPI.COMM_WORLD.rank
+
+def main():
+    with make_workers(1) as workers:
+        if workers is not None:
+            for line in sys.argv[1:]:
+                arguments = _parser().parse_args(line.split())
+                arguments.run(arguments, workers)
+            print("ranks", sorted(set(workers.run(rank, range(8)))))
+
+if __name__ == "__main__":
+    run_command(main)
+"""
 
 
 @pytest.fixture
@@ -94,3 +122,35 @@ def test_mpi_ranks_of_a_node_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPat
         found.append(str(worker_device("cuda")))
     assert found == ["cuda:0", "cuda:1", "cuda:0"]
     assert str(worker_device("cpu")) == "cpu"
+
+
+@pytest.mark.slow
+@needs_mpirun
+def test_two_mpi_ranks_both_encode_and_write_the_bytes_of_one_process(base: ShardIndex, tmp_path: Path) -> None:
+    vae, clip = save_autoencoder(tmp_path / "vae"), save_encoder(tmp_path / "clip", "clip")
+    (tmp_path / "prompts.txt").write_text("a circle\n" * 70)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    encode_latents(base, tmp_path / "one/latents", LatentSettings(vae, 16, batch_size=1))
+    text = TextSettings(clip, max_length=12, batch_size=1)
+    encode_text(base, tmp_path / "one/text", text)
+    write_prompts([Prompt("a circle")] * 70, None, tmp_path / "one/prompts.npz", text)
+    (tmp_path / "program.py").write_text(_ON_RANKS)
+    two = tmp_path / "two"
+    encoder = f"--encoder {clip} --max-length 12 --device cpu"
+    done = subprocess.run(
+        [
+            *("mpirun", "--oversubscribe", "-n", "2", sys.executable, "-m", "mpi4py", tmp_path / "program.py"),
+            f"encode-latents {base.folder} {two}/latents --vae {vae} --batch-size 1 --device cpu",
+            f"encode-text {base.folder} {two}/text --batch-size 1 {encoder}",
+            f"encode-prompts {tmp_path}/prompts.txt {two}/prompts.npz {encoder}",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=TIME_LIMIT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "ranks [0, 1]" in done.stdout
+    one, other = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one", two)
+    )
+    assert one == other and len(one) > 10

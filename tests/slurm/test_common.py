@@ -100,6 +100,10 @@ def test_experts_are_spread_over_as_many_gpus_as_they_divide_and_overrides_count
     assert ended.stdout == f"{answer}\n", ended.stderr
 
 
+SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("common.sh", "site.sh"))
+IN_A_JOB = {"SLURMD_NODENAME": "n1", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+
+
 def shell(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script of slurm/ in an environment without Slurm."""
     return subprocess.run(
@@ -108,10 +112,9 @@ def shell(script: str, *arguments: str, **environment: str) -> subprocess.Comple
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["train.sh", "train_s.sh", "train_b.sh", "train_l.sh", "train_xl.sh", "sample.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_without_slurm_a_script_says_what_to_do_in_one_line_and_leaves_nothing(script: str, tmp_path: Path) -> None:
-    size = ["s"] if script == "train.sh" else []
-    ended = shell(script, *size, RUN_DIR=str(tmp_path / "run"), OUT=str(tmp_path / "out"))
+    ended = shell(script, RUN_DIR=str(tmp_path / "run"), OUT=str(tmp_path / "out"))
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"error: no Slurm job runs this script; submit it: sbatch slurm/{script}\n"
     assert not list(tmp_path.iterdir())
@@ -119,7 +122,7 @@ def test_without_slurm_a_script_says_what_to_do_in_one_line_and_leaves_nothing(s
 
 @pytest.mark.parametrize("size", ["", "xxl", "train.steps=3"])
 def test_a_size_that_is_none_is_refused(size: str) -> None:
-    ended = shell("train.sh", size)
+    ended = shell("train.sh", size, **IN_A_JOB)
     assert (ended.returncode, ended.stderr) == (2, f"error: SIZE={size}: choose s, b, l or xl\n")
 
 
@@ -139,21 +142,52 @@ def test_the_training_scripts_differ_in_size_and_nodes_only(size: str) -> None:
     assert jobs[0] == jobs[1] != []
 
 
-def test_shards_are_planned_packed_checked_and_described_and_latents_only_where_there_is_an_autoencoder() -> None:
+def test_shards_are_planned_packed_checked_and_described() -> None:
     """The commands of slurm/prepare_shards.sh, told instead of run; tests/slurm/test_slurm.py runs them."""
-    told = {"PYTHON": "echo python", "LAUNCHER": "echo ranks", "SOURCE": "photos", "OUT": "shards"}
+    told = {**IN_A_JOB, "PYTHON": "echo python", "LAUNCHER": "echo ranks", "SOURCE": "photos", "OUT": "shards"}
     ranks = "ranks echo python -m mpi4py -m data_tools"
-    commands = [
+    assert shell("prepare_shards.sh", "--size", "64", **told).stdout.splitlines() == [
         "python -m data_tools plan photos --size 64",
         f"{ranks} pack photos shards --size 64",
         f"{ranks} verify shards --full",
         "python -m data_tools stats shards --picture shards.png",
     ]
-    assert shell("prepare_shards.sh", "--size", "64", **told).stdout.splitlines() == commands
-    latents = "python -m data_tools encode-latents shards shards-latents --vae vae"
-    assert shell("prepare_shards.sh", "--size", "64", **told, VAE="vae").stdout.splitlines() == [*commands, latents]
+    ended = shell("prepare_shards.sh", **told, VAE="vae")
+    remedy = "latents are encoded on GPUs; sbatch slurm/encode.sh latents --vae vae"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: VAE=vae: {remedy}\n")
 
 
 def test_a_step_of_the_preparation_that_fails_is_the_last_one() -> None:
-    ended = shell("prepare_shards.sh", PYTHON="echo python", LAUNCHER="false", SOURCE="photos", OUT="shards")
+    told = {**IN_A_JOB, "PYTHON": "echo python", "LAUNCHER": "false", "SOURCE": "photos", "OUT": "shards"}
+    ended = shell("prepare_shards.sh", **told)
     assert (ended.returncode, ended.stdout) == (1, "python -m data_tools plan photos\n")
+
+
+def test_data_are_encoded_on_all_ranks_and_the_log_says_how_precisely() -> None:
+    told = {**IN_A_JOB, "PYTHON": "python", "LAUNCHER": "echo ranks"}
+    ranks = "ranks python -m mpi4py -m data_tools"
+    line, command = shell("encode.sh", "latents", "--vae", "vae", **told, BASE="photos").stdout.splitlines()
+    assert line.endswith(
+        "encode-latents on 16 processes (cuda), computed in fp32 without TF32, stored in fp16: photos-latents"
+    )
+    assert command == f"{ranks} encode-latents photos photos-latents --device cuda --vae vae"
+    prompts = shell("encode.sh", "prompts", **told, BASE="p.txt", DEVICE="cpu").stdout.splitlines()
+    assert prompts[1] == f"{ranks} encode-prompts p.txt p.npz --device cpu"
+    ended = shell("encode.sh", "latent", **told)
+    assert (ended.returncode, ended.stderr) == (2, "error: KIND=latent: choose latents, text or prompts\n")
+
+
+def test_a_container_of_slurm_is_around_every_process_of_python(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    options = "--container-image=i --container-mounts=/data"
+    script = "python_once once; on_all_ranks ranks; launch step"
+    ended = bash(tmp_path, script, CONTAINER=options, PYTHON="python", LAUNCHER="srun --mpi=pmix")
+    assert ended.stdout.splitlines() == [
+        f"--export=ALL --nodes=1 --ntasks=1 {options} python once",
+        f"--mpi=pmix {options} python -m mpi4py -m data_tools ranks",
+        f"--export=ALL --kill-on-bad-exit=0 --wait=60 --label {options} step",
+    ]
+    ended = bash(tmp_path, "on_all_ranks ranks", CONTAINER=options, LAUNCHER="mpirun")
+    remedy = "starts processes outside of CONTAINER; use srun --mpi=pmix"
+    assert (ended.returncode, ended.stderr) == (2, f"error: LAUNCHER=mpirun: {remedy}\n")

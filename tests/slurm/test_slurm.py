@@ -17,7 +17,10 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from data_tools.latents import LatentSettings, encode_latents
 from diffmoe_dist.config import load_config
+from tests.data.folders import png, random_images, write_folder
+from tests.data.test_latents import save_autoencoder
 from tests.machine import ROOT
 from tests.slurm.cluster import PATH, Cluster, missing
 
@@ -253,23 +256,43 @@ def test_the_sampling_script_draws_images_on_two_nodes_and_keeps_them_from_other
     assert (out / "samples.npz").stat() == drawn
 
 
+def _mpi(cluster: Cluster) -> dict[str, str]:
+    # Without namespaces the nodes have one host name and one /dev/shm: OpenMPI's shared memory would collide.
+    launcher = "mpirun" if cluster.namespaces else "mpirun --mca btl tcp,self"
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {"LAUNCHER": launcher, "PYTHON": sys.executable, **as_root}
+
+
 def test_the_shards_of_mpi_processes_on_two_nodes_have_the_bytes_of_one_process(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
     output, out = tmp_path / "out", tmp_path / "shards"
-    # Without namespaces the nodes have one host name and one /dev/shm: OpenMPI's shared memory would collide.
-    mpi = "mpirun" if cluster.namespaces else "mpirun --mca btl tcp,self"
     options = (*CPU_NODES, "--ntasks-per-node=2", f"--output={output}")
     job = cluster.submit(
         *options, "slurm/prepare_shards.sh", "--samples-per-shard", "512",
-        SOURCE="digits", OUT=out, LAUNCHER=mpi, PYTHON=sys.executable, OMPI_ALLOW_RUN_AS_ROOT="1",
-        OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+        SOURCE="digits", OUT=out, **_mpi(cluster),
     )  # fmt: skip
     assert cluster.wait(job) == "COMPLETED", output.read_text()
     names = sorted(path.name for path in digits.iterdir())
     assert sorted(path.name for path in out.iterdir()) == names
     assert all((out / name).read_bytes() == (digits / name).read_bytes() for name in names)
     assert Image.open(f"{out}.png").size[0] > 100
+
+
+def test_the_latents_of_two_nodes_have_the_bytes_of_one_process(cluster: Cluster, tmp_path: Path) -> None:
+    base = write_folder(tmp_path / "base", [{"png": png(image)} for image in random_images(4, 16)], [1, 2, 1])
+    vae, output = save_autoencoder(tmp_path / "vae"), tmp_path / "out"
+    encode_latents(base, tmp_path / "one", LatentSettings(vae, base.image_size or 16, batch_size=2))
+    job = cluster.submit(
+        *CPU_NODES, f"--output={output}", "slurm/encode.sh", "latents", "--vae", vae, "--batch-size", "2",
+        "--size", "16", BASE=base.folder, DEVICE="cpu", **_mpi(cluster),
+    )  # fmt: skip
+    assert cluster.wait(job) == "COMPLETED", output.read_text()
+    assert "encode-latents on 2 processes (cpu)" in output.read_text()
+    one, two = (
+        {path.name: path.read_bytes() for path in tmp_path.glob(f"{name}/*")} for name in ("one", "base-latents")
+    )
+    assert one == two and len(one) > 4
 
 
 def test_a_node_that_was_cut_off_and_goes_on_running_publishes_no_checkpoint(
