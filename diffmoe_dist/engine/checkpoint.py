@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from diffmoe_dist.config import CheckpointConfig, Config, load_config, save_config
+from diffmoe_dist.config import CheckpointConfig, Config, EMAConfig, load_config, save_config
 from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_fragments, write_fragments
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
@@ -256,14 +256,15 @@ def read_progress(checkpoint: Path) -> Progress:
 def read_checkpoint_model(
     checkpoint: Path,
     device: str | torch.device,
-    kind: str = EMA,
+    kind: str | Callable[[EMAConfig], str] = EMA,
     overrides: Sequence[str] = (),
     spread: Spread | None = None,
 ) -> tuple[DiT, Config]:
     """The model of a checkpoint in eval mode, and the settings it was trained with, `overrides` applied.
 
     Args:
-        kind: EMA or another one of `ema.averages`, or MASTER for the weights themselves; all fp32.
+        kind: EMA or another one of `ema.averages`, or MASTER for the weights themselves; all fp32. A function chooses
+            by the settings, once they are known to be what was written.
         spread: edits the model before it has any memory, to hold its rank's experts alone; collective then.
 
     Raises:
@@ -273,6 +274,8 @@ def read_checkpoint_model(
     if damage is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); remove that folder, or give an older step-N")
     config = load_config(checkpoint / "config.yaml", overrides)
+    if not isinstance(kind, str):
+        kind = kind(config.ema)
     with torch.device("meta"):
         model = DiT(config)
         if spread is not None:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def read_model(
                 f"--checkpoint {folder}: experts of a folder of weights are not sharded; leave out --expert"
             )
         return _read_weights(folder, device, overrides)
-    kind = stored_average(read_settings(folder).ema, ema_decay, ema_length)
+    kind = partial(stored_average, decay=ema_decay, length=ema_length)
     return read_checkpoint_model(folder, device, kind, overrides, spread)
 
 

@@ -69,7 +69,8 @@ def _by_width(dense: Config, count: Callable[[Accounting], float], wanted: float
     unit = math.lcm(dense.model.num_heads, 4)
 
     def of_width(width: int) -> Config:
-        return replace(dense, model=replace(dense.model, size=None, hidden_size=width))
+        head_dim = width // dense.model.num_heads
+        return replace(dense, model=replace(dense.model, size=None, hidden_size=width, head_dim=head_dim))
 
     least, most = 1, 2
     while count(account(of_width(most * unit))) < wanted:

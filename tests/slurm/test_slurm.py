@@ -315,6 +315,9 @@ def test_a_node_that_was_cut_off_and_goes_on_running_publishes_no_checkpoint(
     run.wait_for_log("another attempt has taken over")
     assert run.end() == ("COMPLETED", 1), run.log()
     cluster.cut(node, "up")
-    assert run.curve() == undisturbed.curve(), run.log()
+    steps, losses = zip(*run.curve(), strict=True)
+    expected_steps, expected = zip(*undisturbed.curve(), strict=True)
+    # Every rank has all experts here, and sums their gradients in another order.
+    assert steps == expected_steps and losses == pytest.approx(expected, abs=1e-6), run.log()
     assert run.checkpoints()[-1] == max(STEPS, *range(10, frozen_at + 1, 10)), "the older attempt would have gone on"
     assert claim.read_text().strip() == f"{run.job}.1"
