@@ -29,4 +29,4 @@ connect
 launch "${interpreter[@]}" -m diffmoe_dist.sample --checkpoint "$CHECKPOINT" --out "$OUT" --num "$NUM" \
     --device "$DEVICE" "$@"
 [[ -e $OUT/sampling.json ]] # srun may return 0 although a node died
-say "done"
+say "done: $(grep -Eo '"(precision|tf32)": *[^,}]+' "$OUT/sampling.json" | tr '\n' ' ')"

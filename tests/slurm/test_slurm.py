@@ -248,6 +248,7 @@ def test_the_sampling_script_draws_images_on_two_nodes_and_keeps_them_from_other
 
     assert sample("--steps", "2") == "COMPLETED", output.read_text()
     assert np.load(out / "samples.npz")["arr_0"].shape == (4, 8, 8, 1)
+    assert '"precision": "fp32"' in output.read_text()
     drawn = (out / "samples.npz").stat()
     assert sample("--steps", "2") == "COMPLETED", output.read_text()
     assert "has these 4 images already" in output.read_text()
