@@ -10,7 +10,7 @@ from typing import Any
 from diffmoe_dist.config.require import require
 from diffmoe_dist.config.router import RouterSettings
 from diffmoe_dist.config.schedule import check_schedule
-from diffmoe_dist.config.schema import Config, ModelConfig, ObjectiveConfig, data_sets
+from diffmoe_dist.config.schema import Config, ModelConfig, ObjectiveConfig, TrainConfig, data_sets
 from diffmoe_dist.errors import UserError
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -105,6 +105,7 @@ def check(config: Config) -> None:
         require(getattr(config, section), section, name, accepts, rule)
     _check_model(config.model)
     _check_condition(config.model)
+    _check_without_classes(config)
     _check_objective(config)
     _check_experts(config)
     _check_compile(config)
@@ -131,7 +132,6 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_condition(model: ModelConfig) -> None:
     if model.condition == "class":
-        require(model, "model", "num_classes", lambda value: value >= 1, "at least 1")
         for name in ("text_hidden_size", "text_max_length", "text_pooled_size", "text_encoder_sha256"):
             if getattr(model, name):
                 raise UserError(
@@ -146,6 +146,24 @@ def _check_condition(model: ModelConfig) -> None:
     }.items():
         if not getattr(model, name):
             raise UserError(f"model.{name} is not set; give {meaning}")
+
+
+def _check_without_classes(config: Config) -> None:
+    """Refuse what tells conditional from unconditional images where all are of one kind."""
+    if config.model.condition != "class" or config.model.num_classes:
+        return
+    without = {
+        "sample.cfg_scale": (config.sample.cfg_scale, 1.0),
+        "moe.unconditional_expert": (config.experts is not None and config.experts.unconditional_expert, False),
+    }
+    if config.train.label_dropout != TrainConfig().label_dropout:  # that nobody needs to take away
+        without["train.label_dropout"] = (config.train.label_dropout, 0.0)
+    for setting, (value, needed) in without.items():
+        if value != needed:
+            raise UserError(
+                f"{setting}={str(value).lower()} has no effect with model.num_classes=0, which knows no conditions; "
+                f"set it to {str(needed).lower()}"
+            )
 
 
 def _check_objective(config: Config) -> None:

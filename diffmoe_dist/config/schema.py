@@ -31,7 +31,7 @@ class ModelConfig:
     input_size: int = 32  # height and width of what the model sees: latents or pixels
     in_channels: int = 4
     condition: Literal["class", "text"] = "class"
-    num_classes: int = 1000  # 0 with condition=text
+    num_classes: int = 1000  # 0: images without labels, or condition=text
     text_hidden_size: int = 0  # with condition=text: width of the encoder's tokens
     text_max_length: int = 0  # tokens that captions are padded to
     text_pooled_size: int = 0  # width of the encoder's pooled vector; 0: it has none

@@ -146,7 +146,8 @@ class StreamedDataset(IterableDataset[Batch]):
             raise ImageError("has no image")
         read_pixels(payload, self.data.channels, self.flip and buffer.flips(row), buffer.images[row])
         try:
-            buffer.labels[row] = parse_label(sample.get(LABEL_FIELD, b""), self.data.num_classes)
+            if self.data.num_classes:
+                buffer.labels[row] = parse_label(sample.get(LABEL_FIELD, b""), self.data.num_classes)
         except ValueError as error:
             raise CorruptShardError(f"{sample[_URL]}, key {sample[_KEY]}: {error}") from None
 

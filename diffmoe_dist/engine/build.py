@@ -17,6 +17,7 @@ from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.ema import averages
+from diffmoe_dist.engine.fine_tuning import tensors_anew, told
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.resume import Start, changed_rate, changed_settings
 from diffmoe_dist.engine.run_folder import NoClaim
@@ -74,9 +75,10 @@ def _load(start: Start, config: Config, state: ShardedState) -> None:
         if initial_weights is not None:
             logger.info("train.initial_weights=%s were where this run began; its checkpoint wins", initial_weights)
     elif initial_weights is not None:
-        fill_fragments(Path(initial_weights), fragments)
+        anew = tensors_anew(config)
+        fill_fragments(Path(initial_weights), fragments, anew)
         state.after_load(progress.step)
-        logger.info("started from the weights in %s", initial_weights)
+        logger.info("started from the weights in %s; from the seed: %s", initial_weights, told(anew))
 
 
 def _keep_changed_settings(start: Start, config: Config, run_dir: Path) -> None:

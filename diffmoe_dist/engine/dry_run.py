@@ -24,6 +24,7 @@ from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
+from diffmoe_dist.engine.fine_tuning import tensors_anew, told
 from diffmoe_dist.engine.resume import progress_from
 from diffmoe_dist.files import format_bytes
 from diffmoe_dist.launch import Launch
@@ -181,6 +182,8 @@ def _report(
     for number, line in enumerate(draw_schedule(config)):
         yield "" if number else "lr", line
     yield "start", f"step {progress.step}" + (f", from {found[-1]}" if found else ", there is no checkpoint")
+    if config.train.initial_weights and not found:
+        yield "weights", f"of {config.train.initial_weights}; from the seed: {told(tensors_anew(config))}"
 
 
 def _data(data: TrainingData | StreamedData, config: Config) -> str:

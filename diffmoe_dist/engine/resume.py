@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from diffmoe_dist.config import Config, flat_settings, learning_rate, load_config, model_settings, pool_samples
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, read_progress
 from diffmoe_dist.engine.ema import averages
-from diffmoe_dist.engine.weights import is_weights_folder, open_tensors, read_settings
+from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.model.dit import DiT
 
 
 @dataclass(frozen=True)
@@ -59,31 +56,13 @@ def progress_from(
     )
     if checkpoint is None:
         if config.train.initial_weights is not None:
-            check_initial_weights(config)
+            tensors_anew(config)
         return fresh
     saved = read_progress(checkpoint)
     _check_same_model(checkpoint, config)
     _check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
     _check_averages(checkpoint, config)
     return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
-
-
-def check_initial_weights(config: Config) -> None:
-    """Check that `train.initial_weights` are of the model that is about to be trained.
-
-    Raises:
-        UserError: they are not there, damaged, or of another model; names the first difference.
-    """
-    folder = Path(str(config.train.initial_weights))
-    if not is_weights_folder(folder):
-        raise UserError(
-            f"train.initial_weights={folder}: no folder of weights there; make one with python -m diffmoe_dist.convert"
-        )
-    _refuse_other_model(config, read_settings(folder), f"train.initial_weights={folder}", "other weights")
-    with torch.device("meta"):
-        model = DiT(config)
-    with open_tensors(folder, model.state_dict()):
-        pass
 
 
 def changed_settings(checkpoint: Path, config: Config) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -128,15 +128,15 @@ def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, sour
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def fill_fragments(folder: Path, fragments: Sequence[Fragment]) -> None:
-    """Start a run's weights, their averages and its buffers from a folder; AdamW's moments stay as they are.
+def fill_fragments(folder: Path, fragments: Sequence[Fragment], anew: Collection[str] = ()) -> None:
+    """Start a run's weights, their averages and its buffers from a folder; AdamW's moments stay, and tensors `anew`.
 
     Of a stack of experts only the rows are read that hold the fragment.
     """
     with _open_file(folder) as file:
         for fragment in fragments:
             kind, _, name = fragment.name.partition(".")
-            if kind not in (EXP_AVG, EXP_AVG_SQ):
+            if kind not in (EXP_AVG, EXP_AVG_SQ) and name not in anew:
                 fragment.data.copy_(_read(file, name, fragment))
 
 

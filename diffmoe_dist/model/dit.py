@@ -79,7 +79,7 @@ class DiT(nn.Module):
             text = (tokens, y.mask)
         else:
             embedded = self.y_embedder(y)
-        null_N = is_null(y, self.num_classes)
+        null_N = is_null(y, self.num_classes or -1)  # without classes no image is another's unconditional twin
         condition = self.t_embedder(t) + embedded  # (N, D)
         routings = []
         for block in self.blocks:

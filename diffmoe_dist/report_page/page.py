@@ -300,7 +300,7 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 def _page(name: str, config: Config, cards: dict[str, str], sections: Sequence[str]) -> str:
     model = config.model
     experts = config.experts
-    condition = "text" if model.condition == "text" else f"{model.num_classes} classes"
+    condition = "text" if model.condition == "text" else f"{model.num_classes or 'no'} classes"
     kind = "dense" if experts is None else f"{experts.router}, {experts.num_experts} experts"
     subtitle = (
         f"{kind}; depth {model.depth}, width {model.hidden_size}, {model.num_heads} heads, patches of "

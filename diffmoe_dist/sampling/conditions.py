@@ -69,7 +69,7 @@ class ClassLabels:
         return self.labels[number % len(self.labels)]
 
     def name(self, label: int) -> str:
-        return f"class {label}"
+        return f"class {label}" if self.null_label else "no class"
 
 
 class DataCaptions:
@@ -150,7 +150,7 @@ def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> 
         data: that it trains on; None will do for classes.
     """
     if config.model.condition == "class":
-        return ClassLabels(list(range(config.model.num_classes)), config.model.num_classes)
+        return ClassLabels(_all_classes(config.model.num_classes), config.model.num_classes)
     assert isinstance(data, TrainingData)
     encoder = data.encoders.text if data.encoders else None
     return DataCaptions(data.datasets[0], encoder, config.model.text_max_length)
@@ -183,7 +183,7 @@ def open_conditions(
 
 def job_classes(job: dict[str, Any], config: Config) -> ClassLabels:
     """The classes that the images of a job are conditioned on, by its sampling.json."""
-    classes = list(range(config.model.num_classes)) if job["classes"] == "all" else job["classes"]
+    classes = _all_classes(config.model.num_classes) if job["classes"] == "all" else job["classes"]
     return ClassLabels(choose_labels(job["labels"], job["num"], classes, job["seed"]), config.model.num_classes)
 
 
@@ -208,15 +208,24 @@ def choose_labels(rule: Literal["balanced", "random"], num: int, classes: list[i
     return [classes[random % len(classes)] for random in randoms]
 
 
+def _all_classes(num_classes: int) -> list[int]:
+    return list(range(num_classes)) or [0]  # without classes all images have label 0
+
+
 def _open_classes(settings: SamplingSettings, num_classes: int) -> ClassLabels:
     if settings.prompts or settings.prompt:
-        given = f"--prompts {settings.prompts}" if settings.prompts else f"--prompt {settings.prompt}"
+        prompt = f"--prompts {settings.prompts}" if settings.prompts else f"--prompt {settings.prompt}"
         raise UserError(
-            f"{given}: this model is conditioned on classes; give --num, and --classes for some of them only"
+            f"{prompt}: this model is conditioned on classes; give --num, and --classes for some of them only"
         )
     assert settings.num is not None, "settings.check refuses it"
-    classes = list(range(num_classes)) if settings.classes is None else list(settings.classes)
+    given: dict[str, Any] = {"--labels": settings.labels, "--classes": settings.classes}
+    given["--cfg-scale"] = settings.cfg_scale if settings.cfg_scale != 1 else None
+    for option, value in given.items():
+        if value is not None and not num_classes:
+            raise UserError(f"{option} has no effect with this model, which was trained without classes; leave it out")
+    classes = _all_classes(num_classes) if settings.classes is None else list(settings.classes)
     for label in classes:
-        if not 0 <= label < num_classes:
+        if not 0 <= label < max(num_classes, 1):
             raise UserError(f"--classes {label}: this model knows the classes 0 to {num_classes - 1}")
     return ClassLabels(choose_labels(settings.labels or "balanced", settings.num, classes, settings.seed), num_classes)

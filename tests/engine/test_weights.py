@@ -17,7 +17,7 @@ from torch import Tensor
 from diffmoe_dist import load_model
 from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model
 from diffmoe_dist.engine.conversion import convert_published, export_checkpoint
-from diffmoe_dist.engine.resume import check_initial_weights
+from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.engine.weights import _read, read_model
 from diffmoe_dist.errors import UserError
@@ -216,7 +216,7 @@ def test_a_damaged_folder_is_refused_in_one_line(folder: Path, tmp_path: Path, d
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"moe": {"num_experts": 8}}, r"moe\.num_experts=8, but train\.initial_weights=.* with moe\.num_experts=4"),
+        ({"moe": {"expert_mlp_ratio": 2.0}}, r"moe\.expert_mlp_ratio=2\.0, but train\.initial_weights=.*of another"),
         ({"model": {"learn_sigma": False}}, r"model\.learn_sigma=False, but train\.initial_weights"),
         ({"train": {"initial_weights": "/nowhere"}}, r"train\.initial_weights=/nowhere: no folder of weights there"),
     ],
@@ -225,16 +225,16 @@ def test_initial_weights_of_another_model_are_refused(
     folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     given = {**LEARNED, "train": {"initial_weights": str(folder)}}
-    check_initial_weights(tiny_config(tmp_path, tmp_path, given))
+    tensors_anew(tiny_config(tmp_path, tmp_path, given))
     with pytest.raises(UserError, match=message):
-        check_initial_weights(tiny_config(tmp_path, tmp_path, given, change))
+        tensors_anew(tiny_config(tmp_path, tmp_path, given, change))
 
 
 def test_initial_weights_that_lack_a_tensor_are_refused(folder: Path, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     rewrite(damaged, lambda tensors: tensors.pop("final_layer.linear.bias"))
     with pytest.raises(UserError, match=r"final_layer\.linear\.bias is none"):
-        check_initial_weights(tiny_config(tmp_path, tmp_path, {**LEARNED, "train": {"initial_weights": str(damaged)}}))
+        tensors_anew(tiny_config(tmp_path, tmp_path, {**LEARNED, "train": {"initial_weights": str(damaged)}}))
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 24), (0, 1), (5, 1), (6, 12), (5, 8), (23, 1), (11, 13)])

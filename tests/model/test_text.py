@@ -130,10 +130,6 @@ def test_without_a_pooled_vector_the_mean_of_the_tokens_takes_its_place() -> Non
         ({"text_hidden_size": None}, r"model\.text_hidden_size is not set"),
         ({"text_max_length": None}, r"model\.text_max_length is not set; give the number of tokens"),
         ({"condition": "class", "num_classes": 10}, r"model\.text_hidden_size=12 has no effect with model\.condition="),
-        (
-            {"condition": "class", "text_hidden_size": None, "text_max_length": None, "text_pooled_size": None},
-            r"num_classes=0 must be at least 1",
-        ),
     ],
 )
 def test_settings_of_the_other_condition_are_refused(model: dict[str, Any], message: str) -> None:
