@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -117,7 +117,7 @@ class _WithThisRank(Executor):
         if self._own is not None and not self._own.done():
             return self._others.submit(function, *args, **kwargs)
         # A copy, as the other ranks get one: what a job holds, such as open files, is not the main thread's.
-        args, kwargs = pickle.loads(pickle.dumps((args, kwargs)))
+        args, kwargs = copy.deepcopy((args, kwargs))
         self._own = self._thread.submit(function, *args, **kwargs)
         return self._own
 

@@ -85,9 +85,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="averaged or not, where there are both (default: ema)"
     )
-    parser.add_argument("--ema-decay", type=float, metavar="D", help="with --to: another average, of ema.decays")
+    parser.add_argument("--ema-decay", type=float, metavar="D", help="with --to safetensors: another of ema.decays")
     parser.add_argument(
-        "--ema-length", type=float, metavar="L", help="with --to: the average of any length, of a run with ema.lengths"
+        "--ema-length",
+        type=float,
+        metavar="L",
+        help="with --to safetensors: an average of any length, of a run with ema.lengths",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="a folder that does not exist yet, or an empty one; with --to dit and such, a file"

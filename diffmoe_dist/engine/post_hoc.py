@@ -93,8 +93,9 @@ def _stored(checkpoint: Path) -> dict[tuple[Path, float], Weighting]:
 
 def fit(stored: Sequence[Weighting], wanted: Weighting) -> tuple[list[float], float]:
     """The coefficients, of sum 1, by which stored averages come closest to the wanted one, and how far apart it is."""
-    if wanted in stored:
-        return [float(weighting == wanted) for weighting in stored], 0.0
+    same = [weighting == wanted or weighting.updates == wanted.updates == 1 for weighting in stored]
+    if any(same):  # averages of one update are all that update
+        return [float(place == same.index(True)) for place in range(len(stored))], 0.0
     products = _products([*stored, wanted])
     others = np.eye(len(products))[1:] - np.eye(len(products))[0]  # as differences from the first: so the sum stays 1
     apart = others @ products @ others.T

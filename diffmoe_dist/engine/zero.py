@@ -8,6 +8,8 @@ goes on, and AdamW reads the gradients where they lie. A group of one rank copie
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from diffmoe_dist.engine.adamw import AdamW, squares
+from diffmoe_dist.logs import logger
 from diffmoe_dist.parallel.topology import all_gather
 
 IN_FLIGHT = 2  # chunks that are being reduced while backward fills the next one
@@ -92,7 +95,7 @@ class ReducingZero(DeepSpeedZeroOptimizer):
         self._in_flight: deque[tuple[Chunk, Tensor, dist.Work]] = deque()
         self._begin_backward()
         self._tables: list[Any] = []  # of the groups' pieces, where one kernel takes them all
-        if self.single_partition_of_fp32_groups[0].is_cuda and find_spec("triton") is not None:
+        if self.single_partition_of_fp32_groups[0].is_cuda and _can_compile_kernels():
             self._tables = [self._table(group) for group in range(len(self.bit16_groups))]
 
     def _table(self, group: int) -> Any:
@@ -176,7 +179,7 @@ class ReducingZero(DeepSpeedZeroOptimizer):
         chunk = self._reductions[self._next]
         self._next += 1
         buffer = torch.empty(sum(chunk.sizes), dtype=self.wire, device=chunk.pieces[0].parameter.device)
-        torch._foreach_copy_(buffer.split(chunk.sizes), _gradients(chunk))
+        torch._foreach_copy_(buffer.split(chunk.sizes), _made(chunk))
         for parameter in chunk.parameters:
             self._uncopied[parameter] -= 1
             if not self._uncopied[parameter]:
@@ -255,10 +258,22 @@ class ReducingZero(DeepSpeedZeroOptimizer):
             weights.copy_(master)
 
 
+def _can_compile_kernels() -> bool:
+    """Whether Triton is installed, and has the C compiler that it asks for at the first kernel."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    missing = "Triton" if find_spec("triton") is None else "a C compiler" if compiler is None else None
+    if missing is not None:
+        logger.warning("AdamW takes torch's slower kernels: %s is not installed", missing)
+    return missing is None
+
+
 def _gradients(chunk: Chunk) -> list[Tensor]:
-    """Of each piece; a parameter that the loss did not need has none, so zeros."""
-    if chunk.reduced is not None:
-        return list(chunk.reduced.split(chunk.sizes))
+    """Of each piece of a chunk that this rank owns: summed over the ranks, or as made where it is alone."""
+    return _made(chunk) if chunk.reduced is None else list(chunk.reduced.split(chunk.sizes))
+
+
+def _made(chunk: Chunk) -> list[Tensor]:
+    """Of each piece, as backward has made them; a parameter that the loss did not need has none, so zeros."""
     return [
         parameter.new_zeros(stop - start) if parameter.grad is None else parameter.grad.view(-1)[start:stop]
         for parameter, start, stop, _ in chunk.pieces
