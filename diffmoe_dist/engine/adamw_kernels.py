@@ -1,7 +1,7 @@
 """AdamW, and the norm of the gradients, in one pass over memory for all parameters of a group: Triton kernels, on CUDA.
 
 torch's fused AdamW asks for gradients in fp32 and leaves the bf16 weights to a copy; it and a norm of each gradient are
-a thousand launches a step. Here gradients are read where backward has left them, in their own type, by their addresses.
+hundreds of launches a step. Here gradients are read where backward has left them, in their own type, by address.
 """
 
 from __future__ import annotations
