@@ -56,10 +56,10 @@ def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
     run_dir = runs / "python"
     line = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert set(line) == {
-        "step", "images_seen", "loss", "loss_diffusion", "loss_capacity", "grad_norm", "lr", "images_per_second",
-        "step_seconds", "capacity", "expert_load_max", "expert_load_min", "bad_samples", "peak_memory_bytes",
-        "skipped_steps", "failed_checkpoints", "failed_log_writes", "seconds_data", "seconds_forward",
-        "seconds_backward", "seconds_all_to_all", "seconds_optimizer", "seconds_checkpoint",
+        "step", "images_seen", "ranks", "loss", "loss_diffusion", "loss_capacity", "grad_norm", "lr",
+        "images_per_second", "step_seconds", "capacity", "expert_load_max", "expert_load_min", "bad_samples",
+        "peak_memory_bytes", "skipped_steps", "failed_checkpoints", "failed_log_writes", "seconds_data",
+        "seconds_forward", "seconds_backward", "seconds_all_to_all", "seconds_optimizer", "seconds_checkpoint",
     }  # fmt: skip
     assert (line["step"], line["images_seen"], line["capacity"]) == (STEPS, STEPS * 32, 1.0)
     loads = json.loads((run_dir / "expert_load.jsonl").read_text().splitlines()[-1])

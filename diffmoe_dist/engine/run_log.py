@@ -65,7 +65,8 @@ class RunLog:
     def metrics(self, values: dict[str, Any]) -> None:
         values = {**values, "failed_log_writes": self.failed + failed_log_lines()}
         self._append(METRICS, values)
-        scalars = {name: value for name, value in values.items() if name != "step" and value is not None}
+        no_chart = ("step", "ranks")
+        scalars = {name: value for name, value in values.items() if name not in no_chart and value is not None}
         with self._counted("tensorboard"):
             self.tensorboard.add_scalars(scalars, values["step"])
         self.bar.set_postfix(loss=f"{values['loss']:.4f}")

@@ -359,6 +359,7 @@ class Trainer:
         return {
             "step": self.progress.step,
             "images_seen": self.progress.images_seen,
+            "ranks": self.topology.world_size,
             **report.losses,
             "grad_norm": report.grad_norm,
             "lr": learning_rate(self.config, self.progress.step),
