@@ -36,7 +36,7 @@ demo: .venv/ready
 		data.shards=shards/digits device=cpu parallel.expert=2 train.steps=$(DEMO_STEPS)
 	rm -rf samples/demo # of a demo with other DEMO_STEPS, whose folder would be refused
 	$(BIN)/python -m diffmoe_dist.sample --checkpoint runs/demo --out samples/demo --num 100 --cfg-scale 2 \
-		--recalibrate 4 --device cpu
+		--device cpu
 	$(BIN)/python -m diffmoe_dist.report --run runs/demo --samples samples/demo --device cpu
 
 demo-text: .venv/ready
@@ -47,7 +47,7 @@ demo-text: .venv/ready
 		device=cpu parallel.expert=2
 	rm -rf samples/shapes
 	$(BIN)/python -m diffmoe_dist.sample --checkpoint runs/shapes --out samples/shapes --device cpu --cfg-scale 2 \
-		--prompts configs/t2i/shapes_prompts.txt --encoder models/random-clip --recalibrate 4
+		--prompts configs/t2i/shapes_prompts.txt --encoder models/random-clip
 	$(BIN)/python -m diffmoe_dist.report --run runs/shapes --samples samples/shapes --device cpu
 	$(BIN)/python -m benchmarks.prompt_following samples/shapes --at-least 0.8
 

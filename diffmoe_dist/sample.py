@@ -39,8 +39,9 @@ each line (GenEval's evaluation_metadata.jsonl), or the .npz of `python -m data_
 that its captions were encoded with. The images take the prompts in turn, and prompts.jsonl says which one each has. The
 noise of an image belongs to its prompt: it does not change with the order of the prompts, or with others in the file.
 
-Thresholds follow the weights in training; --recalibrate finds those of the averaged weights, so that the measured
-capacity comes closer to the one trained for. It reads data.shards of the run, or those given.
+A run that has reached its last step has the capacity thresholds of its averaged weights. For earlier checkpoints and
+other averages --recalibrate finds them: the measured capacity then comes closer to the one trained for. It reads
+data.shards of the run, or those given.
 """
 
 

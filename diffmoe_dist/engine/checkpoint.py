@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from diffmoe_dist.config import CheckpointConfig, Config, EMAConfig, load_config, save_config
-from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_fragments, write_fragments
+from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_fragments, stored_names, write_fragments
 from diffmoe_dist.engine.run_folder import Claim
-from diffmoe_dist.engine.sharded_state import EMA, Fragment, buffers, weights
+from diffmoe_dist.engine.sharded_state import BUFFER, EMA, EMA_BUFFER, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, write_atomically, write_json
 from diffmoe_dist.model.dit import DiT
@@ -280,12 +280,24 @@ def read_checkpoint_model(
         model = DiT(config)
         if spread is not None:
             spread(model, config)
-    check_stored(
-        checkpoint, [*weights(model, kind), *buffers(model)]
-    )  # before there is memory for sizes in config.yaml
+    check_stored(checkpoint, stored_tensors(checkpoint, model, kind))  # before there is memory for sizes in config.yaml
     model.to_empty(device="cpu")
-    load_fragments(checkpoint, [*weights(model, kind), *buffers(model)])  # fills every tensor, the position table too
+    load_fragments(checkpoint, stored_tensors(checkpoint, model, kind))  # fills every tensor, the position table too
     return model.to(device).eval().requires_grad_(False), config
+
+
+def stored_tensors(checkpoint: Path, model: DiT, kind: str) -> list[Fragment]:
+    """The weights of a kind, and the buffers with them: the average of a finished run has thresholds of its own."""
+    own = stored_names(checkpoint, EMA_BUFFER) if kind == EMA else set()
+    found = buffers(model)
+    names = [buffer.name.replace(BUFFER, EMA_BUFFER, 1) for buffer in found]
+    both = zip(found, names, strict=True)
+    return weights(model, kind) + [replace(buffer, name=name) if name in own else buffer for buffer, name in both]
+
+
+def has_thresholds_of_average(checkpoint: Path) -> bool:
+    """Whether a run ended here, whose last act is to find the capacity thresholds of its average."""
+    return bool(stored_names(checkpoint, EMA_BUFFER))
 
 
 def _remove(checkpoint: Path) -> None:

@@ -95,6 +95,14 @@ def check_stored(checkpoint: Path, fragments: Sequence[Fragment]) -> None:
         _refuse(checkpoint, error)
 
 
+def stored_names(checkpoint: Path, kind: str) -> set[str]:
+    """The tensors `kind.name` of a checkpoint. Raises UserError: its list of them is damaged."""
+    try:
+        return {name for name in read_metadata(checkpoint).state_dict_metadata if name.startswith(f"{kind}.")}
+    except Exception as error:  # a damaged pickle can fail in any way
+        _refuse(checkpoint, error)
+
+
 def _refuse(checkpoint: Path, cause: BaseException) -> NoReturn:
     if isinstance(cause, UserError):
         raise cause from None

@@ -19,6 +19,7 @@ from diffmoe_dist.model.moe import Experts
 from diffmoe_dist.parallel.slices import Columns
 
 MASTER, EXP_AVG, EXP_AVG_SQ, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
+BUFFER, EMA_BUFFER = "buffer", "ema_buffer"  # the latter as it is for the average of `ema.decay`
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def buffers(model: nn.Module) -> list[Fragment]:
     """The buffers that are state (capacity thresholds), the same on every rank."""
     persistent = model.state_dict().keys() - dict(model.named_parameters()).keys()
     return [
-        Fragment(f"buffer.{name}", 0, buffer.numel(), buffer.view(-1))
+        Fragment(f"{BUFFER}.{name}", 0, buffer.numel(), buffer.view(-1))
         for name, buffer in model.named_buffers()
         if name in persistent
     ]

@@ -30,7 +30,8 @@ from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.profiling import Profiler, Timings
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.run_log import Log, open_run_log
-from diffmoe_dist.engine.sharded_state import ShardedState, buffers
+from diffmoe_dist.engine.sharded_state import Fragment, ShardedState, buffers
+from diffmoe_dist.engine.thresholds import proposed_thresholds, thresholds_of_average
 from diffmoe_dist.engine.watchdog import SLOW_FACTOR, Watchdog, collective_timeout
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.accounting import account
@@ -39,6 +40,8 @@ from diffmoe_dist.model.routing import RoutingStats
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
 from diffmoe_dist.parallel.topology import Topology
 from diffmoe_dist.planning.accelerators import device_peak, model_flop_utilization
+
+THRESHOLD_STEPS = 8  # of which the batches give the thresholds of the averaged weights, once, at the end
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Trainer:
         self.timer = StepTimer()
         self.accounting = account(config)
         self.device_peak = device_peak(topology.device, config)
+        self.thresholds_of_average: list[Fragment] = []  # once the last step is done
         self.bad_samples = 0  # since the last line of metrics
         self.timings = Timings(topology.device)
         self.compile_clock = CompileClock() if config.train.compile else None
@@ -142,6 +146,8 @@ class Trainer:
             self.set_deadline(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
             with self.timer, self.profiler.step(step):
                 report = self.train_step()
+            if step == steps:
+                self._find_thresholds()
             self._tell_compiling(step)
             self.log.step(step)
             self._do_what_is_due(report)
@@ -188,10 +194,11 @@ class Trainer:
         )
         return report
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self, steps_ahead: int = 0) -> Batch:
         batch = next(self.batches)
         if self.config.objective.same_t_per_batch:
-            batch = with_one_time(batch, self.config.seed, self.progress.images_seen)
+            images_seen = self.progress.images_seen + steps_ahead * self.config.train.global_batch_size
+            batch = with_one_time(batch, self.config.seed, images_seen)
         return batch
 
     def save(self) -> None:
@@ -199,7 +206,7 @@ class Trainer:
         self.set_deadline("saving a checkpoint", SLOW_FACTOR)
         fragments = list(self.state.fragments())
         if self.topology.rank == 0:  # the same on every rank, so one writes them
-            fragments += buffers(self.model)
+            fragments += buffers(self.model) + self.thresholds_of_average
         with self.timings.part("checkpoint"):
             self.checkpointer.save(fragments, self.progress)
 
@@ -219,6 +226,19 @@ class Trainer:
             self.compile_clock.close()
         self.loader.close()
         self.log.close()
+
+    def _find_thresholds(self) -> None:
+        """Those of the averaged weights, on the batches that the next steps would have; collective."""
+        experts = self.config.experts
+        if experts is None or not experts.has_predictor():
+            return
+        self.set_deadline("finding capacity thresholds", SLOW_FACTOR)
+        steps = range(THRESHOLD_STEPS)
+        batches = (self._next_batch(ahead) for ahead in steps for _ in range(self.progress.micro_steps))
+        with self.averages.applied():
+            thresholds_LN = proposed_thresholds(self.model, self.config, batches)
+        self.thresholds_of_average = thresholds_of_average(self.model, self.topology.mean(thresholds_LN))
+        logger.info("found the capacity thresholds of the averaged weights on %d batches", len(steps))
 
     def _tell_compiling(self, step: int) -> None:
         if self.compile_clock is not None and (seconds := self.compile_clock.since_last()):

@@ -39,8 +39,8 @@ FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
 # What scores depend on beside the weights, under the names of sampling.json
 SAMPLING_FACTS = (
     "checkpoint", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "one_pass", "decoder",
-    "batch_size", "inference", "recalibrate", "capacity", "nfe", "parameters", "activated_parameters", "seed",
-    "uint8_rule", "precision", "tf32",
+    "batch_size", "inference", "recalibrate", "capacity", "capacity_trained_for", "nfe", "parameters",
+    "activated_parameters", "seed", "uint8_rule", "precision", "tf32",
 )  # fmt: skip
 CLASS_FACTS = ("labels", "classes")
 PROMPT_FACTS = ("num_prompts", "negative_prompt", "text_encoder_sha256")

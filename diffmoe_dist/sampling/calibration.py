@@ -1,13 +1,8 @@
-"""Capacity thresholds for averaged weights.
-
-Training moves the thresholds with the weights it trains; the averaged weights have another capacity predictor, which
-those thresholds do not fit exactly. A few batches of training data give the thresholds at which the averaged model has
-the capacity that it was trained for.
-"""
+"""`--recalibrate`: capacity thresholds for the weights at hand, from the training data of their run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,8 +12,8 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.noising import noisy_inputs, with_one_time
+from diffmoe_dist.engine.noising import with_one_time
+from diffmoe_dist.engine.thresholds import proposed_thresholds
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 
@@ -45,24 +40,20 @@ def recalibrate_on_training_data(
 
 @torch.no_grad()
 def recalibrate(model: DiT, config: Config, batches: Iterable[Batch]) -> None:
-    """Set every capacity threshold to the mean of what the batches propose (DiffMoE eq. 17 at these weights).
+    """Set every capacity threshold to the mean of what the batches propose; each batch is one token pool.
 
-    Each batch is one token pool, noised as in training; the proposal for an expert is the predicted score that as many
-    tokens exceed as it has slots. The model comes back in eval mode.
+    The model comes back in eval mode.
     """
-    objective = build_objective(config)
-    device = model.pos_embed.device
-    proposals = []
     for layer in model.moe_layers:
         layer.router.end_schedule()
     model.train()
-    for number, batch in enumerate(batches):
-        if config.objective.same_t_per_batch:
-            batch = with_one_time(batch, config.seed, number * len(batch.labels))
-        z, t, y = noisy_inputs(batch.to(device), objective, config)
-        output = model(z, objective.model_time(t), y)
-        proposals.append([stats.proposed_threshold for stats in output.routing])
+    thresholds_LN = proposed_thresholds(model, config, _as_in_training(batches, config))
     model.eval()
-    for layer, of_layer in zip(model.moe_layers, zip(*proposals, strict=True), strict=True):
-        threshold = layer.router.get_buffer("threshold")
-        threshold.copy_(torch.stack(of_layer).mean(dim=0))
+    for layer, threshold_N in zip(model.moe_layers, thresholds_LN, strict=True):
+        layer.router.get_buffer("threshold").copy_(threshold_N)
+
+
+def _as_in_training(batches: Iterable[Batch], config: Config) -> Iterator[Batch]:
+    for number, batch in enumerate(batches):
+        one_time = config.objective.same_t_per_batch
+        yield with_one_time(batch, config.seed, number * len(batch.labels)) if one_time else batch

@@ -30,7 +30,8 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
 from diffmoe_dist.diffusion.samplers import ATOL, JOINT, RTOL, Guidance
-from diffmoe_dist.engine.weights import find_model, read_settings
+from diffmoe_dist.engine.checkpoint import has_thresholds_of_average
+from diffmoe_dist.engine.weights import find_model, is_weights_folder, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import lock_file, make_writable, write_atomically, write_json, write_npz
 from diffmoe_dist.launch import Launch
@@ -56,6 +57,7 @@ from diffmoe_dist.sampling.geneval import check_prompts, write_geneval
 from diffmoe_dist.sampling.model import open_model, uses_tf32
 from diffmoe_dist.sampling.settings import PROMPTS_NAME, SamplingSettings
 
+OTHER_CAPACITY = 0.05  # relative; a measured capacity so far from the one trained for is warned of
 AS_BEFORE_0_2 = {"precision": "fp32", "tf32": False}  # what jobs of older versions do not say
 
 
@@ -82,7 +84,10 @@ def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.
     """
     out = Path(out)
     make_writable(out, f"--out {out}")
-    run_job(settings, open_source(settings, device, launch), out, launch)
+    source = open_source(settings, device, launch)
+    run_job(settings, source, out, launch)
+    if launch.rank == 0:
+        _tell_capacity(json.loads((out / "sampling.json").read_text()), source.checkpoint)
 
 
 def open_source(settings: SamplingSettings, device: torch.device, launch: Launch) -> Source:
@@ -312,11 +317,38 @@ def _write_results(out: Path, about: dict[str, Any], all_blocks: Block, source: 
         "nfe": all_blocks.nfe,
         "evaluations": all_blocks.nfe,  # its name before version 0.2
         "capacity": capacity,
+        "capacity_trained_for": counts.nominal_capacity if capacity is not None else None,
         "parameters": counts.total,
         "activated_parameters": round(counts.activated(capacity)),
         "images_per_second": num / all_blocks.seconds,
     }
     write_json(out / "sampling.json", record)
+
+
+def _tell_capacity(record: dict[str, Any], checkpoint: Path) -> None:
+    """The measured capacity beside the one trained for, and what brings it closer where it is another one."""
+    measured, trained_for = record["capacity"], record.get("capacity_trained_for")
+    if measured is None or trained_for is None:
+        return
+    told, apart = f"measured capacity C={measured:.3f}, trained for C={trained_for:g}", abs(measured / trained_for - 1)
+    if apart < OTHER_CAPACITY:
+        logger.info("%s", told)
+    else:
+        logger.warning("%s, %.0f %% apart; %s", told, 100 * apart, _remedy_of_capacity(record, checkpoint))
+
+
+def _remedy_of_capacity(record: dict[str, Any], checkpoint: Path) -> str:
+    inference = record["inference"]
+    if inference == "constant":
+        return f"moe.constant_threshold={record['constant_threshold']} sets it; diffmoe_dist.interval_search finds one"
+    if inference not in ("threshold", "count"):
+        return "slots are whole numbers in each block, rounded down: give a larger --batch-size"
+    static = "moe.inference=static takes as many tokens as training did"
+    default_average = record["ema_decay"] is None and record["ema_length"] is None
+    fits = default_average and not is_weights_folder(checkpoint) and has_thresholds_of_average(checkpoint)
+    return (
+        static if record["recalibrate"] or fits else f"--recalibrate 8 finds the thresholds of these weights, {static}"
+    )
 
 
 def _write_png(out: Path) -> None:

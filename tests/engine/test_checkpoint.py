@@ -27,11 +27,12 @@ from diffmoe_dist.engine.checkpoint import (
     find_checkpoint,
     read_progress,
     read_sums,
+    stored_tensors,
     write_sums,
 )
 from diffmoe_dist.engine.fragment_io import check_coverage, load_fragments, read_metadata
 from diffmoe_dist.engine.resume import find_start
-from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER, buffers, weights
+from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
 from diffmoe_dist.model.dit import DiT, initialize
@@ -133,7 +134,7 @@ def test_opening_a_model_draws_no_random_numbers_and_leaves_no_tensor_unread(
 ) -> None:
     initialized = DiT(load_config(newest(trained) / "config.yaml"))
     initialize(initialized, seed=1)
-    load_fragments(newest(trained), [*weights(initialized, EMA), *buffers(initialized)])
+    load_fragments(newest(trained), stored_tensors(newest(trained), initialized, EMA))
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a random number was asked for")

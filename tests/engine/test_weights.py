@@ -15,14 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffmoe_dist import load_model
+from diffmoe_dist.config import Config
+from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.loader import TrainingLoader
+from diffmoe_dist.data.open import open_data
+from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model
 from diffmoe_dist.engine.conversion import convert_published, export_checkpoint
 from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
+from diffmoe_dist.engine.trainer import THRESHOLD_STEPS
 from diffmoe_dist.engine.weights import _read, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.slices import Columns
+from diffmoe_dist.sampling.calibration import recalibrate
 from tests.commands import start
 from tests.distributed import run_ranks
 from tests.engine.runs import curve, tiny_config, train_all
@@ -91,13 +98,40 @@ def test_weights_and_average_begin_exactly_at_the_initial_weights(
 
 def test_thresholds_begin_at_the_initial_ones(runs: Path, folder: Path) -> None:
     expected = load_file(folder / "model.safetensors")
-    model = load_model(runs / "still")
+    model, _ = read_checkpoint_model(complete_checkpoints(runs / "still/checkpoints")[-1], "cpu", MASTER)
     router: Any = model.moe_layers[0].router
     published = expected["blocks.1.mlp.router.threshold"]
     assert int(router.threshold_updates) == int(expected["blocks.1.mlp.router.threshold_updates"]) + 1
     # One step of a moving average with decay 0.95 from there towards a score in [0, 1].
     assert 0 < float((router.threshold - published).abs().max()) < 0.05
     assert torch.equal(model.pos_embed, expected["pos_embed"])
+
+
+def of_checkpoint(run: Path, step: int, kind: str) -> tuple[DiT, Config]:
+    return read_checkpoint_model(run / f"checkpoints/step-{step:08d}", "cpu", kind)
+
+
+def threshold_of(model: DiT) -> Tensor:
+    """(N,) of the only mixture-of-experts layer."""
+    return model.moe_layers[0].router.get_buffer("threshold")
+
+
+def test_a_run_ends_with_the_thresholds_that_its_averaged_weights_have_on_the_next_batches(
+    runs: Path, digits: Path
+) -> None:
+    averaged, config = of_checkpoint(runs / "alone", 5, EMA)
+    stored = threshold_of(averaged).clone()
+    size = config.train.global_batch_size
+    data = open_data(config)
+    assert isinstance(data, TrainingData)
+    loader = TrainingLoader(data, BatchSplit(size, size), seed=config.seed, images_seen=5 * size)
+    recalibrate(averaged, config, [next(loader) for _ in range(THRESHOLD_STEPS)])
+    loader.close()
+    torch.testing.assert_close(stored, threshold_of(averaged), atol=1e-6, rtol=0)
+    on_two_ranks, of_step_6 = (threshold_of(of_checkpoint(runs / "split", step, EMA)[0]) for step in (5, 6))
+    torch.testing.assert_close(on_two_ranks, stored, atol=1e-6, rtol=0)  # fp32 sums in another order
+    own = threshold_of(of_checkpoint(runs / "alone", 5, MASTER)[0])
+    assert not any(torch.allclose(stored, other, atol=1e-4) for other in (own, of_step_6))
 
 
 def test_a_checkpoint_wins_over_initial_weights_and_the_log_says_so(runs: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from PIL import Image
 
 from diffmoe_dist.config import load_config
+from diffmoe_dist.engine.conversion import export_checkpoint
 from diffmoe_dist.engine.weights import find_model, read_model, write_weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
@@ -179,6 +182,41 @@ def test_the_measured_capacity_is_the_one_counted_by_brute_force(trained: Path, 
         assert record["capacity"] == pytest.approx(assignments / tokens, rel=1e-6)
         assert 0.3 < record["capacity"] < 3 and record["capacity"] != 1.0
         assert record["nfe"] == record["evaluations"] == (6 if settings.sampler == "heun" else 3)
+
+
+def test_a_measured_capacity_is_told_beside_the_one_trained_for_with_a_remedy_where_they_differ(
+    trained: Path, tmp_path: Path
+) -> None:
+    export_checkpoint(trained, tmp_path / "exported")
+    constant = ("moe.inference=constant", "moe.constant_threshold=0.0")
+    changes: list[dict[str, Any]] = [
+        {"overrides": ("moe.inference=static",)},
+        {"overrides": constant},
+        {"recalibrate": 1},
+        {"checkpoint": str(tmp_path / "exported")},
+        {},
+    ]
+    jobs = [(settings_for(trained, **change), tmp_path / str(place)) for place, change in enumerate(changes)]
+    (told,) = run_ranks(1, what_is_told, jobs)
+    static = "moe.inference=static takes as many tokens as training did"
+    expected = [
+        r"INFO measured capacity C=1\.000, trained for C=1$",
+        r"WARNING measured capacity C=4\.000, trained for C=1, 300 % apart; moe\.constant_threshold=0\.0 sets it; .*",
+        rf"WARNING measured capacity C=1\.1.*, trained for C=1, 1. % apart; {static}$",
+        rf"WARNING measured .* apart; --recalibrate 8 finds the thresholds of these weights, {static}$",
+        rf"WARNING measured .* apart; {static}$",
+    ]
+    assert len(told) == len(expected) and all(map(re.match, expected, told)), told
+
+
+def what_is_told(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path]]) -> list[str]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(f"{record.levelname} {record.getMessage()}")  # type: ignore[method-assign]
+    logging.getLogger("diffmoe_dist").addHandler(handler)
+    logging.getLogger("diffmoe_dist").setLevel(logging.INFO)
+    run_jobs(rank, ranks, jobs)
+    return [line for line in told if "measured capacity" in line]
 
 
 def test_an_adaptive_job_records_its_nfe_and_tolerances(trained: Path, tmp_path: Path) -> None:
