@@ -1,0 +1,54 @@
+"""The commands of the study."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.logs import logger, set_up_logging
+from studies.routing import classifier, driver
+from studies.routing.images import read_images
+from studies.routing.systems import SYSTEMS, Run
+
+
+def parse() -> argparse.Namespace:
+    parser = CommandParser(prog="studies.routing", description="Compares every router on Fashion-MNIST: docs/study.md.")
+    parser.add_argument("command", choices=["run", "one", "classifier", "left", "report"])
+    parser.add_argument("--work", type=Path, default=Path("runs/routing"), help="everything that is not committed")
+    parser.add_argument("--results", type=Path, default=driver.RESULTS, help="where the results are written and read")
+    parser.add_argument("--jobs", type=int, default=2, help="run: how many runs at a time, each on a core")
+    parser.add_argument("--system", choices=SYSTEMS, help="one: the run of this system")
+    parser.add_argument("--seed", type=int, help="one: of this seed")
+    parser.add_argument("--lr", type=float, help="one: with this learning rate")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    set_up_logging(None, rank=0)
+    place = driver.Workplace(arguments.work.resolve())
+    place.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "run":
+        driver.drive(place, arguments.results, arguments.jobs)
+    elif arguments.command == "one":
+        driver.make_one(Run(arguments.system, arguments.seed, arguments.lr), place, arguments.results)
+    elif arguments.command == "left":
+        for run in driver.to_do(arguments.results):
+            logger.info(run.name)
+    elif arguments.command == "classifier":
+        _train_classifier(place, arguments.results)
+
+
+def _train_classifier(place: driver.Workplace, results: Path) -> None:
+    place.pack()
+    images, labels = read_images(place.shards("train"))
+    model = classifier.train_classifier(images, labels)
+    classifier.save_classifier(model)
+    reference, _ = classifier.look(model, images)
+    tested = classifier.describe(model, *read_images(place.shards("test")), reference)
+    driver.write_result(results / "classifier.json", tested)
+
+
+if __name__ == "__main__":
+    run_command(main)
