@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from diffmoe_dist.config import Config, load_config
@@ -18,47 +17,12 @@ from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.report_page import figures
+from diffmoe_dist.report_page.html import document, figure, note, section, short, table
 from diffmoe_dist.report_page.loss_curve import read_run_metrics
 from diffmoe_dist.report_page.samples import FinishedSamples, PageSamples, sample_for_page
 from diffmoe_dist.sampling.generate import grid_columns, image_grid
 from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace
 from diffmoe_dist.sampling.settings import SamplingSettings
-
-CSS = """
-:root{--ink:#1c1f24;--soft:#5b616b;--line:#e3e6ea;--accent:#2a5d9f}
-*{box-sizing:border-box}
-body{margin:0;background:#f6f7f9;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1240px;margin:0 auto;padding:28px 18px 60px}
-h1{font-size:1.75rem;margin:0 0 4px;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font-size:1.2rem;margin:44px 0 6px}
-p{margin:0 0 12px;max-width:84ch}
-.soft,figcaption{color:var(--soft)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:10px;margin:22px 0 8px}
-.card,figure,details{background:#fff;border:1px solid var(--line);border-radius:10px}
-.card{padding:10px 14px}
-.card b{display:block;font-size:1.3rem;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
-.card span{color:var(--soft);font-size:.86rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,350px),1fr));gap:16px;margin:14px 0;
-align-items:start}
-.figures.two{grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-figure{margin:0;padding:14px}
-figure.wide{grid-column:1/-1}
-figure h3{font-size:1rem;margin:0 0 8px}
-figure img{display:block;width:100%;height:auto}
-figure.wide .scroll{overflow-x:auto}
-figure.wide img{min-width:560px;max-width:920px;margin:0 auto}
-@media(min-width:860px){figure.grid{grid-column:span 2}}
-figure.grid img{width:auto;max-width:100%;margin:0 auto;image-rendering:pixelated;border-radius:4px}
-figcaption{font-size:.9rem;margin-top:10px}
-details{padding:10px 14px;margin-top:14px}
-summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;font-size:.82rem;line-height:1.45;margin:10px 0 2px}
-table{border-collapse:collapse;font-size:.92rem}
-td{padding:3px 18px 3px 0;vertical-align:top;overflow-wrap:anywhere}
-td:first-child{color:var(--soft);white-space:nowrap}
-@media(max-width:560px){main{padding:18px 12px 40px}figure{padding:10px}h1{font-size:1.45rem}}
-@media print{body{background:#fff}figure{break-inside:avoid}}
-"""
 
 
 def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, device: torch.device) -> Path:
@@ -75,7 +39,7 @@ def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, devic
     found = complete_checkpoints(run_dir / "checkpoints")
     config = load_config((found[-1] if found else run_dir) / "config.yaml")
     sections = [_training_section(lines, loads, config)]
-    cards = {"steps": f"{lines[-1]['step']:,}", "images seen": _short(lines[-1]["images_seen"])}
+    cards = {"steps": f"{lines[-1]['step']:,}", "images seen": short(lines[-1]["images_seen"])}
     if found:
         samples = sample_for_page(found[-1], asked, device)
         cards |= _model_cards(config, samples)
@@ -86,7 +50,7 @@ def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, devic
             f"--samples {asked.folder}: {run_dir} has no complete checkpoint they could be of; leave it out"
         )
     else:
-        sections.append(_section("Samples", "This run has no complete checkpoint yet.", []))
+        sections.append(section("Samples", "This run has no complete checkpoint yet.", []))
     cards["images per second in training"] = f"{np.median([line['images_per_second'] for line in lines]):,.0f}"
     page = run_dir / "report.html"
     page.write_text(_page(run_dir.resolve().name, config, cards, sections))
@@ -95,13 +59,13 @@ def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, devic
 
 def _training_section(lines: list[dict[str, Any]], loads: list[dict[str, Any]], config: Config) -> str:
     parts = [
-        _figure("Losses", figures.loss_figure(lines), _loss_caption(lines)),
-        _figure("Gradient norm", figures.grad_norm_figure(lines), "Of the global batch, before clipping."),
-        _figure("Speed", figures.speed_figure(lines), "Wall-clock, mean since the logged step before."),
+        figure("Losses", figures.loss_figure(lines), _loss_caption(lines)),
+        figure("Gradient norm", figures.grad_norm_figure(lines), "Of the global batch, before clipping."),
+        figure("Speed", figures.speed_figure(lines), "Wall-clock, mean since the logged step before."),
     ]
     if loads and config.experts is not None:
         parts.append(_load_in_training(loads, config))
-    return _section("Training", "", parts)
+    return section("Training", "", parts)
 
 
 def _loss_caption(lines: list[dict[str, Any]]) -> str:
@@ -114,12 +78,12 @@ def _loss_caption(lines: list[dict[str, Any]]) -> str:
 def _load_in_training(loads: list[dict[str, Any]], config: Config) -> str:
     everything = np.array([line["load"] for line in loads])
     if np.ptp(everything) == 0:
-        return _note(
+        return note(
             "Expert load in training",
             "Every expert takes the same number of tokens in each of the "
             f"{len(loads)} logged steps: that is how moe.router={config.moe.router} chooses while it trains.",
         )
-    return _figure(
+    return figure(
         "Expert load in training",
         figures.load_in_training_figure(loads, config.moe_blocks),
         "A row for each expert, its tokens over the mean of its layer. "
@@ -142,13 +106,13 @@ def _sample_sections(samples: PageSamples, config: Config, about: str) -> list[s
     columns = grid_columns(config, len(samples.labels))
     grid = figures.image_uri(image_grid(samples.images_NHWC, columns))
     parts = [
-        _figure("Images", grid, _grid_caption(samples, columns), "grid"),
-        _table("How they were sampled", samples.settings),
+        figure("Images", grid, _grid_caption(samples, columns), "grid"),
+        table("How they were sampled", samples.settings),
     ]
-    first = _section("Samples", about, parts)
+    first = section("Samples", about, parts)
     if samples.trace is None:
         text = "This model is dense: it has no experts, and every token of every step costs the same."
-        return [first, _section("Where the compute goes", text, [])]
+        return [first, section("Where the compute goes", text, [])]
     return [
         first,
         _compute_section(samples, samples.trace, config),
@@ -173,24 +137,24 @@ def _compute_section(samples: PageSamples, trace: RoutingTrace, config: Config) 
         "C is the number of experts per token, averaged over tokens, images and layers (DiffMoE eq. 8-9). The "
         "unconditional passes, which classifier-free guidance needs, are left out but for the dashed line."
     )
-    return _section(
+    return section(
         "Where the compute goes",
         text,
         [
-            _figure(
+            figure(
                 "Capacity over the sampling steps",
                 figures.capacity_figure(trace, blocks, trained_for),
                 _capacity_caption(passes, trained_for),
             ),
-            _figure(
+            figure(
                 "Capacity by layer and step", figures.capacity_map_figure(passes, blocks), "The same numbers as a map."
             ),
-            _figure(
+            figure(
                 f"Capacity by {kind}",
                 figures.class_figure(passes, samples.labels, name),
                 _class_caption(passes, samples),
             ),
-            _figure(
+            figure(
                 "Where in the image",
                 figures.experts_over_images_figure(passes, samples.images_NHWC, samples.labels, name),
                 "Experts per token, mean over the layers, laid over the finished image; the numbers on top are the "
@@ -226,18 +190,18 @@ def _experts_section(samples: PageSamples, trace: RoutingTrace, config: Config) 
     passes, blocks = trace.conditional, config.moe_blocks
     kind, kinds = samples.conditions.kind, samples.conditions.kinds
     parts = [
-        _figure(
+        figure(
             "Load in sampling",
             figures.load_in_sampling_figure(passes, blocks),
             "Tokens of each expert over the mean of its layer, all steps together.",
         ),
-        _figure(
+        figure(
             "Load by sampling step",
             figures.expert_times_figure(passes, blocks),
             "A row for each expert; red where it takes more tokens than in its own mean over the steps, blue where "
             "fewer.",
         ),
-        _figure(
+        figure(
             f"Load by {kind}",
             figures.expert_classes_figure(passes, blocks, samples.labels, kind),
             f"A row for each expert; red for {kinds} of which it takes more tokens than in its own mean over the "
@@ -252,49 +216,21 @@ def _experts_section(samples: PageSamples, trace: RoutingTrace, config: Config) 
             "many tokens; count takes those with the highest gate, threshold those with the highest predicted score."
         )
         title = "Do the rules count and threshold agree?"
-        parts.append(_figure(title, figures.overlap_figure(overlap, passes.progress_P, blocks), caption))
-    return _section("What the experts do", "", parts, "figures two")
+        parts.append(figure(title, figures.overlap_figure(overlap, passes.progress_P, blocks), caption))
+    return section("What the experts do", "", parts, "figures two")
 
 
 def _model_cards(config: Config, samples: PageSamples) -> dict[str, str]:
     counts = account(config)
     if samples.trace is None or config.experts is None:
-        return {"parameters, dense": _short(counts.total)}
+        return {"parameters, dense": short(counts.total)}
     capacity = float(samples.trace.conditional.capacity_by_layer.mean())
     return {
-        "parameters": _short(counts.total),
-        "activated by a token, at this C": _short(counts.activated(capacity)),
+        "parameters": short(counts.total),
+        "activated by a token, at this C": short(counts.activated(capacity)),
         f"experts in each of {len(config.moe_blocks)} layers": str(config.experts.num_experts),
         "C measured in sampling": f"{capacity:.3f}",
     }
-
-
-def _short(number: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def _section(title: str, text: str, parts: Sequence[str], kind: str = "figures") -> str:
-    paragraph = f"<p>{escape(text)}</p>" if text else ""
-    return f'<section><h2>{escape(title)}</h2>{paragraph}<div class="{kind}">{"".join(parts)}</div></section>'
-
-
-def _figure(title: str, content: Figure | str, caption: str, kind: str = "") -> str:
-    """`content`: a figure, or the data URI of an image."""
-    data_uri = content if isinstance(content, str) else figures.embedded(content)
-    image = f'<div class="scroll"><img src="{data_uri}" alt="{escape(title)}"></div>'
-    return f'<figure class="{kind}"><h3>{escape(title)}</h3>{image}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _note(title: str, text: str) -> str:
-    return f"<figure><h3>{escape(title)}</h3><figcaption>{escape(text)}</figcaption></figure>"
-
-
-def _table(title: str, rows: dict[str, Any]) -> str:
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
-    return f"<figure><h3>{escape(title)}</h3><table>{cells}</table></figure>"
 
 
 def _page(name: str, config: Config, cards: dict[str, str], sections: Sequence[str]) -> str:
@@ -311,11 +247,8 @@ def _page(name: str, config: Config, cards: dict[str, str], sections: Sequence[s
         f'<div class="card"><b>{escape(value)}</b><span>{escape(key)}</span></div>' for key, value in cards.items()
     )
     settings = escape(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(name)}</title><style>{CSS}</style></head><body><main>'
-        f'<h1>{escape(name)}</h1><p class="soft">{escape(subtitle)}</p><div class="cards">{shown}</div>'
-        f"{''.join(sections)}<section><h2>Settings</h2><details><summary>config.yaml</summary><pre>{settings}</pre>"
-        "</details></section></main></body></html>\n"
+    return document(
+        name,
+        f'<p class="soft">{escape(subtitle)}</p><div class="cards">{shown}</div>{"".join(sections)}'
+        f"<section><h2>Settings</h2><details><summary>config.yaml</summary><pre>{settings}</pre></details></section>",
     )
