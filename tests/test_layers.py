@@ -20,7 +20,7 @@ FLOORS = (
     ("planning",),
     ("engine",),
     ("sampling",),
-    ("evaluation",),
+    ("evaluation", "library"),
     ("report_page",),
 )
 COMMANDS = len(FLOORS)  # every other module at the top of the package, the package's own __init__ included

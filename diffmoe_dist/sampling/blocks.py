@@ -21,7 +21,7 @@ from diffmoe_dist.logs import ProgressLog
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import from_first_rank
 from diffmoe_dist.sampling.conditions import Conditions
-from diffmoe_dist.sampling.generate import Decode, NonFinite, SamplerSettings, generate, to_uint8
+from diffmoe_dist.sampling.generate import Decode, Generated, NonFinite, SamplerSettings, generate, to_uint8
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,14 @@ class BlockSampler:
         """The images of these blocks."""
         return sum(len(self.numbers(start)) for start in starts)
 
+    def draw(self, start: int) -> Generated:
+        """The block that begins with image `start`, as the model makes it: not decoded."""
+        return generate(self.model, self.objective, self.numbers(start), self.conditions, self.sampler)
+
     def sample_block(self, start: int, at_once: int) -> Block:
         """The block that begins with image `start`, while `at_once` ranks sample a block each."""
         begun = time.perf_counter()
-        sampled = generate(self.model, self.objective, self.numbers(start), self.conditions, self.sampler)
+        sampled = self.draw(start)
         pixels = to_uint8(self.decode(sampled.images))
         seconds = (time.perf_counter() - begun) / at_once
         return Block(pixels, sampled.nfe, sampled.slots, sampled.tokens, seconds, sampled.non_finite)
@@ -105,10 +109,15 @@ def _stop_where_not_finite(of_this_rank: NonFinite | None) -> None:
     if bad:
         first = min(bad, key=lambda non_finite: non_finite.first)
         total = replace(first, images=sum(non_finite.images for non_finite in bad))
-        raise FloatingPointError(
-            f"sampling: {total}; nothing of their blocks is kept. Do the weights come from a run that diverged, or is "
-            "the guidance scale too large?"
-        )
+        raise FloatingPointError(not_finite(total))
+
+
+def not_finite(images: NonFinite) -> str:
+    """For a message."""
+    return (
+        f"sampling: {images}; nothing of their blocks is kept. Do the weights come from a run that diverged, or is "
+        "the guidance scale too large?"
+    )
 
 
 def join_blocks(sampler: BlockSampler, folder: Path) -> Block:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import diffmoe_dist
 from data_tools.text import TextSettings, encode_text
 from diffmoe_dist import encode_captions, load_model
 from diffmoe_dist.config import build_config, load_config
@@ -221,3 +222,30 @@ def test_captions_that_are_encoded_in_python_are_those_of_the_sampler(folder: Pa
     assert isinstance(theirs, TextCondition)
     for name in ("tokens", "mask", "pooled", "null"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_prompts_sampled_from_python_are_those_of_the_command(folder: Path, tmp_path: Path) -> None:
+    run_ranks(1, run_jobs, [(settings_for(folder, num=4, negative_prompt="a cat"), tmp_path / "out")])
+    model = load_model(folder / "run")
+    texts = (folder / "prompts.txt").read_text().splitlines()
+    options: Any = {"steps": 3, "cfg_scale": 2.0, "batch_size": 2, "encoder": folder / "encoder"}
+
+    made = diffmoe_dist.sample(model, texts, num=4, negative_prompt="a cat", **options)
+
+    with np.load(tmp_path / "out/samples.npz") as file:
+        assert np.array_equal(made.to_uint8(), file["arr_0"]) and made.labels == file["arr_1"].tolist()
+    captions, negative = (encode_captions(given, folder / "encoder", 16) for given in (texts, ["a cat"]))
+    encoded = diffmoe_dist.sample(model, prompts=captions, negative_prompt=negative, steps=3, cfg_scale=3.0)
+    assert encoded.labels == [0, 1, 2] and encoded.images.isfinite().all()
+    expected = model(encoded.images, 0.5, captions).prediction
+    assert expected.shape == encoded.images.shape
+    for prompts, changes, message in (
+        (texts, {"encoder": None}, r"encoder is missing: the folder of the text encoder"),
+        ([3], {}, r"prompts: 3 is no text"),
+        (captions, {"encoder": None}, r"negative_prompt: to guide captions that are encoded, give an encoded one"),
+        (None, {}, r"prompts is missing: this model is conditioned on captions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            diffmoe_dist.sample(model, prompts, **{**options, **changes})
+    with pytest.raises(UserError, match="y is a int, but this model is conditioned on captions; give what encode_capt"):
+        model(encoded.images, 0.5, 3)
