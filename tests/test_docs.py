@@ -127,6 +127,11 @@ COMMANDS: dict[str, How] = {
     ),
     r"python -m diffmoe_dist\.evaluate --make-reference .*": Refuses(r"--inception FILE\.pth: cannot be read"),
     r"torchrun .* diffmoe_dist\.evaluate .*": Elsewhere(SCORES),
+    # the study
+    r"python -m studies\.routing run .*": NotRun("takes ten hours; tests/studies/test_driver.py tests the driver"),
+    r"python -m studies\.routing report": Elsewhere(
+        "tests/studies/test_report.py::test_the_page_shows_what_the_committed_results_say"
+    ),
     # conversion
     r"python -m diffmoe_dist\.convert --(inspect|from promoe) ckpt_step_500000\.pth .*": Refuses(
         r"(ckpt_step_500000\.pth|promoe-l\.yaml)"

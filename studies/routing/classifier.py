@@ -25,7 +25,7 @@ WEIGHTS = Path(__file__).parent / "classifier.safetensors"
 CLASSES = 10
 FEATURES = 96
 _BATCH = 250
-_EPOCHS = 8
+_EPOCHS = 5
 _LR = 3e-3
 
 

@@ -24,16 +24,18 @@ from diffmoe_dist.logs import logger
 from studies.routing import classifier as network
 from studies.routing import measure
 from studies.routing.images import read_images
-from studies.routing.systems import BASE_CONFIG, SYSTEMS, Run, chosen_learning_rate, next_runs
+from studies.routing.systems import BASE_CONFIG, CONSTANT, SYSTEMS, Run, chosen_learning_rate, next_runs
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLES = 5000
 SAMPLER_STEPS = 16
-TEST_IMAGES = 10_000
 FIRST_STEPS = 40  # whose losses a result has one by one
 CURVE_STEPS = 50  # over which it has their means
+SEARCH = "search/interval_search.json"
+SEARCHED = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)  # constant thresholds
+_SAMPLER = ("--steps", str(SAMPLER_STEPS), "--batch-size", str(measure.BLOCK), "--device", "cpu")
 _SECONDS_BETWEEN_LOOKS = 2.0
-_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _IMAGES = {"train": "train-images-idx3-ubyte.gz", "test": "t10k-images-idx3-ubyte.gz"}
 
 
@@ -60,7 +62,7 @@ class Workplace:
     def pack(self) -> None:
         """Pack the images that are not packed yet, by the project's own command."""
         for part, name in _IMAGES.items():
-            source = _FASHION_MNIST / name
+            source = FASHION_MNIST / name
             if not source.is_file():
                 raise UserError(f"{source} is missing; install Debian's package dataset-fashion-mnist")
             if not (self.shards(part) / "index.json").is_file():
@@ -174,12 +176,22 @@ def _sample(run: Run, rule: str, place: Workplace) -> None:
     out = place.samples(run, rule)
     if (out / "sampling.json").is_file():
         return
-    recalibrated = ["--recalibrate", str(measure.CALIBRATION_BATCHES)] if rule == "threshold" else []
+    if rule == CONSTANT and not (out / SEARCH).is_file():
+        command(
+            "diffmoe_dist.interval_search", "--checkpoint", str(place.run_dir(run)), "--out", str(out / "search"),
+            "--thresholds", ",".join(map(str, SEARCHED)), "--num", str(measure.BLOCK), *_SAMPLER,
+        )  # fmt: skip
     command(
         "diffmoe_dist.sample", "--checkpoint", str(place.run_dir(run)), "--out", str(out), "--num", str(SAMPLES),
-        "--steps", str(SAMPLER_STEPS), "--batch-size", str(measure.BLOCK), "--device", "cpu", *recalibrated,
-        *measure.rule_settings(rule),
+        *_SAMPLER, *measure.rule_settings(rule, constant_threshold(out, rule)),
     )  # fmt: skip
+
+
+def constant_threshold(samples: Path, rule: str) -> float | None:
+    """The one that the search in a folder of samples found; None for the other rules."""
+    if rule != CONSTANT:
+        return None
+    return measure.threshold_of_capacity_1(json.loads((samples / SEARCH).read_text()))
 
 
 def describe(run: Run, place: Workplace) -> dict[str, Any]:
@@ -188,9 +200,12 @@ def describe(run: Run, place: Workplace) -> dict[str, Any]:
     run_dir, rated = place.run_dir(run), network.load_classifier()
     measures = {}
     for rule in SYSTEMS[run.system].rules:
+        samples = place.samples(run, rule)
+        threshold = constant_threshold(samples, rule)
         measures[rule] = {
-            "held_out": measure.held_out(run_dir, rule, images[:TEST_IMAGES], labels[:TEST_IMAGES]),
-            "samples": measure.sampled(place.samples(run, rule), rated, place.statistics()),
+            "constant_threshold": threshold,
+            "held_out": measure.held_out(run_dir, measure.rule_settings(rule, threshold), images, labels),
+            "samples": measure.sampled(samples, rated, place.statistics()),
         }
     lines = read_metrics(run_dir / "metrics.jsonl")
     return {

@@ -9,6 +9,7 @@ Shape legend: N images, K classes, L mixture-of-experts layers, E experts.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,52 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config
-from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.weights import find_model, read_model
 from diffmoe_dist.evaluation.metrics import Statistics, frechet_distance
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
-from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
 from studies.routing.classifier import Classifier, accuracy_by_class, look
 from studies.routing.images import to_model
+from studies.routing.systems import OWN
 
 BLOCK = 100  # images that are computed, and compete, together: here and in sampling
 LEVELS = 10  # of noise, each as likely in training
-CALIBRATION_BATCHES = 4
 _SEED = 2026
 
 
-def rule_settings(rule: str) -> list[str]:
-    return [] if rule == "own" else [f"moe.inference={rule}"]
+def rule_settings(rule: str, threshold: float | None = None) -> list[str]:
+    """What a command is told to route by that rule.
+
+    Args:
+        threshold: of the rule `CONSTANT`.
+    """
+    if rule == OWN:
+        return []
+    constant = [] if threshold is None else [f"moe.constant_threshold={threshold:g}"]
+    return [f"moe.inference={rule}", *constant]
+
+
+def threshold_of_capacity_1(points: Sequence[dict[str, float]]) -> float:
+    """Where C, which falls with the threshold, crosses 1 between the points of a search; straight between two."""
+    ordered = sorted(points, key=lambda point: point["threshold"])
+    thresholds = [point["threshold"] for point in ordered]
+    falling = [-point["capacity"] for point in ordered]
+    return round(float(np.interp(-1.0, falling, thresholds)), 4)
 
 
 @torch.no_grad()
-def held_out(run_dir: Path, rule: str, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def held_out(run_dir: Path, rule: Sequence[str], images: Tensor, labels: Tensor) -> dict[str, Any]:
     """The diffusion loss of the averaged weights on held-out images, and the experts' load there.
 
     A block has images of all noise levels, as a batch of training has. Losses are means over the images of each
     level, and of each block.
 
     Args:
-        rule: how the model routes, a value of `moe.inference`.
+        rule: how the model routes, as `rule_settings` has it.
         images, labels: (N, 1, H, W) uint8 and (N,), N a multiple of `BLOCK`.
     """
-    folder = find_model(run_dir)
-    model, config = read_model(folder, "cpu", rule_settings(rule))
-    if rule == "threshold":
-        data = open_data(config)
-        recalibrate_on_training_data(model, config, data, CALIBRATION_BATCHES, BLOCK)
+    model, config = read_model(find_model(run_dir), "cpu", rule)
     losses_N, levels_N, load_LE = _losses(model, config, images, labels)
     by_level = [float(losses_N[levels_N == level].mean()) for level in range(LEVELS)]
     capacity = float(load_LE.sum() / (load_LE.shape[0] * _tokens(config, len(images)))) if load_LE.numel() else None

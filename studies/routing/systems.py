@@ -13,6 +13,7 @@ MORE_SEEDS = (3, 4)
 LEARNING_RATES = (0.0005, 0.001, 0.002, 0.004)
 
 OWN = "own"  # the inference rule of a system that has no other
+CONSTANT = "constant"  # the rule with one threshold for all experts and layers, which is searched for
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ SYSTEMS = {
         _experts("expert_choice", "moe.capacity_predictor=true", _WITH_PREDICTOR),
         ("threshold", "static"),
     ),
-    "global_pool": System("DiffMoE", _GLOBAL_POOL, ("threshold", "static")),
+    "global_pool": System("DiffMoE", _GLOBAL_POOL, ("threshold", "static", "count", CONSTANT)),
     "prototype": System("ProMoE, token choice", _PROTOTYPE),
     "prototype_expert_choice": System("ProMoE, expert choice", (*_PROTOTYPE, "moe.variant=expert_choice")),
     # Ablations

@@ -1,0 +1,65 @@
+"""What the study compares is comparable, and its runs come in the order of their worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffmoe_dist.config import load_config
+from diffmoe_dist.model.accounting import Accounting, account
+from studies.routing.driver import Workplace, training_arguments
+from studies.routing.systems import (
+    LEARNING_RATES,
+    MAIN_SYSTEMS,
+    SEEDS,
+    SYSTEMS,
+    VARIANTS,
+    Run,
+    chosen_learning_rate,
+    next_runs,
+    planned_runs,
+)
+
+
+def accounting_of(system: str) -> Accounting:
+    """From the very arguments that the training command is given."""
+    run = Run(system, 0, 1e-3)
+    _, config, *overrides = training_arguments(run, Path("run"), Workplace(Path("work")))
+    return account(load_config(config, overrides))
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS.keys() - {"dense_wide"}))
+def test_every_system_activates_as_many_parameters_as_dense_at_a_capacity_of_1(system: str) -> None:
+    assert accounting_of(system).activated(1.0) == pytest.approx(accounting_of("dense").total, rel=0.02)
+
+
+def test_the_wider_dense_model_has_one_and_a_half_times_as_many() -> None:
+    assert accounting_of("dense_wide").total / accounting_of("dense").total == pytest.approx(1.5, abs=0.1)
+
+
+def test_every_variant_is_measured_under_a_rule_of_its_system_and_no_system_is_left_out() -> None:
+    assert {variant.system for variant in VARIANTS.values()} == set(MAIN_SYSTEMS)
+    assert all(variant.rule in SYSTEMS[variant.system].rules for variant in VARIANTS.values())
+
+
+def test_the_learning_rate_is_chosen_by_the_dense_model_alone_before_anything_else_runs() -> None:
+    assert {run.lr for run in next_runs([], None)} == set(LEARNING_RATES)
+    assert {run.system for run in next_runs([], None)} == {"dense"}
+    assert chosen_learning_rate({0.001: 0.2}) is None
+    assert chosen_learning_rate(dict(zip(LEARNING_RATES, (0.3, 0.2, 0.1, 0.4), strict=True))) == LEARNING_RATES[2]
+
+
+def test_the_first_runs_are_a_seed_of_every_system_and_then_the_next_seed() -> None:
+    runs = planned_runs(1e-3)
+
+    main = [(run.system, run.seed) for run in runs[: len(MAIN_SYSTEMS) * len(SEEDS)]]
+    assert main == [(system, seed) for seed in SEEDS for system in MAIN_SYSTEMS]
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_a_finished_run_is_not_made_again_and_runs_with_the_same_settings_are_one() -> None:
+    everything = next_runs([], 1e-3)
+
+    assert [run.name for run in everything].count(Run("dense", 0, 1e-3).name) == 1
+    assert next_runs([run.name for run in everything[:-1]], 1e-3) == everything[-1:]
