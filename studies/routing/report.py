@@ -313,12 +313,12 @@ def rules_table(results: Results) -> list[str]:
         pairs = [
             paired_difference(results.values(variant, one), results.values(static, one)) for one in (LOSS, FRECHET)
         ]
-        is_static = rule == "static"
+        against = ["", ""] if rule == "static" else [told(pairs[0], LOSS.digits), told(pairs[1], FRECHET.digits)]
         rows.append([
             rule, str(len(runs)), f"{fmean(one['held_out']['capacity'] for one in measured):.3f}",
-            _mean_and_deviation(results.values(variant, LOSS), 5), "" if is_static else told(pairs[0], 5),
+            _mean_and_deviation(results.values(variant, LOSS), 5), against[0],
             f"{fmean(one['samples']['capacity'] for one in measured):.3f}",
-            _mean_and_deviation(results.values(variant, FRECHET), FRECHET.digits), "" if is_static else told(pairs[1], FRECHET.digits),
+            _mean_and_deviation(results.values(variant, FRECHET), FRECHET.digits), against[1],
         ])  # fmt: skip
     head = ["rule", "seeds", "C", "loss", "minus static, own 95 %"]
     return table([*head, "C in sampling", "Fréchet distance", "minus static, own 95 %"], rows)
