@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from diffmoe_dist.command import CommandParser, run_command
+from diffmoe_dist.data.images import find_images
 from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import make_writable, write_json
@@ -25,26 +26,32 @@ if TYPE_CHECKING:
     from diffmoe_dist.launch import Launch
 
 DESCRIPTION = """\
-FID, sFID, Inception score, precision and recall of samples, as ADM's evaluator computes them; CLIPScore with prompts.
+FID, sFID, Inception score, precision and recall of samples, as ADM's evaluator computes them; clean-FID, FD-DINOv2 and
+CLIP-FD; CLIPScore with prompts.
 
   python -m diffmoe_dist.evaluate --samples samples/demo/samples.npz --reference VIRTUAL_imagenet256_labeled.npz \\
       --inception pt_inception-2015-12-05-6726825d.pth
   torchrun --nproc-per-node 8 -m diffmoe_dist.evaluate --samples runs/b --num-images 50000 --steps 250 \\
       --reference VIRTUAL_imagenet256_labeled.npz --inception FILE.pth --out evaluation/b/scores.json
   python -m diffmoe_dist.evaluate --make-reference digits.npz --shards shards/digits --inception FILE.pth
+  python -m diffmoe_dist.evaluate --samples samples/b/samples.npz --reference imagenet/val --inception FILE.pth
+  python -m diffmoe_dist.evaluate --samples samples/b/samples.npz --reference imagenet/val --features dinov2-large
   python -m diffmoe_dist.evaluate --samples samples/t2i/samples.npz --clip clip-vit-large-patch14
 
 Nothing is downloaded: --inception is pytorch-fid's or torch-fidelity's file of inception-2015-12-05. --features takes
-any other extractor, images (N, 3, H, W) uint8 to features (N, F): a torch.export program, whose operators are checked
-and which runs no code of its author's, or a function of yours as module:callable. It gives the Frechet distance of its
-features, precision and recall, against a reference made with it. --clip takes the local folder of a CLIP, as
-transformers writes it, and scores how well images fit their prompts (prompts.jsonl beside them), with or without a
-reference.
+the local folder of a DINOv2 or a CLIP, as transformers writes it, for FD-DINOv2 or CLIP-FD, or any function of yours as
+module:callable, images (N, 3, H, W) uint8 to features (N, F), for the Frechet distance of its features; precision and
+recall too. --clip takes the folder of a CLIP and scores how well images fit their prompts (prompts.jsonl beside them),
+with or without a reference.
 
-With a run or a checkpoint as --samples the images are sampled first, into the folder of --out, by the options of
-diffmoe_dist.sample, whose --batch-size is --sampling-batch-size here. The result says how they were sampled, as far as
-a sampling.json beside them does. A score of other than 50,000 samples carries their number.
+A reference is a file with statistics, images, or both (--make-reference makes one, of one extractor), or a folder of
+images of any sizes: that gives the distance alone, and with --inception it is clean-FID, whose resizing is another.
+Samples are an npz or a folder of images. With a run or a checkpoint as --samples the images are sampled first, into the
+folder of --out, by the options of diffmoe_dist.sample, whose --batch-size is --sampling-batch-size here. The result
+says how they were sampled, as far as a sampling.json beside them does. A score of other than 50,000 samples carries
+their number.
 """
+MODEL_FILES = ("checkpoints", "state.json", "config.json", "config.yaml")  # of a run, a step, a folder of weights
 CLIP_FILES = (
     ("*.safetensors",),
     ("tokenizer.json", "vocab.json"),
@@ -71,10 +78,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = CommandParser(prog="diffmoe_dist.evaluate", description=DESCRIPTION)
-    parser.add_argument("--samples", metavar="FILE|DIR", help="an npz of samples (arr_0), or a run or step folder")
-    parser.add_argument("--reference", metavar="FILE", help="an npz with mu, sigma, mu_s, sigma_s, arr_0")
+    parser.add_argument("--samples", metavar="FILE|DIR", help="an npz of samples (arr_0), images, a run or a step")
+    parser.add_argument("--reference", metavar="FILE|DIR", help="an npz of mu, sigma, mu_s, sigma_s, arr_0; or images")
     parser.add_argument("--inception", metavar="FILE", help="weights of FID's Inception network")
-    parser.add_argument("--features", metavar="FILE.pt2|module:callable", help="another extractor")
+    parser.add_argument("--features", metavar="DIR|module:callable", help="a DINOv2, a CLIP, or a function")
     parser.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP, for CLIPScore with the prompts of the images")
     parser.add_argument(
         "--batch-size",
@@ -105,7 +112,8 @@ def check(arguments: argparse.Namespace) -> None:
         _check_given(arguments, purpose, needed=(*compared, *counted, "out"), useless=("shards",))
         settings_from(arguments, arguments.samples).check()
     else:
-        purpose = f"--samples {arguments.samples} (a file)" if arguments.samples else "scoring"
+        kind = "images" if arguments.samples and Path(arguments.samples).is_dir() else "a file"
+        purpose = f"--samples {arguments.samples} ({kind})" if arguments.samples else "scoring"
         _check_given(arguments, purpose, needed=("samples", *compared), useless=("shards",))
     if not samples_run(arguments):
         refuse_sampling_options(arguments, purpose)
@@ -117,8 +125,12 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def samples_run(arguments: argparse.Namespace) -> bool:
-    """Whether the images are to be sampled first, from a run or a checkpoint."""
-    return not arguments.make_reference and arguments.samples is not None and Path(arguments.samples).is_dir()
+    """Whether the images are to be sampled first, from a run or a checkpoint: from a folder that is not of images."""
+    if arguments.make_reference or arguments.samples is None or not Path(arguments.samples).is_dir():
+        return False
+    return any((Path(arguments.samples) / name).exists() for name in MODEL_FILES) or not any(
+        find_images(Path(arguments.samples))
+    )
 
 
 def _check_given(
@@ -137,7 +149,7 @@ def _check_extractor(arguments: argparse.Namespace) -> None:
     given = [name for name in ("features", "inception") if getattr(arguments, name) is not None]
     if arguments.make_reference or arguments.reference:
         if len(given) != 1:
-            raise UserError("give --inception FILE.pth or --features FILE.pt2|module:callable, one of them")
+            raise UserError("give --inception FILE.pth or --features FOLDER|module:callable, one of them")
     elif given:
         value = getattr(arguments, given[0])
         raise UserError(f"{_option(given[0])} {value} has no effect without --reference; leave it out")
@@ -146,7 +158,7 @@ def _check_extractor(arguments: argparse.Namespace) -> None:
 def _check_clip(arguments: argparse.Namespace) -> None:
     folder, samples = arguments.clip, Path(arguments.samples)
     check_model_folder(folder, f"--clip {folder}", "a whole CLIP, both of its towers", ("clip",), files=CLIP_FILES)
-    if samples.is_file():
+    if samples.exists() and not samples_run(arguments):
         _prompts_beside(samples)
     elif samples_run(arguments) and not (arguments.prompts or arguments.prompt):
         raise UserError(f"--clip {folder}: scores images and their prompts; give --prompts to sample from")
@@ -170,13 +182,14 @@ def make_reference_file(arguments: argparse.Namespace, launch: Launch, device: t
 def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.device) -> str:
     from diffmoe_dist.evaluation.clip_score import clip_score, open_clip, prompts_of_images
     from diffmoe_dist.evaluation.extractors import open_extractor
-    from diffmoe_dist.evaluation.image_sources import NpzImages
+    from diffmoe_dist.evaluation.image_sources import open_images
     from diffmoe_dist.evaluation.reference import read_reference
     from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
 
     extractor = reference = clip = record = None
     if arguments.reference:
-        extractor = open_extractor(arguments.inception, arguments.features, device)
+        of_folder = Path(arguments.reference).is_dir()
+        extractor = open_extractor(arguments.inception, arguments.features, device, clean=of_folder)
         reference = read_reference(Path(arguments.reference), extractor)
     if arguments.clip:
         clip = open_clip(arguments.clip, device)
@@ -185,7 +198,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     _check_writable(out, "--out")
     if samples_run(arguments):
         path = sample_run(arguments, out.parent, launch, device)
-    samples = NpzImages(path)
+    samples = open_images(path)
     if clip:  # before anything is scored
         prompts_file = _prompts_beside(path)
         prompts = prompts_of_images(prompts_file, samples.num_images)

@@ -280,17 +280,10 @@ def test_the_python_example_of_the_text_page_samples_two_prompts(clone: Path, mo
     assert z.shape == (2, 3, 16, 16) and z.isfinite().all() and not torch.equal(z[0], z[1])
 
 
-def test_the_python_example_of_the_evaluation_page_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
-    names_after("docs/evaluation.md", torch=torch, model=model, images=torch.zeros(4, 3, 2, 2))
-    assert torch.export.load(tmp_path / "extractor.pt2").module()(torch.zeros(7, 3, 2, 2)).shape == (7, 5)
-
-
 def test_every_python_example_of_the_pages_is_run() -> None:
     """The router of docs/architecture.md: tests/model/test_own_router.py."""
     with_examples = {str(page.relative_to(ROOT)) for page in PAGES if examples(str(page.relative_to(ROOT)))}
-    run_here = {"README.md", "docs/sampling.md", "docs/text.md", "docs/evaluation.md"}
+    run_here = {"README.md", "docs/sampling.md", "docs/text.md"}
     assert with_examples == run_here | {"docs/architecture.md"}
 
 

@@ -20,7 +20,7 @@ from diffmoe_dist.engine.conversion import read_state_dict
 from diffmoe_dist.engine.run_folder import FolderClaim
 from diffmoe_dist.engine.weights import read_model
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.extractors import open_features, open_inception
+from diffmoe_dist.evaluation.extractors import open_inception
 from diffmoe_dist.evaluation.image_sources import NpzImages
 from diffmoe_dist.evaluation.reference import read_reference
 from diffmoe_dist.files import AppendedFile
@@ -34,7 +34,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a.npz": NpzImages,
     "b.npz": lambda path: read_reference(path, ANY, "--reference"),
     "a.pth": lambda path: open_inception(str(path), CPU),
-    "a.pt2": lambda path: open_features(str(path), CPU),
     "a.txt": lambda path: read_prompts(path, "--prompts"),
     "a.pt": read_state_dict,
     "a.safetensors": read_state_dict,

@@ -191,7 +191,7 @@ class FidConfig:
 
     every: int = 0  # steps between distances; 0: none
     num: int = 1000
-    features: str | None = None  # weights.pth of FID's Inception network, another program.pt2, or module:callable
+    features: str | None = None  # weights.pth of FID's Inception, the folder of a DINOv2 or CLIP, or module:callable
     reference: str | None = None  # an npz of `python -m diffmoe_dist.evaluate --make-reference`, or ADM's
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 Crop = Literal["adm", "center", "keep-ratio", "none"]
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none of which runs a program or opens another file
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _PNG_DEPTH = 24  # where the bits of a channel stand in a PNG
 _MAX_PIXELS = 178_956_970  # what Pillow decodes; a resized image may not be larger either
+
+
+def find_images(folder: Path) -> Iterator[Path]:
+    """The image files in a folder and those below it, by their endings, in any order."""
+    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
 
 
 class ImageError(ValueError):

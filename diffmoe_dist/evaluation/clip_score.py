@@ -47,9 +47,9 @@ class Clip:
     max_tokens: int
 
     @torch.no_grad()
-    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each image, (N, C, H, W) uint8 with one channel or three, and its prompt: (N,) fp64."""
-        arrays = list(images.expand(-1, 3, -1, -1).numpy())
+    def cosines(self, images: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
+        """Of each image, (C, H, W) uint8 with one channel or three, and its prompt: (N,) fp64."""
+        arrays = [image.expand(3, -1, -1).numpy() for image in images]
         pixels = self.image_processor(arrays, input_data_format="channels_first", return_tensors="pt")
         tokens = self.tokenizer(
             list(prompts), truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""Where images to be scored come from, in their order, a batch at a time: an npz file, or shards.
+"""Where images to be scored come from, in their order, a batch at a time: an npz file, a folder, or shards.
 
 Shape legend: N images, C channels, H, W image size.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.data.encoding import one_line
-from diffmoe_dist.data.images import ImageError, decode_image
+from diffmoe_dist.data.images import IMAGE_ENDINGS, ImageError, decode_image, find_images, open_image
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import refuse_irregular
@@ -27,8 +27,8 @@ from diffmoe_dist.files import refuse_irregular
 class ImageSource(Protocol):
     num_images: int
 
-    def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
-        """The images `rows`, in batches (N, C, H, W) uint8."""
+    def batches(self, rows: range, batch_size: int) -> Iterator[Tensor | list[Tensor]]:
+        """The images `rows`, in batches of (C, H, W) uint8."""
         ...
 
 
@@ -63,6 +63,7 @@ class NpzImages:
         if math.prod(shape) != stored:
             raise UserError(f"{named}: arr_0 says {list(shape)}, but holds {stored} bytes; write the file again")
         self.num_images, self.height, self.width, self.channels = shape
+        self.size = f"{self.height} x {self.width} x {self.channels}"
 
     def batches(self, rows: range, batch_size: int) -> Iterator[Tensor]:
         image_bytes = self.height * self.width * self.channels
@@ -79,6 +80,46 @@ class NpzImages:
                     raise UserError(f"{self.path}: arr_0 ends before image {start + count}; write the file again")
                 images = torch.frombuffer(content, dtype=torch.uint8)
                 yield images.view(count, self.height, self.width, self.channels).permute(0, 3, 1, 2)
+
+
+class FolderImages:
+    """The image files of a folder and those below it, by their paths' order, each with three channels and its own size.
+
+    Args:
+        named: how the user named the folder, for messages.
+
+    Raises:
+        UserError: there are none.
+    """
+
+    size = "each its own"
+
+    def __init__(self, path: Path, named: str) -> None:
+        self.path = path
+        self.files = sorted(find_images(path))
+        if not self.files:
+            raise UserError(f"{named}: no images there ({', '.join(IMAGE_ENDINGS)}); give the folder that has them")
+        self.num_images = len(self.files)
+
+    def batches(self, rows: range, batch_size: int) -> Iterator[list[Tensor]]:
+        for start in range(rows.start, rows.stop, batch_size):
+            yield [_read_rgb(path) for path in self.files[start : min(start + batch_size, rows.stop)]]
+
+
+def open_images(path: Path) -> NpzImages | FolderImages:
+    """The images of --samples: an npz or a folder. Raises UserError."""
+    return FolderImages(path, f"--samples {path}") if path.is_dir() else NpzImages(path)
+
+
+def _read_rgb(path: Path) -> Tensor:
+    """(3, H, W) uint8, as Pillow converts it: transparency is dropped, as by clean-fid."""
+    try:
+        image = open_image(refuse_irregular(path).read_bytes()).convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); remove it, or fetch it again") from None
+    except ImageError as error:
+        raise UserError(f"{path}: {error}; remove it, or fetch it again") from None
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class ShardImages:

@@ -220,7 +220,11 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> InceptionOutput:
         assert images.dtype == torch.uint8, "the network was published for 8-bit images"
-        x = (resize_as_tensorflow(images.float(), INPUT_SIZE) - 128) / 128
+        return self.of_inputs(resize_as_tensorflow(images.float(), INPUT_SIZE))
+
+    def of_inputs(self, images: Tensor) -> InceptionOutput:
+        """Of images that are resized: (N, 3, 299, 299) fp32, from 0 to 255."""
+        x = (images - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))

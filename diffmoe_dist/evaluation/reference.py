@@ -1,5 +1,7 @@
 """What samples are compared with: the statistics of a data set, and some of its images for precision and recall.
 
+Or a folder of its images, all of them.
+
 The file is ADM's `VIRTUAL_imagenet256_labeled.npz` and others of its layout: `mu`, `sigma` of the pooled features and
 `mu_s`, `sigma_s` of the spatial ones over the whole data set, and `arr_0`, 10,000 of its images. Files made here also
 say which extractor the statistics are of; ADM's are of the Inception network.
@@ -18,7 +20,7 @@ from diffmoe_dist.data.encoding import one_line
 from diffmoe_dist.data.randomness import Stream, permutation
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor
-from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
+from diffmoe_dist.evaluation.image_sources import FolderImages, NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import Statistics
 from diffmoe_dist.files import refuse_irregular, write_npz
 
@@ -31,11 +33,12 @@ class Reference:
     named: str  # how the user named it, for messages
     pooled: Statistics | None  # None: to be computed from the images, as ADM's evaluator does
     spatial: Statistics | None
-    images: NpzImages | None
+    images: NpzImages | FolderImages | None
+    has_manifold: bool = True  # whether its images are for precision and recall too
 
 
 def read_reference(path: Path, extractor: Extractor, named: str | None = None) -> Reference:
-    """Read a reference file.
+    """Read a reference file, or a folder of images: all of a data set, for a distance alone.
 
     Args:
         named: how the user named it, for messages; None: `--reference FILE`.
@@ -44,6 +47,8 @@ def read_reference(path: Path, extractor: Extractor, named: str | None = None) -
         UserError: it is no such file, or its statistics are of another extractor.
     """
     named = named or f"--reference {path}"
+    if path.is_dir():
+        return Reference(path, named, None, None, FolderImages(path, named), has_manifold=False)
     try:
         with np.load(refuse_irregular(path), allow_pickle=False) as file:
             names = set(file.files)
@@ -77,7 +82,7 @@ def write_reference(
 
 def _check_extractor(named: str, arrays: dict[str, np.ndarray], extractor: Extractor) -> None:
     recorded = str(arrays["extractor"]) if "extractor" in arrays else None
-    same = recorded == extractor.identity if recorded else extractor.is_inception
+    same = recorded == extractor.identity if recorded else extractor.distance == "fid"
     if not same:
         raise UserError(
             f"{named}: its statistics are of {recorded or 'the Inception network'}, not of "

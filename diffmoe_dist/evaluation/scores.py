@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor, describe
-from diffmoe_dist.evaluation.image_sources import ImageSource, NpzImages, ShardImages
+from diffmoe_dist.evaluation.image_sources import FolderImages, ImageSource, NpzImages, ShardImages
 from diffmoe_dist.evaluation.metrics import (
     NEIGHBOURS,
     ClassSums,
@@ -38,10 +38,11 @@ from diffmoe_dist.parallel.topology import all_gather
 FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
 # What scores depend on beside the weights, under the names of sampling.json
 SAMPLING_FACTS = (
-    "checkpoint", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "one_pass", "decoder",
-    "batch_size", "inference", "recalibrate", "capacity", "capacity_trained_for", "nfe", "parameters",
-    "activated_parameters", "seed", "uint8_rule", "precision", "tf32",
+    "checkpoint", "ema_decay", "ema_length", "sampler", "steps", "time_shift", "cfg_scale", "cfg_channels",
+    "cfg_interval", "one_pass", "decoder", "batch_size", "inference", "constant_threshold", "recalibrate", "capacity",
+    "capacity_trained_for", "nfe", "parameters", "activated_parameters", "seed", "uint8_rule", "precision", "tf32",
 )  # fmt: skip
+TOLERANCES = ("rtol", "atol")  # of adaptive samplers
 CLASS_FACTS = ("labels", "classes")
 PROMPT_FACTS = ("num_prompts", "negative_prompt", "text_encoder_sha256")
 NOT_RECORDED = "not recorded"
@@ -102,8 +103,8 @@ def score(
 ) -> dict[str, float]:
     """The scores by name, `fid_50k` for 50,000 samples and `fid_N` for N others; collective.
 
-    With the Inception network: FID, sFID, Inception score. With every extractor: the Frechet distance of its features,
-    and precision and recall where the reference has images.
+    With the Inception network: FID, sFID, Inception score. With every extractor: the Frechet distance of its features
+    by its name, and precision and recall where the reference is a file that has images.
 
     Raises:
         UserError: there are too few images, or the reference's statistics are of features of another width.
@@ -112,12 +113,14 @@ def score(
         if images is not None and images.num_images <= NEIGHBOURS:
             raise UserError(f"{named}: {images.num_images} images are too few; give at least {NEIGHBOURS + 1}")
     options: dict[str, Any] = {"batch_size": batch_size, "rank": rank, "ranks": ranks, "keep": True}
-    theirs = None if reference.images is None else collect(reference.images, extractor, what="reference", **options)
+    theirs = None
+    if reference.images is not None:
+        kept = {**options, "keep": reference.has_manifold}
+        theirs = collect(reference.images, extractor, what="reference", **kept)
     ours = collect(samples, extractor, what="samples", **options)
     scores = {}
-    name = "fid" if extractor.is_inception else "frechet_distance"
     compared = [
-        (name, ours.pooled, reference.pooled, theirs.pooled if theirs else None),
+        (extractor.distance, ours.pooled, reference.pooled, theirs.pooled if theirs else None),
         ("sfid", ours.spatial, reference.spatial, theirs.spatial if theirs else None),
     ]
     for key, moments, stored, of_images in compared:
@@ -128,7 +131,7 @@ def score(
             scores[key] = distance_on_all_ranks(moments, stored, rank)
     if ours.classes is not None:
         scores["inception_score"] = ours.classes.score()
-    if theirs is not None and reference.images is not None:
+    if theirs is not None and reference.images is not None and reference.has_manifold:
         features_RF = gather_rows(theirs.features_NF, reference.images.num_images, rank, ranks)
         features_SF = gather_rows(ours.features_NF, samples.num_images, rank, ranks)
         scores["precision"], scores["recall"] = precision_recall(features_RF, features_SF, rank, ranks)
@@ -201,7 +204,7 @@ def make_reference(
 
 def build_result(
     scores: dict[str, float],
-    samples: NpzImages,
+    samples: NpzImages | FolderImages,
     reference: Reference | None,
     extractor: Extractor | None,
     clip: dict[str, Any] | None = None,
@@ -215,23 +218,24 @@ def build_result(
     recorded = read_sampling_record(samples)
     result: dict[str, Any] = {
         "scores": scores,
-        "samples": {"file": str(samples.path), "images": samples.num_images, "size": _size(samples)},
+        "samples": {"file": str(samples.path), "images": samples.num_images, "size": samples.size},
     }
     if reference is not None and extractor is not None:
         result["reference"] = {
             "file": str(reference.path),
             "statistics": "stored" if reference.pooled is not None else "of its images",
             "images": reference.images.num_images if reference.images is not None else 0,
-            "size": _size(reference.images) if reference.images is not None else None,
+            "size": reference.images.size if reference.images is not None else None,
         }
         result |= {"extractor": describe(extractor), "neighbours": NEIGHBOURS}
     if clip is not None:
         result["clip"] = clip
     facts = [*SAMPLING_FACTS, *(PROMPT_FACTS if "prompts" in recorded else CLASS_FACTS)]
+    facts += [name for name in TOLERANCES if name in recorded]
     return {**result, "sampling": {name: recorded.get(name, NOT_RECORDED) for name in facts}}
 
 
-def read_sampling_record(samples: NpzImages) -> dict[str, Any]:
+def read_sampling_record(samples: NpzImages | FolderImages) -> dict[str, Any]:
     """What the sampling.json beside the samples says, if it is about as many images; else nothing."""
     path = samples.path.with_name("sampling.json")
     try:
@@ -246,8 +250,9 @@ def table(result: dict[str, Any]) -> str:
     samples, reference, clip = result["samples"], result.get("reference"), result.get("clip")
     num = samples["images"]
     titles = {
-        "fid": "FID", "sfid": "sFID", "frechet_distance": "Frechet distance", "inception_score": "Inception score",
-        "precision": "precision", "recall": "recall", "clip_score": "CLIPScore",
+        "fid": "FID", "sfid": "sFID", "clean_fid": "clean-FID", "fd_dinov2": "FD-DINOv2", "clip_fd": "CLIP-FD",
+        "frechet_distance": "Frechet distance", "inception_score": "Inception score", "precision": "precision",
+        "recall": "recall", "clip_score": "CLIPScore",
     }  # fmt: skip
     lines = [("samples", f"{samples['file']}: {num:,} images, {samples['size']}")]
     if reference is not None:
@@ -286,7 +291,3 @@ def _check_width(moments: Moments, stored: Statistics, reference: Reference) -> 
 def _slice(x: Tensor, rank: int, ranks: int) -> slice:
     rows = rows_of_rank(len(x), rank, ranks)
     return slice(rows.start, rows.stop)
-
-
-def _size(images: NpzImages) -> str:
-    return f"{images.height} x {images.width} x {images.channels}"

@@ -54,7 +54,7 @@ class TrainingScores:
                 features_NF = self.extractor(images_NCHW).pooled_NF
             moments.add(features_NF[: max(0, num - start)])
         add_up([moments.sums, bad])
-        name = f"{'fid' if self.extractor.is_inception else 'frechet_distance'}_{count_name(num)}"
+        name = f"{self.extractor.distance}_{count_name(num)}"
         if bad:
             return {name: None}
         distance = distance_on_all_ranks(moments, self.reference, rank)

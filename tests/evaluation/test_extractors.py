@@ -1,59 +1,113 @@
-"""Extractors other than the Inception network, and that a program's file runs no code of its author's."""
+"""Extractors other than ADM's: of local folders, against what each score's authors do, and a user's functions."""
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
-import random
-import re
-from collections.abc import Callable, Iterator
-from functools import reduce
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.evaluation.extractors import open_extractor
-from tests.evaluation.colours import Colours, colours
+from diffmoe_dist.evaluation.extractors import (
+    open_extractor,
+    position_table_as_published,
+    resize_as_clean_fid,
+)
+from diffmoe_dist.evaluation.inception import Inception
+from tests.evaluation.colours import colours
 
 CPU = torch.device("cpu")
 HERE = "tests.evaluation.colours"
-MODEL = "models/model.json"
-INPUTS = "data/sample_inputs/model.pt"
-WEIGHTS = "data/weights/model_weights_config.json"
-Records = dict[str, bytes]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP
 
 
-def images(num: int, channels: int = 3, size: int = 8) -> torch.Tensor:
+def images(num: int, channels: int = 3, size: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(num)
     return torch.randint(0, 256, (num, channels, size, size), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Colours]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DINOv2, whose position table is for 20 x 20 patches, and a tiny CLIP without its text tower."""
+    root = tmp_path_factory.mktemp("models")
+    tower: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    model = Colours().eval()
-    path = tmp_path_factory.mktemp("program") / "colours.pt2"
-    any_number = ({0: torch.export.Dim("n")},)
-    torch.export.save(torch.export.export(model, (images(2),), dynamic_shapes=any_number), path)
-    return path, model
+    dinov2 = Dinov2Model(Dinov2Config(**tower, mlp_ratio=2, image_size=280, patch_size=14))
+    torch.nn.init.normal_(dinov2.embeddings.position_embeddings)
+    dinov2.save_pretrained(root / "dinov2-tiny")
+    clip = CLIPVisionConfig(**tower, intermediate_size=32, image_size=16, patch_size=4, projection_dim=5)
+    CLIPVisionModelWithProjection(clip).save_pretrained(root / "clip-tiny")
+    preprocessor = {"crop_size": 16, "size": 16, "image_mean": MEAN, "image_std": STD, "resample": 3}
+    (root / "clip-tiny/preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return root
 
 
-def read(path: Path) -> Records:
-    with PT2ArchiveReader(str(path)) as archive:
-        return {name: archive.read_bytes(name) for name in archive.get_file_names()}
+def normalized(pixels: np.ndarray, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
+    """(H, W, 3) uint8 to (1, 3, H, W) fp32."""
+    x = (torch.from_numpy(pixels).float() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
+    return x.permute(2, 0, 1)[None]
 
 
-def write(path: Path, records: Records) -> Path:
-    with PT2ArchiveWriter(str(path)) as archive:
-        for name, content in records.items():
-            if not name.startswith((".data", "archive_", "byteorder")):
-                archive.write_bytes(name, content)
-    return path
+def test_fd_dinov2_takes_the_class_token_as_dgm_eval_does(folders: Path) -> None:
+    extractor = open_extractor(None, str(folders / "dinov2-tiny"), CPU)
+    assert extractor.distance == "fd_dinov2" and extractor.identity.startswith("dinov2-tiny ")
+    wide, small = images(1, size=300)[0][:, :200], images(1, channels=1, size=30)[0]
+    got = extractor([wide, small]).pooled_NF
+
+    model: Dinov2Model = Dinov2Model.from_pretrained(folders / "dinov2-tiny").eval()
+    # As published: the table for 518 pixels is resized by a scale factor that is a little more than the quotient.
+    table = model.embeddings.position_embeddings.detach()
+    places = table[:, 1:].view(1, 20, 20, 16).permute(0, 3, 1, 2)
+    grid = F.interpolate(places, scale_factor=(16.1 / 20,) * 2, mode="bicubic")
+    model.embeddings.position_embeddings.data = torch.cat([table[:, :1], grid.flatten(2).mT], dim=1)
+    for image, features in zip((wide, small.expand(3, -1, -1)), got, strict=True):
+        pixels = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC))
+        with torch.no_grad():
+            token = model(normalized(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))).last_hidden_state[0, 0]
+        torch.testing.assert_close(features, token, atol=1e-5, rtol=0)
+    plain = F.interpolate(places, size=(16, 16), mode="bicubic")
+    ours = position_table_as_published(table, 16)[:, 1:]
+    assert (ours - plain.flatten(2).mT).abs().max() > 0.01, "what transformers would make of it"
+
+
+def test_clip_fd_takes_the_image_embedding_before_it_is_normalised_as_clean_fid_does(folders: Path) -> None:
+    extractor = open_extractor(None, str(folders / "clip-tiny"), CPU)
+    assert extractor.distance == "clip_fd"
+    image = images(1, size=32)[0][:, :24]  # 24 x 32: the shorter side becomes 16, then the middle of 16 x 21 is taken
+    model: CLIPVisionModelWithProjection = CLIPVisionModelWithProjection.from_pretrained(folders / "clip-tiny").eval()
+    resized = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((21, 16), Image.Resampling.BICUBIC))
+    with torch.no_grad():
+        expected = model(normalized(resized[:, 2:18], MEAN, STD)).image_embeds
+    torch.testing.assert_close(extractor([image]).pooled_NF, expected, atol=1e-5, rtol=0)
+
+
+def test_clean_fid_resizes_each_channel_in_floats_and_leaves_them_unrounded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Inception().eval()
+    torch.save(model.state_dict(), tmp_path / "inception.pth")
+    extractor = open_extractor(str(tmp_path / "inception.pth"), None, CPU, clean=True)
+    assert extractor.distance == "clean_fid" and extractor.identity.startswith("clean-fid inception ")
+    image = images(1, size=40)[0][:, :30]
+    resized = resize_as_clean_fid(image)
+    for channel, plane in zip(image.numpy(), resized, strict=True):
+        floats = Image.fromarray(channel.astype(np.float32), mode="F").resize((299, 299), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(floats), plane.numpy())
+    assert resized.min() < 0 and resized.max() > 255 and (resized != resized.round()).any()
+    with torch.no_grad():
+        expected = model.of_inputs(resized[None]).pooled
+    torch.testing.assert_close(extractor([image]).pooled_NF, expected)
+    with_adms = open_extractor(str(tmp_path / "inception.pth"), None, CPU)
+    with pytest.raises(UserError, match=r"images of several sizes \(8 x 8 and 30 x 40\) have no such score"):
+        with_adms([image, images(1)[0]])
 
 
 def test_a_function_of_the_users_own_gives_the_features() -> None:
@@ -63,118 +117,13 @@ def test_a_function_of_the_users_own_gives_the_features() -> None:
     assert torch.equal(extractor(grey).pooled_NF, colours(grey.repeat(1, 3, 1, 1))), (
         "grey images have three equal channels"
     )
-    assert extractor.identity == f"{HERE}:colours" and not extractor.is_inception
-
-
-def test_a_torch_export_program_gives_the_features_for_any_number_of_images(program: tuple[Path, Colours]) -> None:
-    path, model = program
-    extractor = open_extractor(None, str(path), CPU)
-    for num in (1, 2, 7):
-        assert torch.equal(extractor(images(num)).pooled_NF, model(images(num)))
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def pickled_inputs(records: Records, marker: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save(((Bomb(marker),), {}), buffer)
-    records[INPUTS] = buffer.getvalue()
-
-
-def pickled_weight(records: Records, marker: Path) -> None:
-    config = json.loads(records[WEIGHTS])
-    entry = config["config"]["scale"]
-    entry["use_pickle"] = True
-    buffer = io.BytesIO()
-    torch.save(Bomb(marker), buffer)
-    records[f"data/weights/{entry['path_name']}"] = buffer.getvalue()
-    records[WEIGHTS] = json.dumps(config).encode()
-
-
-def pickled_constant(records: Records, marker: Path) -> None:
-    records["data/constants/model_constants_config.json"] = json.dumps(
-        {"config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}}
-    ).encode()
-    records["data/constants/opaque_obj_0"] = pickle.dumps(Bomb(marker))
-
-
-def in_model(old: str, new: Callable[[Path], str]) -> Callable[[Records, Path], None]:
-    """Replace what matches a pattern in the program's description."""
-
-    def change(records: Records, marker: Path) -> None:
-        text, replaced = re.subn(old, lambda match: new(marker), records[MODEL].decode())
-        assert replaced
-        records[MODEL] = text.encode()
-
-    return change
-
-
-def touch(marker: Path) -> str:
-    return f"__import__('pathlib').Path('{marker}').touch()"
-
-
-MUL = "torch.ops.aten.mul.Tensor"
-ATTACKS = {
-    "example inputs that are a pickle": pickled_inputs,
-    "a weight that is a pickle": pickled_weight,
-    "a constant that is a pickle": pickled_constant,
-    "a size that is Python": in_model(r"Symbol\('s\d+'[^)]*\)", touch),
-    "an argument name that is Python": in_model('"name": "images"', lambda path: f'"name": "images={touch(path)}"'),
-    "an operator that is none": in_model(MUL, lambda path: "torch.ops.load_library"),
-    "an operator that is a method": in_model(MUL, lambda path: "torch.ops.aten.__init__.x"),
-    "an operator that opens files": in_model(MUL, lambda path: "torch.ops.aten.from_file.default"),
-    "a structure that imports modules": in_model("builtins.tuple", lambda path: "antigravity.x"),
-    "a compiled library": lambda records, marker: records.update({"data/aotinductor/model/x.so": b"\x7fELF"}),
-    "a nested graph": in_model('"as_int": 255', lambda path: '"as_graph": {}'),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_a_program_with_more_than_operators_on_tensors_is_refused_and_runs_nothing(
-    program: tuple[Path, Colours], tmp_path: Path, attack: str
-) -> None:
-    records, marker = read(program[0]), tmp_path / "exploded"
-    ATTACKS[attack](records, marker)
-    path = write(tmp_path / "attack.pt2", records)
-    with pytest.raises(UserError, match=f"--features {path}: not a torch.export program that can be used: ") as caught:
-        open_extractor(None, str(path), CPU)
-    assert "\n" not in str(caught.value)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-    "attack", ["example inputs that are a pickle", "a weight that is a pickle", "a size that is Python"]
-)
-def test_torch_itself_would_have_run_it(program: tuple[Path, Colours], tmp_path: Path, attack: str) -> None:
-    records, marker = read(program[0]), tmp_path / "exploded"
-    ATTACKS[attack](records, marker)
-    path = write(tmp_path / "attack.pt2", records)
-    try:
-        torch.export.load(path)
-    except Exception as error:
-        assert not isinstance(error, UserError)
-    assert marker.exists()
-
-
-def test_guards_which_are_python_source_are_left_out(program: tuple[Path, Colours], tmp_path: Path) -> None:
-    records, marker = read(program[0]), tmp_path / "exploded"
-    model = json.loads(records[MODEL])
-    model["guards_code"] = [f"{touch(marker)} is None"]
-    records[MODEL] = json.dumps(model).encode()
-    extractor = open_extractor(None, str(write(tmp_path / "guarded.pt2", records)), CPU)
-    assert torch.equal(extractor(images(3)).pooled_NF, program[1](images(3)))
-    assert not marker.exists()
+    assert extractor.identity == f"{HERE}:colours" and extractor.distance == "frechet_distance"
 
 
 BAD = {
-    "nowhere.pt2": "nowhere.pt2: not a torch.export program that can be used: No such file",
-    "README.md": "README.md: neither a file NAME.pt2 nor a module:callable",
+    "nowhere.pt2": "nowhere.pt2: neither the local folder of a DINOv2 or CLIP nor a module:callable",
+    "README.md": "README.md: neither the local folder",
+    "docs": "docs: no config.json that can be read; give the local folder of a DINOv2 or a CLIP",
     "nowhere:f": "nowhere:f: there is no module nowhere",
     f"{HERE}:nothing": f"{HERE} has no callable .nothing.",
     f"{HERE}:too_many_axes": "it returned \\[2, 3, 8, 8\\] for 2 images; return \\(N, F\\)",
@@ -188,47 +137,31 @@ def test_what_cannot_be_used_is_refused_in_one_line(name: str) -> None:
         open_extractor(None, name, CPU)(images(2))
 
 
-def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Of every entry of a parsed JSON value, at any depth: the keys and numbers that lead to it."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, entry in entries:
-        yield (*place, key)
-        yield from places(entry, (*place, key))
+def test_a_folder_that_is_damaged_or_of_another_model_is_refused_in_one_line(folders: Path, tmp_path: Path) -> None:
+    def refusal(name: str, **settings: str) -> str:
+        folder = tmp_path / name
+        text = (folder / "config.json").read_text()
+        for old, new in settings.items():
+            assert old in text
+            text = text.replace(old, new)
+        (folder / "config.json").write_text(text)
+        with pytest.raises(UserError) as caught:
+            open_extractor(None, str(folder), CPU)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    for name in ("a", "b", "c"):
+        shutil.copytree(folders / "dinov2-tiny", tmp_path / name)
+    assert "is vit; give the local folder of a DINOv2 or a CLIP" in refusal("a", dinov2="vit")
+    tensors = load_file(tmp_path / "b/model.safetensors")
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "b/model.safetensors", {"format": "pt"})
+    assert "lacks weights, as layernorm.weight" in refusal("b")
+    (tmp_path / "c/model.safetensors").unlink()
+    assert "no *.safetensors" in refusal("c")
 
 
-def test_a_program_that_is_damaged_anywhere_is_refused_in_one_line_or_still_a_program(
-    program: tuple[Path, Colours], tmp_path: Path
-) -> None:
-    records, chance = read(program[0]), random.Random(0)
-    edits = [(name, b"[" * 100_000 + b"]" * 100_000) for name in records if name.endswith(".json")]
-    for name in [name for name, _ in edits for _ in range(30)]:
-        value = json.loads(records[name])
-        *way, last = chance.choice(list(places(value)))
-        reduce(lambda parent, key: parent[key], way, value)[last] = chance.choice([None, [], {}, "x", 10**30, -1, 1.5])
-        edits.append((name, json.dumps(value).encode()))
-    refused = 0
-    for name, content in edits:
-        path = write(tmp_path / "edited.pt2", {**records, name: content})
-        try:
-            open_extractor(None, str(path), CPU)(images(3))
-        except UserError as error:
-            refused += 1
-            assert str(error).startswith(f"--features {path}: ") and "\n" not in str(error)
-    assert refused > len(edits) // 2
-
-
-def test_a_program_tells_which_images_it_cannot_take(program: tuple[Path, Colours], tmp_path: Path) -> None:
-    extractor = open_extractor(None, str(program[0]), CPU)
-    with pytest.raises(
-        UserError, match=r"the program cannot take torch.uint8 \[2, 3, 16, 16\]: .*; export it for uint8"
-    ):
-        extractor(images(2, size=16))
-    (tmp_path / "text.pt2").write_text("a program")
-    with pytest.raises(UserError, match="text.pt2: not a torch.export program that can be used"):
-        open_extractor(None, str(tmp_path / "text.pt2"), CPU)
-
-
-@pytest.mark.parametrize(("inception", "features"), [(None, None), ("a.pth", "b.pt2")])
+@pytest.mark.parametrize(("inception", "features"), [(None, None), ("a.pth", "models/dinov2")])
 def test_one_extractor_is_named_and_no_more(inception: str | None, features: str | None) -> None:
     with pytest.raises(UserError, match="one of them"):
         open_extractor(inception, features, CPU)

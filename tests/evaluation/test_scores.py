@@ -12,17 +12,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from diffmoe_dist.config import build_config
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.extractors import Extractor, Features, open_extractor
-from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages
-from diffmoe_dist.evaluation.metrics import frechet_distance
+from diffmoe_dist.evaluation.image_sources import NpzImages, ShardImages, open_images
+from diffmoe_dist.evaluation.metrics import Statistics, frechet_distance
 from diffmoe_dist.evaluation.reference import REFERENCE_IMAGES, read_reference
-from diffmoe_dist.evaluation.scores import build_result, collect, count_name, make_reference, rows_of_rank, score, table
+from diffmoe_dist.evaluation.scores import (
+    CLASS_FACTS,
+    SAMPLING_FACTS,
+    build_result,
+    collect,
+    count_name,
+    make_reference,
+    rows_of_rank,
+    score,
+    table,
+)
+from diffmoe_dist.sampling.conditions import ClassLabels
+from diffmoe_dist.sampling.job import describe_job
+from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import run, start
 from tests.distributed import run_ranks
+from tests.engine.runs import TINY
 from tests.evaluation.colours import colours
 from tests.machine import free_port
 
@@ -45,7 +61,7 @@ def like_inception(images: Tensor) -> Features:
 
 
 def stand_in() -> Extractor:
-    return Extractor("--inception", "inception of the test", CPU, is_inception=True, function=like_inception)
+    return Extractor("--inception", "inception of the test", CPU, "fid", like_inception)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +130,45 @@ def inside(centres: list[list[float]], points: list[list[float]]) -> list[bool]:
     radii = [sorted(math.dist(a, b) for b in centres)[3] for a in centres]
     pairs = list(zip(centres, radii, strict=True))
     return [any(math.dist(point, centre) <= radius for centre, radius in pairs) for point in points]
+
+
+def write_images(folder: Path, seed: int, num: int) -> list[Tensor]:
+    """PNG files of several sizes in two folders, and as tensors in the order of their paths."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for number in range(num):
+        array = generator.integers(0, 256, (4 + number % 3, 7, 3)).astype(np.uint8)
+        place = folder / f"{number % 2}/{number:02d}.PNG"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(place)
+        found[place] = torch.from_numpy(array).permute(2, 0, 1)
+    (folder / "labels.txt").write_text("no image")
+    return [found[place] for place in sorted(found)]
+
+
+def resized() -> Extractor:
+    return Extractor("--features", "of the test", CPU, "fd_dinov2", like_inception, lambda image: image[:, :4, :6])
+
+
+def score_folders(rank: int, ranks: int, folder: Path) -> dict[str, float]:
+    reference = read_reference(folder / "reference", resized())
+    samples = open_images(folder / "samples")
+    return score(samples, reference, resized(), batch_size=5, rank=rank, ranks=ranks)
+
+
+def test_a_folder_of_images_of_any_sizes_is_a_reference_for_the_distance_alone(tmp_path: Path) -> None:
+    both = write_images(tmp_path / "samples", 0, 13), write_images(tmp_path / "reference", 1, 17)
+    (found,) = run_ranks(1, score_folders, tmp_path)
+    features = [like_inception(torch.stack([image[:, :4, :6] for image in images])).pooled_NF for images in both]
+    ours, theirs = (Statistics(x_NF.mean(dim=0), x_NF.T.cov()) for x_NF in features)
+    assert found["fd_dinov2_13"] == pytest.approx(frechet_distance(ours, theirs))
+    assert not any(key.startswith(("precision", "recall")) for key in found)
+
+
+def test_the_table_names_every_condition_of_a_job() -> None:
+    job = describe_job(SamplingSettings("run", num=1), build_config(TINY, training=False), "weights", ClassLabels([0], 10))
+    unsaid = {"weights", "num", "reproducible_unit"}  # which checkpoint and how many stand elsewhere
+    assert job.keys() - unsaid <= {*SAMPLING_FACTS, *CLASS_FACTS}
 
 
 def test_every_image_is_one_ranks() -> None:
@@ -350,8 +405,8 @@ BAD = {
         "--num 5 has no effect with --samples a.npz (a file); leave it out",
     ),
     "a run without a number": (
-        ("--samples", "docs", "--reference", "b.npz", "--features", COLOURS),
-        "--num is missing: --samples docs (a folder) needs it",
+        ("--samples", "configs", "--reference", "b.npz", "--features", COLOURS),
+        "--num is missing: --samples configs (a folder) needs it",
     ),
     "no such file": (
         ("--samples", "a.npz", "--reference", "nowhere.npz", "--features", COLOURS),

@@ -84,7 +84,7 @@ def test_settings_of_scores_that_do_not_fit_are_refused(digits: Path, reference:
         ({**given, "reference": None}, r"fid\.every=5 needs fid\.reference"),
         ({**given, "every": 0}, r"fid\.features=\S+ has no effect with fid\.every=0"),
         ({**given, "num": 1}, r"fid\.num=1"),
-        ({**given, "features": "nowhere.pt2"}, r"fid\.features=nowhere\.pt2: not a torch\.export program"),
+        ({**given, "features": "nowhere.pt2"}, r"fid\.features=nowhere\.pt2: neither the local folder"),
         ({**given, "features": "nowhere.pth"}, r"fid\.features=nowhere\.pth: cannot be read"),
         ({**given, "features": "nowhere:colours"}, r"fid\.features=nowhere:colours: there is no module nowhere"),
         ({**given, "features": f"{__name__}:nothing"}, r"fid\.features=\S+:nothing: \S+ has no callable 'nothing'"),
