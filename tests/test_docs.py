@@ -123,7 +123,7 @@ COMMANDS: dict[str, How] = {
     ),
     # evaluation
     r"python -m diffmoe_dist\.evaluate --samples \S+ .*": Refuses(
-        r"--(inception|clip) \S+: (cannot be read|no config\.json)"
+        r"--(inception|clip|features) \S+: (cannot be read|no config\.json|neither the local folder)"
     ),
     r"python -m diffmoe_dist\.evaluate --make-reference .*": Refuses(r"--inception FILE\.pth: cannot be read"),
     r"torchrun .* diffmoe_dist\.evaluate .*": Elsewhere(SCORES),

@@ -166,7 +166,8 @@ def test_a_folder_of_images_of_any_sizes_is_a_reference_for_the_distance_alone(t
 
 
 def test_the_table_names_every_condition_of_a_job() -> None:
-    job = describe_job(SamplingSettings("run", num=1), build_config(TINY, training=False), "weights", ClassLabels([0], 10))
+    config = build_config(TINY, training=False)
+    job = describe_job(SamplingSettings("run", num=1), config, "weights", ClassLabels([0], 10))
     unsaid = {"weights", "num", "reproducible_unit"}  # which checkpoint and how many stand elsewhere
     assert job.keys() - unsaid <= {*SAMPLING_FACTS, *CLASS_FACTS}
 
