@@ -43,7 +43,7 @@ def loss_figure(lines: list[dict[str, Any]]) -> Figure:
         plot_losses(axes, lines)
         axes.set_title("")  # the page has one
 
-    return _one_panel(draw)
+    return one_panel(draw)
 
 
 def grad_norm_figure(lines: list[dict[str, Any]]) -> Figure:
@@ -51,7 +51,7 @@ def grad_norm_figure(lines: list[dict[str, Any]]) -> Figure:
         plot_grad_norm(axes, lines)
         axes.set_title("")
 
-    return _one_panel(draw)
+    return one_panel(draw)
 
 
 def speed_figure(lines: list[dict[str, Any]]) -> Figure:
@@ -62,7 +62,7 @@ def speed_figure(lines: list[dict[str, Any]]) -> Figure:
         axes.set(xlabel="step", ylabel="images per second", ylim=(0, None))
         axes.grid(alpha=0.3)
 
-    return _one_panel(draw)
+    return one_panel(draw)
 
 
 def load_in_training_figure(loads: list[dict[str, Any]], blocks: list[int]) -> Figure:
@@ -99,7 +99,7 @@ def capacity_figure(trace: RoutingTrace, blocks: list[int], trained_for: float |
         axes.grid(alpha=0.25)
         axes.legend(ncols=2)
 
-    return _one_panel(draw)
+    return one_panel(draw)
 
 
 def capacity_map_figure(passes: Passes, blocks: list[int]) -> Figure:
@@ -114,7 +114,7 @@ def capacity_map_figure(passes: Passes, blocks: list[int]) -> Figure:
         _plain(axes)
         axes.figure.colorbar(shown, ax=axes, label="experts per token")
 
-    return _one_panel(draw)
+    return one_panel(draw)
 
 
 def experts_over_images_figure(
@@ -172,7 +172,7 @@ def class_figure(passes: Passes, labels: Sequence[int], name: Callable[[int], st
         axes.set(xlabel="experts per token", xlim=(max(everything.min() - margin, 0), everything.max() + margin))
         axes.grid(alpha=0.25, axis="x")
 
-    return _one_panel(draw, size=(SIZE[0], max(SIZE[1], 0.27 * len(ordered) + 0.8)))
+    return one_panel(draw, size=(SIZE[0], max(SIZE[1], 0.27 * len(ordered) + 0.8)))
 
 
 def load_in_sampling_figure(passes: Passes, blocks: list[int]) -> Figure:
@@ -190,7 +190,7 @@ def load_in_sampling_figure(passes: Passes, blocks: list[int]) -> Figure:
                 axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=9.5)
         _relative_bar(axes, shown, "load over the layer's mean")
 
-    return _one_panel(draw, size=(SIZE[0], max(2.6, 0.32 * len(blocks) + 1.4)))
+    return one_panel(draw, size=(SIZE[0], max(2.6, 0.32 * len(blocks) + 1.4)))
 
 
 def expert_times_figure(passes: Passes, blocks: list[int]) -> Figure:
@@ -219,7 +219,7 @@ def overlap_figure(overlap_PL: np.ndarray, progress_P: np.ndarray, blocks: list[
         axes.grid(alpha=0.25)
         axes.legend(ncols=2)
 
-    return _one_panel(draw)
+    return one_panel(draw)
 
 
 def image_uri(image_HWC: np.ndarray) -> str:
@@ -250,7 +250,7 @@ def _expert_rows(values_LEX: np.ndarray, blocks: list[int], labels: list[str], x
         _relative_bar(axes, shown, "over the mean")
 
     height = min(max(SIZE[1], 0.045 * layers * experts + 1.2, 0.36 * layers + 1.2), 12)
-    return _one_panel(draw, size=(SIZE[0], height))
+    return one_panel(draw, size=(SIZE[0], height))
 
 
 def _relative_map(axes: Axes, values: np.ndarray) -> Any:
@@ -318,7 +318,7 @@ def _image_axes(axes: Axes) -> Axes:
     return axes
 
 
-def _one_panel(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> Figure:
+def one_panel(draw: Callable[[Axes], None], size: tuple[float, float] = SIZE) -> Figure:
     return _figure(lambda figure: draw(figure.subplots()), size)
 
 

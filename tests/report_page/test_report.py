@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,9 @@ from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import start
 from tests.distributed import run_ranks
 from tests.engine.runs import TINY, train_all
+from tests.report_page.browser import CHROMIUM, open_in_browser
 
 CPU = torch.device("cpu")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KINDS: dict[str, dict[str, Any]] = {
     "global_pool": {"train": {"steps": 60}, "log": {"every": 10}},
     "token_choice": {"moe": {"router": "token_choice", "num_experts": 4}, "train": {"steps": 20}},
@@ -194,6 +192,25 @@ def test_a_page_shows_the_first_images_of_finished_samples(runs: Path, tmp_path:
     assert np.abs(found.images_NHWC.astype(int) - stored["arr_0"][:5]).max() <= 1, "a batch of another size"
 
 
+def test_a_page_of_several_runs_shows_images_of_one_class_and_noise(runs: Path, tmp_path: Path) -> None:
+    folders = [runs / kind for kind in KINDS]
+    ended = start(
+        "diffmoe_dist.report", "--run", runs, "--out", tmp_path / "page", "--images", "2", "--steps", "3", "--device",
+        "cpu", folder=tmp_path,
+    )[0]  # fmt: skip
+    assert ended.wait() == 0, ended.stderr
+
+    text = (tmp_path / "page" / "comparison.html").read_text()
+
+    shown = re.findall(r'<img src="([^"]*)" alt="class (\d), ([ABC])">', text)
+    assert [(label, letter) for _, label, letter in shown] == [(c, letter) for c in "01" for letter in "ABC"]
+    assert "The images of a box start from one noise." in text and "Averaged weights of other steps" in text
+    dense = sample_for_page(find_checkpoint(folders[2]), asked(folders[2], num=2, steps=3), CPU)
+    letter = "ABC"[sorted(folders).index(folders[2])]
+    assert [uri for uri, _, of in shown if of == letter] == [figures.image_uri(image) for image in dense.images_NHWC]
+    assert re.search(r"<td>C in sampling</td>(<td>[^<]*</td>){3}", text)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -210,20 +227,6 @@ def test_options_without_effect_are_refused(
     monkeypatch.setattr(sys, "argv", ["report", "--run", "R", *options])
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         main()
-
-
-def open_in_browser(page: Path, script: str, profile: Path) -> tuple[str, str]:
-    """What a headless browser makes of the page with a script at its end: the document, and what it logs."""
-    probe = page.with_name("probe.html")
-    probe.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    ended = subprocess.run(
-        [
-            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--v=0", "--dump-dom", probe.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return ended.stdout, ended.stderr
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: chromium)")
