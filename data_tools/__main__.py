@@ -214,7 +214,11 @@ def _command(
 
 
 def _add_pack_options(add: Callable[..., Any]) -> None:
-    add("--source-format", choices=FORMATS, metavar="NAME", help=f"one of {', '.join(FORMATS)} (default: by the name)")
+    add(
+        "--source-format", metavar="NAME",
+        help=f"one of {', '.join(FORMATS)} (default: by the name), or the import path of a reader of your own, as "
+        "my_package.my_reader",
+    )  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="coco, table: where the images lie")
     add("--devkit", type=Path, metavar="PATH", help="ilsvrc-val: ILSVRC2012_devkit_t12, the folder or its .tar.gz")
     add("--max-label", type=int, metavar="N", help="largest label that is not a bad item (default: 1000000)")

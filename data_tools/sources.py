@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from data_tools.table import SUFFIXES, Columns, TableSource
 from data_tools.tars import TarFile
 from data_tools.webdataset_tars import WebDatasetSource, is_tar_name
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.own_code import import_callable, is_import_path
 
 logger = logging.getLogger("data_tools")
 
@@ -57,12 +59,15 @@ _USES_COLUMNS = ("table", "hf-parquet")
 _MADE_HERE = ("digits", "shapes")  # named in the place of a path
 _FOLDERS = ("image-folder", "pairs", "kaggle-imagenet")
 _FILES = ("ilsvrc-train", "ilsvrc-val", "coco", "table", "idx")
+_MEMBERS = ("name", "class_names", "channels", "image_size", "labels", "__len__", "item_name", "part", "read")
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev"))
 
 
 def open_source(name: str, source_format: str | None, options: SourceOptions) -> Source:
     """List the items of SOURCE. Raises UserError where it is not what its format says, or not to be guessed."""
     path = Path(name)
+    if source_format is not None and source_format not in _READERS:
+        return _open_own(name, source_format, options)
     if source_format is None:
         source_format = name if name in _MADE_HERE and not os.path.exists(path) else guess_format(path)
         if source_format not in _MADE_HERE:
@@ -75,6 +80,28 @@ def open_source(name: str, source_format: str | None, options: SourceOptions) ->
         raise UserError(f"SOURCE={name}: {source_format} reads a file; name one, or another --source-format")
     _refuse_unused(source_format, options)
     return _READERS[source_format](path, options)
+
+
+def _open_own(name: str, source_format: str, options: SourceOptions) -> Source:
+    """By a reader of the user's: `my_package.my_reader`, whose function `open_source` is meant, or module:callable."""
+    named = f"--source-format={source_format}"
+    module, colon, _ = source_format.partition(":")
+    if not colon and not is_import_path(module):
+        close = difflib.get_close_matches(source_format, FORMATS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(
+            f"{named}: no reader; {hint}choose from {', '.join(FORMATS)}, or the import path of your own, as "
+            "my_package.my_reader"
+        )
+    _refuse_unused(source_format, options)
+    source: Source = import_callable(source_format, named, "open_source")(name)
+    missing = [member for member in _MEMBERS if not hasattr(source, member)]
+    if missing:
+        raise UserError(
+            f"{named}: it returned a {type(source).__name__} without {', '.join(missing)}; a source is what "
+            "data_tools/source.py says"
+        )
+    return source
 
 
 def guess_format(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib
 import io
 import logging
 import os
@@ -91,34 +90,6 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         _tell(mistake)
         _exit(USER_ERROR_EXIT_CODE)
     _exit(code or 0)
-
-
-def import_callable(name: str, named: str) -> Callable[..., Any]:
-    """What `module:callable` names, a function of the user's; modules of the working folder count.
-
-    Args:
-        named: how the user named it, for the message: `--score module:callable`.
-
-    Raises:
-        UserError: there is no such module, or no such callable in it.
-    """
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # a launcher's -m may leave it out
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError) as error:  # ValueError: an empty name
-        missing = getattr(error, "name", None) or module_name
-        if not f"{module_name}.".startswith(f"{missing}."):
-            raise  # an import of the module's own
-        raise UserError(
-            f"{named}: there is no module {missing or 'without a name'} that Python can import; give "
-            "module:callable, such as my_metrics:fid"
-        ) from None
-    found: Callable[..., Any] | None = getattr(module, attribute, None)
-    if not callable(found):
-        raise UserError(f"{named}: {module_name} has no callable {attribute!r}; give module:callable")
-    return found
 
 
 def _mistake(error: BaseException) -> UserError | None:

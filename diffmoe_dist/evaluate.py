@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.data.images import find_images
@@ -13,6 +13,7 @@ from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import make_writable, write_json
 from diffmoe_dist.launch import detect_launch
+from diffmoe_dist.own_code import import_callable
 from diffmoe_dist.sampling.settings import (
     PROMPTS_NAME,
     add_sampling_options,
@@ -21,8 +22,11 @@ from diffmoe_dist.sampling.settings import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
+    from diffmoe_dist.evaluation.image_sources import FolderImages, NpzImages
     from diffmoe_dist.launch import Launch
 
 DESCRIPTION = """\
@@ -42,7 +46,8 @@ Nothing is downloaded: --inception is pytorch-fid's or torch-fidelity's file of 
 the local folder of a DINOv2 or a CLIP, as transformers writes it, for FD-DINOv2 or CLIP-FD, or any function of yours as
 module:callable, images (N, 3, H, W) uint8 to features (N, F), for the Frechet distance of its features; precision and
 recall too. --clip takes the folder of a CLIP and scores how well images fit their prompts (prompts.jsonl beside them),
-with or without a reference.
+with or without a reference. --score is a metric of your own, module:callable, or a module that has `score`: it is given
+all uint8 images (N, H, W, C) and returns a number.
 
 A reference is a file with statistics, images, or both (--make-reference makes one, of one extractor), or a folder of
 images of any sizes: that gives the distance alone, and with --inception it is clean-FID, whose resizing is another.
@@ -83,6 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inception", metavar="FILE", help="weights of FID's Inception network")
     parser.add_argument("--features", metavar="DIR|module:callable", help="a DINOv2, a CLIP, or a function")
     parser.add_argument("--clip", type=Path, metavar="DIR", help="a CLIP, for CLIPScore with the prompts of the images")
+    parser.add_argument("--score", metavar="module:callable", help="a metric of your own: images to a number")
     parser.add_argument(
         "--batch-size",
         dest="scoring_batch_size",
@@ -102,10 +108,10 @@ def parse() -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse options that are missing, or have no effect beside others, before torch is imported."""
-    compared = ("reference",) if arguments.clip is None else ()
+    compared = ("reference",) if arguments.clip is None and arguments.score is None else ()
     if arguments.make_reference:
         purpose = "--make-reference"
-        _check_given(arguments, purpose, needed=("shards",), useless=("samples", "reference", "clip", "out"))
+        _check_given(arguments, purpose, needed=("shards",), useless=("samples", "reference", "clip", "score", "out"))
     elif samples_run(arguments):
         purpose = f"--samples {arguments.samples} (a folder)"
         counted = () if arguments.prompts or arguments.prompt else ("num",)  # else one for each prompt
@@ -186,6 +192,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     from diffmoe_dist.evaluation.reference import read_reference
     from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
 
+    own = None if arguments.score is None else import_callable(arguments.score, f"--score {arguments.score}", "score")
     extractor = reference = clip = record = None
     if arguments.reference:
         of_folder = Path(arguments.reference).is_dir()
@@ -206,6 +213,8 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     scores = {}
     if reference and extractor:
         scores = score(samples, reference, extractor, **options)
+    if own is not None and launch.rank == 0:
+        scores[f"{arguments.score}_{count_name(samples.num_images)}"] = _own_score(own, samples, arguments.score)
     if clip:
         found = clip_score(samples, prompts, clip, **options)
         scores[f"clip_score_{count_name(samples.num_images)}"] = found.score
@@ -214,6 +223,22 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     if launch.rank == 0:
         write_json(out, result)
     return f"{table(result)}\nresult: {out}\n"
+
+
+def _own_score(function: Callable[..., Any], samples: NpzImages | FolderImages, name: str) -> float:
+    """What the user's function, in this process alone, makes of all images."""
+    import torch
+
+    (images,) = samples.batches(range(samples.num_images), samples.num_images)
+    if len({image.shape for image in images}) > 1:
+        raise UserError(
+            f"--score {name} takes images of one size, but those of {samples.path} have several; resize them"
+        )
+    value = function(torch.stack(list(images)).permute(0, 2, 3, 1).contiguous().numpy())
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"--score {name}: it returned a {type(value).__name__}; return a number") from None
 
 
 def sample_run(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:

@@ -281,10 +281,10 @@ def test_the_python_example_of_the_text_page_samples_two_prompts(clone: Path, mo
 
 
 def test_every_python_example_of_the_pages_is_run() -> None:
-    """The router of docs/architecture.md: tests/model/test_own_router.py."""
+    """The router of docs/architecture.md: test_own_router.py; the reader of docs/data.md: test_readers.py."""
     with_examples = {str(page.relative_to(ROOT)) for page in PAGES if examples(str(page.relative_to(ROOT)))}
     run_here = {"README.md", "docs/sampling.md", "docs/text.md"}
-    assert with_examples == run_here | {"docs/architecture.md"}
+    assert with_examples == run_here | {"docs/architecture.md", "docs/data.md"}
 
 
 # GenEval's, a run's, and the router that the reader may write

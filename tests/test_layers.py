@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # From the ground up; packages of one floor do not import each other.
 FLOORS = (
     ("errors",),
-    ("launch", "files", "logs"),
+    ("launch", "files", "logs", "own_code"),
     ("command", "config"),
     ("model", "diffusion"),
     ("data", "parallel"),
@@ -25,7 +25,7 @@ FLOORS = (
 )
 COMMANDS = len(FLOORS)  # every other module at the top of the package, the package's own __init__ included
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-TORCH_FREE = ("errors", "launch", "files", "logs", "command", "config")
+TORCH_FREE = ("errors", "launch", "files", "logs", "own_code", "command", "config")
 
 
 def sources() -> dict[str, str]:

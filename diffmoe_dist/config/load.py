@@ -23,6 +23,7 @@ from diffmoe_dist.config.router import MoEConfig, RouterSettings
 from diffmoe_dist.config.schema import MODEL_SIZES, Config
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.logs import logger
+from diffmoe_dist.own_code import import_module, is_import_path
 
 OBJECTIVE_DEFAULTS: dict[str, dict[str, Any]] = {
     "flow": {"time_distribution": "uniform", "direction": "data_at_one", "time_scale": 1.0},
@@ -107,14 +108,37 @@ def _moe_schema(given: Any) -> MoEConfig:
     moe = given.get("moe") if isinstance(given, dict) else None
     router = moe.get("router", MoEConfig.router) if isinstance(moe, dict) else MoEConfig.router
     names = router_names()
+    if router not in names and isinstance(router, str) and is_import_path(router):
+        return _own_settings(router)
     if router not in names:
         close = difflib.get_close_matches(str(router), names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"moe.router={router} is not a router; {hint}choose from {', '.join(names)}")
+        raise UserError(
+            f"moe.router={router} is not a router; {hint}choose from {', '.join(names)}, or the "
+            "import path of your own, as my_package.my_router"
+        )
     if router == "dense":
         return MoEConfig()
     settings: RouterSettings = importlib.import_module(f"diffmoe_dist.config.routers.{router}").Settings(router=router)
     return settings
+
+
+def _own_settings(router: str) -> RouterSettings:
+    """Those of the module with this import path, which has the router as well."""
+    module = import_module(
+        router, f"moe.router={router}", "install what it is part of, or start where it lies: the model is one with it"
+    )
+    kind = getattr(module, "Settings", None)
+    if not (isinstance(kind, type) and issubclass(kind, RouterSettings) and is_dataclass(kind)):
+        raise UserError(
+            f"moe.router={router}: {module.__file__} has no dataclass Settings that extends "
+            "diffmoe_dist.config.RouterSettings; write one"
+        )
+    if not callable(getattr(module, "build_router", None)):
+        raise UserError(
+            f"moe.router={router}: {module.__file__} has no function build_router(settings, config); write one"
+        )
+    return kind(router=router)
 
 
 def _with_new_names(given: Any) -> Any:

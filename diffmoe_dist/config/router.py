@@ -15,7 +15,8 @@ from diffmoe_dist.errors import UserError
 class MoEConfig:
     """A model without experts has no other setting here than the router's name."""
 
-    router: str = "dense"  # or a file of config/routers/, whose `Settings` then take the place of this class
+    # Or a file of config/routers/, or the import path of one's own; its `Settings` then take the place of this class.
+    router: str = "dense"
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffmoe_dist.command import import_callable
 from diffmoe_dist.data.encoding import load_in_fp32, model_sha256, one_line
 from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.data.text_encoder import without_loading_bar
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.inception import INPUT_SIZE, PUBLISHED_SHA256, load_inception
 from diffmoe_dist.files import file_sha256
+from diffmoe_dist.own_code import import_callable
 
 DINOV2_SIZE, DINOV2_PATCH = 224, 14
 _IMAGENET_MEAN, _IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -262,7 +262,7 @@ def table(result: dict[str, Any]) -> str:
         lines += [("CLIP", f"{clip['model']} ({clip['sha256'][:12]})")]
         lines += [("prompts", f"{clip['prompts']}: {clip['cut']:,} longer than CLIP reads, cut")]
     lines += [
-        (f"{titles[key.rpartition('_')[0]]} of {num:,} samples", f"{value:.4f}")
+        (f"{titles.get(key.rpartition('_')[0], key.rpartition('_')[0])} of {num:,} samples", f"{value:.4f}")
         for key, value in result["scores"].items()
     ]
     lines += [(name, _readable(value)) for name, value in result["sampling"].items()]

@@ -6,7 +6,10 @@ import gzip
 import json
 import os
 import pickle
+import re
 import struct
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,9 @@ from data_tools.table import Columns
 from data_tools.webdataset_tars import WebDatasetSource
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
+from tests.commands import start
 from tests.data_tools.messy import encoded, picture
+from tests.machine import ROOT
 
 FASHION = Path("/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz")
 JPEGS = [encoded(picture(30 + number, 40, number)) for number in range(6)]
@@ -338,3 +343,37 @@ def test_every_format_is_described_in_the_help() -> None:
     from data_tools.__main__ import _SOURCES_HELP
 
     assert all(f"\n  {name} " in _SOURCES_HELP for name in FORMATS)
+
+
+def test_a_reader_of_the_users_own_is_packed_by_its_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    (tmp_path / "my_reader.py").write_text(example + "\n\ndef none(source):\n    return [source]\n")
+    (tmp_path / "arrays").mkdir()
+    for number in range(4):
+        np.save(tmp_path / f"arrays/{number % 2}-{number}.npy", np.full((8, 8), number, np.uint8))
+    words = ("pack", "arrays", "command", "--source-format", "my_reader", "--samples-per-shard", "2")
+    (command,) = start("data_tools.__main__", *words, folder=tmp_path, prepare=partial(_go_to, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    samples = _packed(_open(tmp_path / "arrays", "my_reader"), tmp_path / "out")
+
+    assert [sample["cls"] for sample in samples] == [b"0", b"0", b"1", b"1"]
+    assert ShardIndex.open(tmp_path / "out").class_names == ["cat", "dog"]
+    for source_format, message in (
+        ("my_reader:none", "--source-format=my_reader:none: it returned a list without name, class_names, channels"),
+        ("my_reader:other", "my_reader has no callable 'other'"),
+        ("my_package.none", "there is no module my_package that Python can import"),
+        ("cocoa", "--source-format=cocoa: no reader; did you mean coco? choose from digits"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            _open(tmp_path / "arrays", source_format)
+    with pytest.raises(UserError, match="--split=train: my_reader does not use it"):
+        _open(tmp_path / "arrays", "my_reader", split="train")
+    assert command.wait(60) == 0 and "2 shards" in command.stdout, command.stderr
+
+
+def _go_to(folder: Path, _rank: int) -> None:
+    os.chdir(folder)

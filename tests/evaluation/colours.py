@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,3 +18,9 @@ def too_many_axes(images: Tensor) -> Tensor:
 
 def broken(images: Tensor) -> Tensor:
     return colours(images) / 0
+
+
+def brightness(images_NHWC: np.ndarray) -> float:
+    """A metric, as --score names it."""
+    assert images_NHWC.dtype == np.uint8
+    return float(images_NHWC.mean())

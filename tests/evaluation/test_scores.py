@@ -44,6 +44,7 @@ from tests.machine import free_port
 
 CPU = torch.device("cpu")
 COLOURS = "tests.evaluation.colours:colours"
+OWN = "tests.evaluation.colours:brightness"
 
 
 def pictures(num: int, seed: int, channels: int = 3, dark: int = 0) -> np.ndarray:
@@ -362,10 +363,11 @@ def test_the_command_scores_a_file_under_a_launcher_against_a_reference_it_made(
     assert made.returncode == 0, made.stderr
     np.savez(samples, arr_0=np.random.default_rng(0).integers(0, 256, (1000, 8, 8, 1), dtype=np.uint8))
     torchrun = ("torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "--")
-    scored = run(*torchrun, *evaluate, "--samples", samples, "--reference", reference)
+    scored = run(*torchrun, *evaluate, "--samples", samples, "--reference", reference, "--score", OWN)
     assert scored.returncode == 0, scored.stderr
     result = json.loads(out.read_text())
-    assert set(result["scores"]) == {"frechet_distance_1k", "precision_1k", "recall_1k"}
+    assert set(result["scores"]) == {"frechet_distance_1k", "precision_1k", "recall_1k", f"{OWN}_1k"}
+    assert result["scores"][f"{OWN}_1k"] == np.load(samples)["arr_0"].mean()
     x = colours(torch.from_numpy(np.load(samples)["arr_0"]).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)).double()
     y = np.load(reference)
     shift = x.mean(dim=0).numpy() - y["mu"]
@@ -375,6 +377,22 @@ def test_the_command_scores_a_file_under_a_launcher_against_a_reference_it_made(
     # Three equal channels: eight of twelve eigenvalues are zero, and their roots are rounding.
     assert result["scores"]["frechet_distance_1k"] == pytest.approx(expected, abs=1e-5)
     assert result["extractor"] == COLOURS and "Frechet distance of 1,000" in scored.stdout and str(out) in scored.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "there is no module none"),
+        ("tests.evaluation.colours", "has no callable 'score'"),
+        (OWN, "1,000 samples"),
+    ],
+)
+def test_a_metric_of_ones_own_needs_no_reference(tmp_path: Path, name: str, message: str) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((1000, 8, 8, 1), dtype=np.uint8))
+    (scored,) = start("diffmoe_dist.evaluate", "--samples", f"{tmp_path}/samples.npz", "--score", name, folder=tmp_path)
+
+    assert scored.wait() == (0 if name == OWN else 2)
+    assert message in scored.stdout + scored.stderr
 
 
 def test_the_command_samples_from_a_run_first(tmp_path: Path, digits: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from diffmoe_dist import config as configuration
+from diffmoe_dist import load_model
 from diffmoe_dist.config import load
+from diffmoe_dist.engine.weights import write_weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
@@ -68,6 +70,46 @@ def test_the_documented_example_trains_and_its_settings_are_checked() -> None:
     assert account(config).nominal_capacity == 1.0 and workload_of(config) == 3 * 16  # one expert per token
     with pytest.raises(UserError, match=r"moe\.top_k=2 has no effect with moe\.router=by_place"):
         configuration.build_config(*LAYERS, {"moe": {"top_k": 2}})
+
+
+def test_a_router_by_its_import_path_is_trained_kept_and_missed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[:2]
+    package = tmp_path / "own_routers"
+    package.mkdir()
+    (package / "by_place.py").write_text(first + second.partition("annotations\n")[2])
+    (package / "empty.py").write_text("")
+    (tmp_path / "named_alone.py").write_text("class Settings: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = {"moe": {"router": "own_routers.by_place"}}
+
+    config = configuration.build_config(*LAYERS, own, {"moe": {"gate_loss_weight": 0.1}})
+    model = DiT(config).eval()
+    initialize(model, 0)
+    write_weights(tmp_path / "weights", model.state_dict(), config, {})
+    assert load_model(tmp_path / "weights").config.moe == config.moe
+    assert configuration.loss_weights(config) == {"gate": 0.1} and workload_of(config) == 3 * 16
+    for router, message in (
+        (
+            "own_routers.none",
+            r"there is no module own_routers\.none that Python can import; install what",
+        ),
+        ("own_routers.empty", r"empty\.py has no dataclass Settings that extends diffmoe_dist\.config\.RouterSettings"),
+        ("named_alone", r"named_alone\.py has no dataclass Settings"),
+        ("pickle", r"moe\.router=pickle is not a router; .*, or the import path of your own, as my_package\.my_router"),
+        ("../x", r"moe\.router=\.\./x is not a router"),
+    ):
+        with pytest.raises(UserError, match=message):
+            configuration.build_config(*LAYERS, {"moe": {"router": router}})
+    with pytest.raises(UserError, match=r"moe\.top_k=2 has no effect with moe\.router=own_routers\.by_place"):
+        configuration.build_config(*LAYERS, own, {"moe": {"top_k": 2}})
+    for name in ("own_routers", "own_routers.by_place"):
+        del sys.modules[name]
+    (tmp_path / "own_routers").rename(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"config\.json: .*=own_routers\.by_place: there is no module own_routers"):
+        load_model(tmp_path / "weights")
 
 
 def test_without_its_files_the_router_is_not_known() -> None:

@@ -1,0 +1,68 @@
+"""Routers, readers and metrics of the user's own, by import path. Modules of the working folder count."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from diffmoe_dist.errors import UserError
+
+
+def is_import_path(name: str) -> bool:
+    """Whether this may be one: `my_package.my_module`, or a module outside of Python's library, found or not."""
+    parts = name.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return False
+    _see_working_folder()
+    return len(parts) > 1 or (name not in sys.stdlib_module_names and importlib.util.find_spec(name) is not None)
+
+
+def import_module(name: str, named: str, remedy: str) -> ModuleType:
+    """The module with this import path.
+
+    Args:
+        named: how the user named it, for the message: `moe.router=my_package.my_router`.
+        remedy: what to do where it is not there.
+
+    Raises:
+        UserError: there is no such module.
+    """
+    _see_working_folder()
+    try:
+        return importlib.import_module(name)
+    except (ModuleNotFoundError, ValueError) as error:  # ValueError: an empty name
+        missing = getattr(error, "name", None) or name
+        if not f"{name}.".startswith(f"{missing}."):
+            raise  # an import of the module's own
+        raise UserError(
+            f"{named}: there is no module {missing or 'without a name'} that Python can import; {remedy}"
+        ) from None
+
+
+def import_callable(name: str, named: str, default: str | None = None) -> Callable[..., Any]:
+    """What `module:callable` names, a function of the user's.
+
+    Args:
+        named: how the user named it, for the message: `--score module:callable`.
+        default: the callable where the module alone is named.
+
+    Raises:
+        UserError: there is no such module, or no such callable in it.
+    """
+    module_name, _, attribute = name.partition(":")
+    attribute = attribute or default or ""
+    module = import_module(module_name, named, "give module:callable, such as my_metrics:fid")
+    found: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(f"{named}: {module_name} has no callable {attribute!r}; give module:callable")
+    return found
+
+
+def _see_working_folder() -> None:
+    if os.getcwd() not in sys.path:  # a launcher's -m may leave it out
+        sys.path.insert(0, os.getcwd())
