@@ -70,8 +70,8 @@ def held_out(run_dir: Path, rule: Sequence[str], images: Tensor, labels: Tensor)
     counts = account(config)
     return {
         "loss": float(losses_N.mean()),
-        "by_level": by_level,
-        "by_block": losses_N.view(-1, BLOCK).mean(dim=1).tolist(),
+        "by_level": [round(loss, 7) for loss in by_level],
+        "by_block": [round(loss, 7) for loss in losses_N.view(-1, BLOCK).mean(dim=1).tolist()],
         "capacity": capacity,
         "load": load_LE.long().tolist(),
         "parameters": counts.total,
