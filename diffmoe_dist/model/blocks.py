@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffmoe_dist.config import ModelConfig
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
-from diffmoe_dist.model.moe import MoELayer
+from diffmoe_dist.model.moe import MoELayer, made_again
 from diffmoe_dist.model.routing import Routing
 
 
@@ -131,7 +131,8 @@ class DiTBlock(nn.Module):
             h, routing = self.mlp(self.normalize(x, shift, scale), null_N)
         else:
             h, routing = self.feed(x, shift, scale), None
-        return self.add(x, gate, h), routing
+        with made_again(h):
+            return self.add(x, gate, h), routing
 
     def attend(self, x: Tensor, condition: Tensor, *text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The half before the feed-forward layer: (N, T, D), and shift, scale and gate of that layer, (N, D)."""

@@ -7,12 +7,14 @@ of a token to an expert, R rows that the experts of this device compute, E exper
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from diffmoe_dist.model.expert_products import Gelu, SwiGLU, expert_linear, is_grouped
 from diffmoe_dist.model.precision import fp32_products, product_type
@@ -92,15 +94,35 @@ def weighted_sum(y_AD: Tensor, gate_A: Tensor, token_index: Tensor, tokens: int,
     return _WeightedSum.apply(y_AD, gate_A, token_index, tokens, dtype)
 
 
+def made_again(h: Tensor) -> AbstractContextManager[object]:
+    """Within it nobody keeps `h` for backward, which a layer returned: backward adds it up once more.
+
+    What it is made of, the experts' results and gates, is kept for the gradients of the layer. A result that has more
+    in it, a shared or an unconditional expert's, is kept.
+    """
+    source: Any = None if h._base is None else h._base.grad_fn
+    is_sum = isinstance(source, _WeightedSum._backward_cls)
+    if not is_sum:
+        return nullcontext()
+    place, shape = h.data_ptr(), h.shape
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == place and tensor.shape == shape else tensor
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        return _add_up(*source.saved_tensors, *source.sizes).view(shape) if kept is None else kept
+
+    return saved_tensors_hooks(pack, unpack)
+
+
 class _WeightedSum(torch.autograd.Function):
     """By the formulas of autograd, which would also keep the products. Gates stay in fp32."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, token_index: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(y, gate, token_index)
-        weighted = torch.empty_like(y, dtype=dtype)
-        torch.mul(y, gate[:, None], out=weighted)
-        return weighted.new_zeros(tokens, y.shape[1]).index_add_(0, token_index, weighted)  # in place: spares a copy
+        ctx.sizes = tokens, dtype
+        return _add_up(y, gate, token_index, tokens, dtype)
 
     @staticmethod
     @once_differentiable
@@ -111,6 +133,13 @@ class _WeightedSum(torch.autograd.Function):
         grad_y = grad if grad.dtype == y.dtype else torch.empty_like(y)
         torch.mul(grad, gate[:, None], out=grad_y)
         return grad_y, grad_gate, None, None, None
+
+
+@torch.no_grad()
+def _add_up(y: Tensor, gate: Tensor, token_index: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    weighted = torch.empty_like(y, dtype=dtype)
+    torch.mul(y, gate[:, None], out=weighted)
+    return weighted.new_zeros(tokens, y.shape[1]).index_add_(0, token_index, weighted)  # in place: spares a copy
 
 
 class Experts(nn.Module):

@@ -245,7 +245,9 @@ def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workloa
     travel = config.parallel.expert > 1
     rows = work.assignments * ((2 if travel else 1) * D * e + hidden + 3 * 8)
     beside = work.tokens * shared + work.unconditional * (D * e + unconditional)
-    summed = work.tokens * (r - e) * D  # the layer's output is of the residual stream's type
+    # The layer's output, of the residual stream's type, is added up again in backward, unless more is in it.
+    more = experts.shared_experts or experts.unconditional_expert
+    summed = work.tokens * ((r if more else 0) - e) * D
     return router + rows + beside + summed
 
 

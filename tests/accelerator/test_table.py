@@ -24,32 +24,32 @@ TABLE = """
 layer                                   forward backward collectives waits fp32 copies
 dense MLP                                     3        7           0     0    0      0
 dense block                                  20       40           0     0    0      0
-global_pool layer                            38       30           0     0    0      0
-global_pool block                            55       63           0     0    0      0
-global_pool swiglu layer                     39       32           0     0    0      0
-global_pool sample layer                     41       30           0     0    0      0
+global_pool layer                            38       29           0     0    0      0
+global_pool block                            55       65           0     0    0      0
+global_pool swiglu layer                     39       31           0     0    0      0
+global_pool sample layer                     41       29           0     0    0      0
 expert_choice layer                          25       21           0     0    0      0
-expert_choice block                          42       54           0     0    0      0
-expert_choice predictor layer                41       30           0     0    0      0
+expert_choice block                          42       57           0     0    0      0
+expert_choice predictor layer                41       29           0     0    0      0
 token_choice layer                           36       29           0     0    1      0
-token_choice block                           53       62           0     0    1      0
+token_choice block                           53       65           0     0    1      0
 token_choice balanced layer                  36       29           0     0    1      0
 token_choice swiglu layer                    29       27           0     0    1      0
 prototype layer                              81      131           0     1    1      0
 prototype block                              98      164           0     1    1      0
 prototype expert_choice layer               104      123           0     1    1      0
-global_pool layer, whole                     73       34           1     1    1      0
-global_pool swiglu layer, whole              66       32           1     1    1      0
-global_pool sample layer, whole              41       30           0     0    0      0
+global_pool layer, whole                     73       33           1     1    1      0
+global_pool swiglu layer, whole              66       31           1     1    1      0
+global_pool sample layer, whole              41       29           0     0    0      0
 expert_choice layer, whole                   25       21           0     0    0      0
 token_choice layer, whole                    38       29           1     0    1      0
 prototype layer, whole                       83      132           1     1    1      0
 prototype expert_choice layer, whole        106      123           1     1    1      0
-global_pool layer, sharded                   82       33           5     1    1      0
-global_pool swiglu layer, sharded            83       35           5     1    1      0
-global_pool sample layer, sharded            46       33           4     0    0      0
+global_pool layer, sharded                   82       32           5     1    1      0
+global_pool swiglu layer, sharded            83       34           5     1    1      0
+global_pool sample layer, sharded            46       32           4     0    0      0
 expert_choice layer, sharded                 30       24           4     0    0      0
-expert_choice predictor layer, sharded       46       33           4     0    0      0
+expert_choice predictor layer, sharded       46       32           4     0    0      0
 token_choice layer, sharded                  57       32           6     1    1      0
 token_choice swiglu layer, sharded           50       30           6     1    1      0
 prototype layer, sharded                    102      135           6     1    1      0

@@ -128,7 +128,7 @@ def test_a_linear_layer_in_fp32_keeps_no_copy_and_has_the_gradients_of_autograd(
     gradients = torch.autograd.grad(expected, (x, w, b), cotangent)
 
     assert y.dtype == torch.float32 and torch.equal(y, expected)
-    assert {id(tensor) for tensor in kept} == {id(x), id(w)}
+    assert {id(x), id(w)} <= {id(tensor) for tensor in kept} and len(kept) == (2 if activation is None else 3)
     for mine, theirs in zip(found, gradients, strict=True):
         assert mine.dtype == theirs.dtype
         tolerance = 1e-6 if x_type == torch.float32 else 2e-2  # backward rounds the gradient of the scores to bf16

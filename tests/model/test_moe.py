@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from diffmoe_dist.config import build_config
 from diffmoe_dist.config.routers import global_pool
+from diffmoe_dist.model import blocks
+from diffmoe_dist.model import moe as moe_module
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher
@@ -283,3 +286,43 @@ def test_shared_experts_add_their_sum_to_every_token_whatever_the_router(activat
             gate, up = (F.linear(x, w.weight[half]) for w in (with_two.shared.gate_proj, with_two.shared.up_proj))
             total = total + F.linear(F.silu(gate) * up, with_two.shared.down_proj.weight[:, half])
     assert_close(extra.detach(), total.detach(), 1e-5)  # a difference of two fp32 sums
+
+
+def block_step(moe: dict[str, Any]) -> list[Tensor]:
+    """Of a block with this mixture: its output and all gradients."""
+    shape = {"depth": 2, "hidden_size": 8, "num_heads": 2}
+    config = build_config({"run_dir": "r", "data": {"shards": "s"}, "model": shape, "moe": {"num_experts": 4, **moe}})
+    model = DiT(config)
+    initialize(model, 0)
+    block = model.blocks[1]
+    with torch.no_grad():
+        for number, parameter in enumerate(block.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=number))
+    x, condition = random(2, 256, 8, seed=1).requires_grad_(), random(2, 8, seed=2).requires_grad_()
+
+    y, routing = block(x, condition, torch.tensor([True, False]))
+    (y.square().sum() + sum(routing.losses.values())).backward()
+    return [y.detach(), *(p.grad for p in (x, condition, *block.parameters()) if p.grad is not None)]
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_block_adds_the_results_of_its_experts_up_again_in_backward_and_so_does_not_keep_their_sum(
+    shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    add_up = moe_module._add_up
+
+    def counted(*args: Any) -> Tensor:
+        made.append(1)
+        return add_up(*args)
+
+    monkeypatch.setattr(moe_module, "_add_up", counted)
+    moe = {"router": "global_pool", "shared_experts": shared}
+
+    again = block_step(moe)
+    sums = len(made)
+    monkeypatch.setattr(blocks, "made_again", lambda h: nullcontext())
+    once = block_step(moe)
+
+    assert sums == (1 if shared else 2) and len(made) - sums == 1  # with a shared expert's results the sum is kept
+    assert len(again) == len(once) and all(torch.equal(a, b) for a, b in zip(again, once, strict=True))
