@@ -292,7 +292,7 @@ NOT_OURS = re.compile(r"evaluation/evaluate_images\.py|config(-until-step-N)?\.y
 
 
 def test_every_source_that_a_page_names_is_there() -> None:
-    folders = ("diffmoe_dist", "data_tools", "tests", "benchmarks", "slurm", "configs", "docs", ".github")
+    folders = ("diffmoe_dist", "data_tools", "tests", "benchmarks", "slurm", "configs", "docs", ".github", "studies")
     there = [f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*")]
     named = {
         (page.name, name)

@@ -7,22 +7,23 @@ from pathlib import Path
 
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.logs import logger, set_up_logging
-from studies.routing import classifier, driver, plots, report, timing
+from studies.routing import classifier, driver, picture, plots, report, timing
 from studies.routing.images import read_images
 from studies.routing.systems import SYSTEMS, Run
 
 PAGE = Path(__file__).parents[2] / "docs/study.md"
+MIDDLE_LAYER = 1  # of three
 
 
 def parse() -> argparse.Namespace:
     parser = CommandParser(prog="studies.routing", description="Compares every router on Fashion-MNIST: docs/study.md.")
-    parser.add_argument("command", choices=["run", "left", "report", "timing", "classifier", "one"])
+    parser.add_argument("command", choices=["run", "left", "report", "timing", "experts", "classifier", "one"])
     parser.add_argument("--work", type=Path, default=Path("runs/routing"), help="everything that is not committed")
     parser.add_argument("--results", type=Path, default=driver.RESULTS, help="where the results are written and read")
     parser.add_argument("--jobs", type=int, default=2, help="run: how many runs at a time, each on a core")
     parser.add_argument("--system", choices=SYSTEMS, help="one: the run of this system")
-    parser.add_argument("--seed", type=int, help="one: of this seed")
-    parser.add_argument("--lr", type=float, help="one: with this learning rate")
+    parser.add_argument("--seed", type=int, help="one, experts: of this seed")
+    parser.add_argument("--lr", type=float, help="one, experts: with this learning rate")
     parser.add_argument("--page", type=Path, default=PAGE, help="report: its tables are written, its plots beside it")
     return parser.parse_args()
 
@@ -43,6 +44,8 @@ def main() -> None:
             logger.info(run.name)
     elif arguments.command == "timing":
         driver.write_result(arguments.results / "timing.json", timing.time_steps(place))
+    elif arguments.command == "experts":
+        _draw_experts(place, Run("global_pool", arguments.seed or 0, arguments.lr), arguments.page)
     elif arguments.command == "classifier":
         _train_classifier(place, arguments.results)
 
@@ -55,6 +58,11 @@ def _report(folder: Path, page: Path) -> None:
         logger.info("%s.png: not enough results yet", name)
     for purpose, names in results.missing().items():
         logger.info("%s: %d runs are missing", purpose, len(names))
+
+
+def _draw_experts(place: driver.Workplace, run: Run, page: Path) -> None:
+    images, labels = read_images(place.shards("test"))
+    picture.draw_experts(place.run_dir(run), images, labels, MIDDLE_LAYER, page.with_suffix("") / "experts.png")
 
 
 def _train_classifier(place: driver.Workplace, results: Path) -> None:
