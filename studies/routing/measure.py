@@ -64,7 +64,7 @@ def held_out(run_dir: Path, rule: Sequence[str], images: Tensor, labels: Tensor)
         images, labels: (N, 1, H, W) uint8 and (N,), N a multiple of `BLOCK`.
     """
     model, config = read_model(find_model(run_dir), "cpu", rule)
-    losses_N, levels_N, load_LE = _losses(model, config, images, labels)
+    losses_N, levels_N, load_LE = losses_on(model, config, images, labels)
     by_level = [float(losses_N[levels_N == level].mean()) for level in range(LEVELS)]
     capacity = float(load_LE.sum() / (load_LE.shape[0] * _tokens(config, len(images)))) if load_LE.numel() else None
     counts = account(config)
@@ -79,7 +79,8 @@ def held_out(run_dir: Path, rule: Sequence[str], images: Tensor, labels: Tensor)
     }
 
 
-def _losses(model: DiT, config: Config, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@torch.no_grad()
+def losses_on(model: DiT, config: Config, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) losses, (N,) noise levels, (L, E) assignments of tokens to experts."""
     objective = build_objective(config)
     generator = torch.Generator().manual_seed(_SEED)
