@@ -259,25 +259,28 @@ def _over_training(
     curves, title = [comparison.curve(run, name) for run in comparison.runs], title or name
     if not any(len(curve) for curve in curves):
         return []
-    pick = np.argmax if better == "max" else np.argmin
-    places = [int(pick(curve.values_N)) if len(curve) else None for curve in curves]
-    best = [None if p is None else (c.steps_N[p], c.values_N[p]) for c, p in zip(curves, places, strict=True)]
-    last = [curve.at(math.inf) for curve in curves]
-    rows = [
-        Result(
-            title,
-            "best (step)",
-            [None if found is None else float(found[1]) for found in best],
-            ["-" if found is None else f"{digits(found[1])} ({found[0]:,.0f})" for found in best],
-        ),
-        _plain(title, "last", last),
-    ]
+    rows = _best_and_last(title, curves, better) if max(map(len, curves)) > 1 else []
     common = set.intersection(*(set(curve.steps_N.tolist()) for curve in curves))
     if common:
         step = max(common)
-        at_common = [curve.at(step) for curve in curves]
-        rows.append(_plain(title, f"at step {step:,.0f}", at_common, better if ranked else ""))
+        rows.append(
+            _plain(title, f"at step {step:,.0f}", [curve.at(step) for curve in curves], better if ranked else "")
+        )
+    elif not rows:
+        rows.append(Result(title, "(step)", [c.at(math.inf) for c in curves], [_value_and_step(c, -1) for c in curves]))
     return rows
+
+
+def _best_and_last(title: str, curves: Sequence[Curve], better: str) -> list[Result]:
+    pick = np.argmax if better == "max" else np.argmin
+    places = [int(pick(curve.values_N)) if len(curve) else 0 for curve in curves]
+    best = [float(c.values_N[p]) if len(c) else None for c, p in zip(curves, places, strict=True)]
+    shown = [_value_and_step(curve, place) for curve, place in zip(curves, places, strict=True)]
+    return [Result(title, "best (step)", best, shown), _plain(title, "last", [curve.at(math.inf) for curve in curves])]
+
+
+def _value_and_step(curve: Curve, place: int) -> str:
+    return f"{digits(curve.values_N[place])} ({curve.steps_N[place]:,.0f})" if len(curve) else "-"
 
 
 def over_seeds(comparison: Comparison, rows: Sequence[Result]) -> list[tuple[Result, list[str]]]:

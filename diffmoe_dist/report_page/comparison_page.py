@@ -36,6 +36,9 @@ from diffmoe_dist.report_page.scored_samples import ScoredSamples, higher_is_bet
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 PAGE, CURVES, RESULTS, SETTINGS = "comparison.html", "curves.csv", "results.csv", "settings.csv"
+_PAIRED = ("step", "images_seen")  # at one place of these, runs of a seed have seen the same
+_MOST_NAMES = 8  # in the legend of a chart
+_APART = 4  # times the window of smoothing, for the other axes
 Row = tuple[str, str, list[str]]  # what it is about, its name, its cells
 _AXIS_NAMES = {"step": "steps", "images_seen": "images", "training_flops": "FLOPs", "device_hours": "device-hours"}
 CSS = (
@@ -57,13 +60,13 @@ padding:8px 0;border-bottom:1px solid var(--line);font-size:.95rem}
 .table{overflow-x:auto;margin:0 -2px}
 .table table{min-width:100%}
 .table th{text-align:left;font-weight:600;padding:3px 18px 6px 0;vertical-align:bottom;white-space:nowrap}
-.table td{white-space:nowrap;font-variant-numeric:tabular-nums;border-top:1px solid var(--line)}
+.table td{white-space:nowrap;overflow-wrap:normal;font-variant-numeric:tabular-nums;border-top:1px solid var(--line)}
 .table td:first-child,.table th:first-child{position:sticky;left:0;background:#fff;white-space:normal;min-width:96px;
 max-width:230px;z-index:1;padding-right:14px;color:var(--ink)}
 .table .about th{padding:12px 0 3px;position:static;max-width:none}
 .table .about span{position:sticky;left:0}
-.settings td:first-child{overflow-wrap:anywhere}
-.settings td{white-space:normal;min-width:76px;max-width:260px}
+.settings td{white-space:normal;overflow-wrap:anywhere;min-width:64px;max-width:260px}
+.settings td:first-child{min-width:112px}
 .best{font-weight:700;color:#00563f}
 .same{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--wide)),1fr));gap:12px;margin:14px 0}
 .same figure{padding:10px}
@@ -134,7 +137,7 @@ def _run_card(run: Run) -> str:
     )
     return (
         f'<div class="run">{_key(run)}<b>{escape(run.name)}</b><span>{escape(about)}</span>'
-        f"<span>{escape(str(run.history.folder))}</span></div>"
+        f"<span>{_breakable(str(run.history.folder))}</span></div>"
     )
 
 
@@ -143,7 +146,11 @@ def _key(run: Run) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    return f'<ul class="legend">{"".join(f"<li>{_key(run)}{escape(run.name)}</li>" for run in runs)}</ul>'
+    has_names = (
+        len(runs) <= _MOST_NAMES
+    )  # else they would take more room than the chart, and the top of the page has them
+    items = "".join(f"<li>{_key(run)}{escape(run.name) if has_names else ''}</li>" for run in runs)
+    return f'<ul class="legend">{items}</ul>'
 
 
 def _result_table(runs: Sequence[Run], rows: Sequence[Result]) -> str:
@@ -152,7 +159,7 @@ def _result_table(runs: Sequence[Run], rows: Sequence[Result]) -> str:
         there = [value for value in row.values if value is not None]
         best = (min(there) if row.best == "min" else max(there)) if row.best and len(there) > 1 else None
         shown = [
-            f'<span class="best">{escape(text)} *</span>' if best is not None and value == best else escape(text)
+            f'<span class="best">{escape(text)}&nbsp;*</span>' if best is not None and value == best else escape(text)
             for value, text in zip(row.values, row.shown, strict=True)
         ]
         cells.append((row.about, row.quantity, shown))
@@ -302,10 +309,10 @@ def _against_first(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
     """Smoothed losses over that of the first run, at the same place of each axis."""
     by_axis, letters = {}, set()
     for axis in AXES:
-        lines = []
+        lines, window = [], comparison.window * (1 if axis in _PAIRED else _APART)
         for run in runs:
             base = _reference(run, runs)
-            own, other = comparison.smooth(run, TRAINING_LOSS), comparison.smooth(base, TRAINING_LOSS)
+            own, other = (comparison.curve(each, TRAINING_LOSS).smoothed(window) for each in (run, base))
             if base is not run and (line := _relative(run, own, base, other, axis)):
                 lines.append(line)
                 letters.add(run.letter)
@@ -314,7 +321,8 @@ def _against_first(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
     first = " or ".join(dict.fromkeys(_reference(run, runs).letter for run in shown))
     caption = (
         f"Smoothed loss over that of {first}, at the same place on the axis; below 0 is better. Where seed and data "
-        "are one, both have seen the same images, noise and times by a step, so little of the difference is chance."
+        "are one, both have seen the same images, noise and times by a step, so little of the difference is chance; "
+        f"against FLOPs and device-hours, where that is not so, means are over {_APART * comparison.window:,} steps."
     )
     chart = _figure(f"Training loss against {first}", shown, by_axis, "percent", caption, zero=True)
     return [chart] if chart else []

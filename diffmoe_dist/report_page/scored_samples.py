@@ -18,7 +18,6 @@ from diffmoe_dist.sampling.settings import PROMPTS_NAME
 
 _SCORE = re.compile(r"[a-z]\w*_\d+k?")  # fid_50k, frechet_distance_200; with the number of samples
 _HIGHER = ("inception_score", "precision", "recall", "clip_score")
-_TOLD = ("sampler", "steps", "cfg_scale", "inference", "recalibrate")  # of how images were sampled
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -41,7 +40,7 @@ class ScoredSamples:
     scores: dict[str, float]
 
     def found_scores(self) -> list[FoundScore]:
-        told = ", ".join(f"{name} {self.sampling[name]}" for name in _TOLD if self.sampling.get(name) not in (None, 0))
+        told = how_sampled(self.sampling)
         return [
             FoundScore(self.run_folder, f"{name} ({told})" if told else name, self.step, value)
             for name, value in self.scores.items()
@@ -69,6 +68,18 @@ class ScoredSamples:
             return str(json.loads(path.read_text().splitlines()[number])["prompt"])
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             raise UserError(f"{path}: no prompt of image {number}; sample again") from None
+
+
+def how_sampled(sampling: dict[str, Any]) -> str:
+    """What a score depends on beside the model, of those that scores of one name may differ in."""
+    parts = {
+        "sampler": "{}", "steps": "{} steps", "cfg_scale": "CFG {:g}", "cfg_interval": "at {}", "decoder": "{}",
+    }  # fmt: skip
+    told = {name: form for name, form in parts.items() if sampling.get(name) not in (None, "not recorded")}
+    try:
+        return ", ".join(form.format(sampling[name]) for name, form in told.items())
+    except (TypeError, ValueError):  # edited
+        return ", ".join(str(sampling[name]) for name in told)
 
 
 def is_score(name: str) -> bool:

@@ -232,14 +232,19 @@ def test_the_page_is_complete_in_itself_and_its_numbers_lie_beside_it(page: Path
 
 
 def test_scores_of_finished_samples_stand_at_the_step_of_their_checkpoint(folders: list[Path], tmp_path: Path) -> None:
-    sampling = {"checkpoint": str(folders[0] / "checkpoints/step-00000020"), "sampler": "heun", "steps": 125}
+    sampling = {
+        "checkpoint": str(folders[0] / "checkpoints/step-00000020"),
+        "sampler": "heun",
+        "steps": 125,
+        "cfg_scale": 1.5,
+    }
     scores = {"scores": {"fid_50k": 9.5, "precision_50k": 0.6}, "sampling": sampling}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
 
     found = read_scored_samples(tmp_path, folders)
     compared = compare([read_history(folder) for folder in folders], found.found_scores())
 
-    name = "fid_50k (sampler heun, steps 125)"
+    name = "fid_50k (heun, 125 steps, CFG 1.5)"
     curve = compared.curve(compared.runs[0], name)
     assert (curve.steps_N.tolist(), curve.values_N.tolist()) == ([20], [9.5])
     assert name in compared.measured() and not len(compared.curve(compared.runs[1], name))
