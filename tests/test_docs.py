@@ -117,6 +117,8 @@ COMMANDS: dict[str, How] = {
         r"checkpoint (RUN|runs/t2i/\S+): no complete checkpoint"
     ),
     r"python -m diffmoe_dist\.report --run runs/demo .*": Runs(("--device", "cpu")),
+    r"python -m diffmoe_dist\.report --run runs/dense .*": Refuses(r"runs/dense/metrics\.jsonl: no such file"),
+    r"python -m diffmoe_dist\.report --run 'runs/\*-seed\?' .*": Refuses(r"fits no training run"),
     r"python -m diffmoe_dist\.interval_search .*": Runs(("--num", "4", "--steps", "2", "--device", "cpu")),
     r"python -m diffmoe_dist\.convert --to safetensors --checkpoint RUN .*": Elsewhere(
         "tests/engine/test_averages.py::test_an_average_of_any_length_is_made_of_the_stored_ones"

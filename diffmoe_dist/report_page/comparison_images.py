@@ -102,7 +102,7 @@ def _block(number: int, found: Sequence[RunImages]) -> str:
         for each in having
     )
     title = conditions[0] if len(conditions) == 1 else "; ".join(
-        f"{each.run.letter} {each.conditions[number]}" for each in having
+        f"{each.run.letter}: {each.conditions[number]}" for each in having
     )  # fmt: skip
     return f'<figure><h3>{escape(title)}</h3><div class="row">{images}</div></figure>'
 
