@@ -52,10 +52,10 @@ def main() -> None:
 
 def _report(folder: Path, page: Path) -> None:
     """Write the tables into the page and draw the plots that there are results for."""
-    results = report.Results(folder)
-    page.write_text(report.with_tables(page.read_text(), results))
-    for name in plots.draw_all(results, page.with_suffix("")):
+    results, folder = report.Results(folder), page.with_suffix("")
+    for name in plots.draw_all(results, folder):
         logger.info("%s.png: not enough results yet", name)
+    page.write_text(report.with_tables(page.read_text(), results, folder))
     for purpose, names in results.missing().items():
         logger.info("%s: %d runs are missing", purpose, len(names))
 

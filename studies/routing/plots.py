@@ -159,7 +159,7 @@ def load_plot(results: Results) -> Figure | None:
         axes.plot(np.arange(len(mean)) + 1, mean, "o-", color=COLORS[name], label=VARIANTS[name].title, markersize=3)
     axes.axhline(1, color=GRAY, linewidth=1)
     axes.set(xlabel="expert of a layer, the busiest first", ylabel="tokens over an equal share", ylim=(0, None))
-    axes.legend(ncols=2)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -185,7 +185,7 @@ def ablations_plot(results: Results) -> Figure | None:
 
 
 def _with_legend(axes: Axes) -> Figure:
-    axes.legend(ncols=2)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure = axes.figure
     assert isinstance(figure, Figure)
     return figure

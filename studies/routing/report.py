@@ -36,6 +36,7 @@ from studies.routing.systems import (
 
 PAGE_WIDTH = 100
 REFERENCE = "dense"
+LEVELS = 10  # of noise
 DEAD = 0.1  # an expert with less than this part of an equal share of the tokens counts as dead
 
 
@@ -191,6 +192,28 @@ def _mean_and_deviation(values: Values, digits: int) -> str:
     numbers = list(values.values())
     deviation = f" ({stdev(numbers):.{digits}f})" if len(numbers) > 1 else ""
     return f"{fmean(numbers):.{digits}f}{deviation}"
+
+
+def levels_table(results: Results) -> list[str]:
+    """The loss against dense at each noise level, in percent; in bold where the interval over seeds leaves out 0."""
+    dense = {seed: _by_level(run, REFERENCE) for seed, run in results.of(REFERENCE).items()}
+    rows = []
+    for name, variant in VARIANTS.items():
+        of_seeds = [
+            [100 * (one / other - 1) for one, other in zip(_by_level(run, name), dense[seed], strict=True)]
+            for seed, run in results.of(variant.system).items()
+            if seed in dense
+        ]
+        if of_seeds and name != REFERENCE:
+            estimates = [mean_of(column) for column in zip(*of_seeds, strict=True)]
+            cells = [f"{one.mean:+.2f}" for one in estimates]
+            cells = [f"**{cell}**" if one.is_clear else cell for cell, one in zip(cells, estimates, strict=True)]
+            rows.append([variant.title, *cells])
+    return table(["loss against dense, %", *map(str, range(1, LEVELS + 1))], rows)
+
+
+def _by_level(run: dict[str, Any], name: str) -> list[float]:
+    return run["measures"][VARIANTS[name].rule]["held_out"]["by_level"]
 
 
 def classes_table(results: Results) -> list[str]:
@@ -371,6 +394,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "main": main_table,
     "samples": samples_table,
     "pairs": pairs_table,
+    "levels": levels_table,
     "classes": classes_table,
     "learning-rate": learning_rate_table,
     "load": load_table,
@@ -384,10 +408,33 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
 }
 
 
-def with_tables(page: str, results: Results) -> str:
-    """The page with every table that it has a place for."""
+# The plots of plots.py and picture.py, and what they say to who cannot see them.
+PICTURES = {
+    "differences": "Loss and Fréchet distance of every system minus those of dense, with a point for each seed",
+    "noise-levels": "Loss of every system against dense, at ten noise levels",
+    "curves": "Validation loss of every system against dense, while training",
+    "learning-rate": "Loss over the learning rate",
+    "load": "Tokens of the experts of a layer, the busiest first",
+    "ablations": "Loss and Fréchet distance over the images in a pool, and over the number of experts",
+    "experts": "Which patches of ten images the eight experts of a layer take",
+}
+
+
+def with_tables(page: str, results: Results, plots: Path) -> str:
+    """The page with every table and plot that it has a place for.
+
+    Args:
+        plots: the folder that they are drawn into, beside the page.
+    """
     for name, make in TABLES.items():
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = "\n".join(["", *make(results), "", ""])
-        page = place.sub(lambda match, text=text: match[1] + text + match[2], page)  # type: ignore[misc]
+        page = _put(page, name, make(results))
+    for name, text in PICTURES.items():
+        there = (plots / f"{name}.png").is_file()
+        page = _put(page, f"plot-{name}", [f"![{text}]({plots.name}/{name}.png)" if there else "Not drawn yet."])
     return page
+
+
+def _put(page: str, name: str, lines: Sequence[str]) -> str:
+    place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text = "\n".join(["", *lines, "", ""])
+    return place.sub(lambda match: match[1] + text + match[2], page)

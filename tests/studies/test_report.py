@@ -12,10 +12,11 @@ import pytest
 from studies.routing.__main__ import PAGE
 from studies.routing.driver import RESULTS
 from studies.routing.plots import PLOTS, draw_all
-from studies.routing.report import FRECHET, LOSS, TABLES, Results, by_images, difference, with_tables
+from studies.routing.report import FRECHET, LOSS, PICTURES, TABLES, Results, by_images, difference, with_tables
 from studies.routing.systems import EXPERT_NUMBERS, LEARNING_RATES, MAIN_SYSTEMS, SYSTEMS, VARIANTS, Run
 
 BEST = LEARNING_RATES[1]
+PLACES = [*TABLES, *(f"plot-{name}" for name in PICTURES)]
 
 
 def write(folder: Path, run: Run, loss: float) -> None:
@@ -55,18 +56,18 @@ def partial(tmp_path: Path) -> Path:
 
 
 def test_every_table_is_written_between_its_markers_and_the_text_around_it_stays(partial: Path) -> None:
-    page = "".join(f"before\n<!-- {name} -->\nSTALE\n<!-- /{name} -->\n" for name in TABLES)
+    page = "".join(f"before\n<!-- {name} -->\nSTALE\n<!-- /{name} -->\n" for name in PLACES)
 
-    written = with_tables(page, Results(partial))
+    written = with_tables(page, Results(partial), partial)
 
-    assert "STALE" not in written and written.count("before") == len(TABLES)
+    assert "STALE" not in written and written.count("before") == len(PLACES)
     # Differences 0.01 and 0.02: mean 0.015, deviation 0.00707, so 12.706 * 0.00707 / sqrt(2).
     assert "| token choice | 2 | 1.880 | 1.000 | 0.19500 (0.00707) | -0.01500 ± 0.06353 |" in written
     assert "| DiffMoE, dynamic | 1 | 1.880 | 1.000 | 0.18000 | -0.02000 (n = 1) |" in written
     assert "| 1 | 1 | 0.18500 | +0.00500 (n = 1) | 1.8500 | +0.0500 (n = 1) |" in written
     # Loads 700 down to 0, mean 350: the last of eight experts has less than a tenth of it.
     assert "| token choice | 2.00 | 0.00 | 1.00 of 8 |" in written
-    assert with_tables(written, Results(partial)) == written
+    assert with_tables(written, Results(partial), partial) == written
 
 
 def test_the_missing_runs_are_named_by_what_they_are_for(partial: Path, tmp_path_factory: Any) -> None:
@@ -112,11 +113,11 @@ def test_without_results_nothing_is_drawn_and_the_page_says_so(tmp_path: Path) -
     results = Results(tmp_path)
 
     assert draw_all(results, tmp_path / "plots") == list(PLOTS)
-    assert "Not run yet." in with_tables("<!-- main -->\n<!-- /main -->", results)
+    assert "Not run yet." in with_tables("<!-- main -->\n<!-- /main -->", results, tmp_path)
 
 
 def test_the_page_shows_what_the_committed_results_say() -> None:
     page = PAGE.read_text()
 
-    assert page == with_tables(page, Results(RESULTS)), "run python -m studies.routing report"
-    assert all(f"<!-- {name} -->" in page for name in TABLES)
+    assert page == with_tables(page, Results(RESULTS), PAGE.with_suffix("")), "run python -m studies.routing report"
+    assert all(f"<!-- {name} -->" in page for name in PLACES)
