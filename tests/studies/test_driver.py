@@ -88,15 +88,16 @@ def test_a_run_that_fails_is_named_and_holds_up_no_other(tmp_path: Path, monkeyp
 @pytest.mark.slow
 def test_the_first_losses_of_a_committed_curve_are_found_again(tmp_path: Path) -> None:
     committed = read_results(RESULTS)
-    if not committed or not driver.FASHION_MNIST.is_dir():
+    if not driver.FASHION_MNIST.is_dir():
         pytest.skip("needs Debian's package dataset-fashion-mnist")
+    if not committed:
+        pytest.skip("no run of the study is finished")
     result = next(iter(committed.values()))
     run = Run(result["system"], result["seed"], result["lr"])
     place = Workplace(tmp_path)
     place.pack()
 
-    fewer = [f"train.steps={STEPS}", "validation.every=0", "checkpoint.every=1000"]
-    driver.command("diffmoe_dist.train", *training_arguments(run, tmp_path / "run", place), *fewer)
+    driver.command("diffmoe_dist.train", *training_arguments(run, tmp_path / "run", place), f"train.steps={STEPS}")
 
     found = {str(line["step"]): line["loss"] for line in read_metrics(tmp_path / "run/metrics.jsonl")}
     assert found == pytest.approx({step: result["curve"]["first"][step] for step in ("10", "20")}, abs=1e-5)
