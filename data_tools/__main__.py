@@ -220,7 +220,13 @@ def _add_pack_options(add: Callable[..., Any]) -> None:
         "my_package.my_reader",
     )  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="coco, table: where the images lie")
-    add("--devkit", type=Path, metavar="PATH", help="ilsvrc-val: ILSVRC2012_devkit_t12, the folder or its .tar.gz")
+    add(
+        "--devkit",
+        type=Path,
+        metavar="PATH",
+        help="ilsvrc-val: ILSVRC2012_devkit_t12, the folder or its .tar.gz; ilsvrc-train: the same, for the classes' "
+        "names for people",
+    )
     add("--max-label", type=int, metavar="N", help="largest label that is not a bad item (default: 1000000)")
     add(
         "--split",

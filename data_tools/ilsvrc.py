@@ -10,7 +10,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ _PRINT_META = """
 import io, json, sys
 from scipy.io import loadmat  # comes with scikit-learn
 synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
-rows = [(int(one["ILSVRC2012_ID"]), str(one["WNID"])) for one in synsets if int(one["num_children"]) == 0]
+leaves = [one for one in synsets if int(one["num_children"]) == 0]
+words = "words" in synsets.dtype.names
+rows = [(int(one["ILSVRC2012_ID"]), str(one["WNID"]), str(one["words"]) if words else "") for one in leaves]
 sys.stdout.write(json.dumps(rows))
 """
 WNID = re.compile(r"n\d{8}")
@@ -39,9 +41,16 @@ class IlsvrcSource:
     image_size = None
 
     def __init__(
-        self, name: str, tar: TarFile, members: list[Member], labels: np.ndarray, wnids: Sequence[str]
+        self,
+        name: str,
+        tar: TarFile,
+        members: list[Member],
+        labels: np.ndarray,
+        wnids: Sequence[str],
+        words: Mapping[str, str],
     ) -> None:
         self.name, self._tar, self.class_names = name, tar, wnids
+        self.class_words = words  # for people, by the names of the classes
         self._names = Strings(member.name for member in members)
         self._places = np.array([(member.offset, member.size) for member in members], dtype=np.int64)
         self.labels = labels
@@ -55,7 +64,7 @@ class IlsvrcSource:
     def part(self, items: np.ndarray) -> IlsvrcSource:
         part = copy.copy(self)
         part._names, part._places, part.labels = self._names.take(items), self._places[items], self.labels[items]
-        part.class_names = ()
+        part.class_names, part.class_words = (), {}
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
@@ -63,8 +72,11 @@ class IlsvrcSource:
         return {IMAGE: self._tar.read(offset, size), "cls": label_payload(self.labels[item])}
 
 
-def train_source(path: Path) -> IlsvrcSource:
-    """ILSVRC2012_img_train.tar: a tar of one `<wnid>.tar` for each class. Only headers are read for the listing."""
+def train_source(path: Path, devkit: Path | None = None) -> IlsvrcSource:
+    """ILSVRC2012_img_train.tar: a tar of one `<wnid>.tar` for each class. Only headers are read for the listing.
+
+    The devkit has the words for the classes, if they are wanted.
+    """
     tar = TarFile(path)
     classes = sorted(tar.members(), key=lambda member: member.name)
     strange = [member.name for member in classes if not member.name.endswith(".tar")]
@@ -76,7 +88,8 @@ def train_source(path: Path) -> IlsvrcSource:
         members += found
         labels += [label] * len(found)
     wnids = [Path(member.name).stem for member in classes]
-    return IlsvrcSource("ilsvrc-train", tar, members, np.array(labels, dtype=np.int64), wnids)
+    words = {} if devkit is None else {wnid: words for wnid, words in _classes_of_id(devkit).values()}
+    return IlsvrcSource("ilsvrc-train", tar, members, np.array(labels, dtype=np.int64), wnids, words)
 
 
 def validation_source(path: Path, devkit: Path | None) -> IlsvrcSource:
@@ -96,7 +109,8 @@ def validation_source(path: Path, devkit: Path | None) -> IlsvrcSource:
         raise UserError(
             f"--devkit={devkit}: {len(ids)} ground truths for {len(members)} images of {path}; restore both"
         )
-    wnid_of = _wnid_of_id(devkit)
+    classes = _classes_of_id(devkit)
+    wnid_of = {number: wnid for number, (wnid, _) in classes.items()}
     used = Counter(ids)
     counts = set(used.values())
     if set(used) != set(wnid_of) or len(counts) != 1:
@@ -107,7 +121,7 @@ def validation_source(path: Path, devkit: Path | None) -> IlsvrcSource:
     wnids = sorted(wnid_of.values())
     rank = {wnid: label for label, wnid in enumerate(wnids)}
     labels = np.array([rank[wnid_of[ilsvrc_id]] for ilsvrc_id in ids], dtype=np.int64)
-    return IlsvrcSource("ilsvrc-val", tar, members, labels, wnids)
+    return IlsvrcSource("ilsvrc-val", tar, members, labels, wnids, dict(classes.values()))
 
 
 def _ground_truth(devkit: Path) -> list[int]:
@@ -120,8 +134,8 @@ def _ground_truth(devkit: Path) -> list[int]:
         raise UserError(f"--devkit={devkit}: {_GROUND_TRUTH} is damaged ({error}); restore it") from None
 
 
-def _wnid_of_id(devkit: Path) -> dict[int, str]:
-    """ILSVRC2012_ID to WordNet id of the classes that have images, from meta.mat or from lines `ID WNID ...`."""
+def _classes_of_id(devkit: Path) -> dict[int, tuple[str, str]]:
+    """ILSVRC2012_ID to WordNet id and words of the classes that have images, by meta.mat or lines `ID WNID words`."""
     for name in _TABLES:
         content = _devkit_file(devkit, name)
         if content is not None:
@@ -135,27 +149,27 @@ def _wnid_of_id(devkit: Path) -> dict[int, str]:
             f"--devkit={devkit}: {name} is not a table of classes ({error}); restore it, or give {_TABLES[1]} "
             "with lines `ILSVRC2012_ID WNID`"
         ) from error
-    for column in zip(*rows, strict=True):
+    for column in list(zip(*rows, strict=True))[:2]:
         (value, times), *_ = Counter(column).most_common(1)
         if times > 1:
             raise UserError(f"--devkit={devkit}: {name} has {value} in {times} rows; restore it")
-    if strange := [wnid for _, wnid in rows if not WNID.fullmatch(wnid)]:
+    if strange := [wnid for _, wnid, _ in rows if not WNID.fullmatch(wnid)]:
         raise UserError(f"--devkit={devkit}: {name} has {strange[0]!r} for a WordNet id (n01440764); restore it")
-    return dict(rows)
+    return {number: (wnid, words) for number, wnid, words in rows}
 
 
-def _read_meta(content: bytes) -> list[tuple[int, str]]:
+def _read_meta(content: bytes) -> list[tuple[int, str, str]]:
     # In a process of its own: on some damaged files scipy does not raise, it crashes.
     program = [sys.executable, "-c", _PRINT_META]
     done = subprocess.run(program, input=content, capture_output=True, timeout=_SECONDS_TO_READ, check=False)
     if done.returncode:
         raise ValueError(next(reversed(done.stderr.decode(errors="replace").splitlines()), "scipy crashes on it"))
-    return [(number, wnid) for number, wnid in json.loads(done.stdout)]
+    return [(number, wnid, words) for number, wnid, words in json.loads(done.stdout)]
 
 
-def _read_synsets(content: bytes) -> list[tuple[int, str]]:
-    rows = [line.split() for line in content.decode().splitlines() if line.strip()]
-    return [(int(row[0]), row[1]) for row in rows]
+def _read_synsets(content: bytes) -> list[tuple[int, str, str]]:
+    rows = [line.split(maxsplit=2) for line in content.decode().splitlines() if line.strip()]
+    return [(int(row[0]), row[1], " ".join(row[2:])) for row in rows]
 
 
 def _devkit_file(devkit: Path, name: str) -> bytes | None:

@@ -35,7 +35,8 @@ class KaggleImagenetSource:
                 f"--split={split}: the images of {root} with labels are {' and '.join(SPLITS)}; name one of them"
             )
         self._folder = root / IMAGES / split
-        wnids = _read_classes(root / _CLASSES)
+        self.class_words = _read_classes(root / _CLASSES)
+        wnids = sorted(self.class_words)
         self.class_names: Sequence[str] = wnids
         listing = list_images(self._folder)
         self._paths = listing.paths
@@ -64,7 +65,8 @@ class KaggleImagenetSource:
 
     def part(self, items: np.ndarray) -> KaggleImagenetSource:
         part = copy.copy(self)
-        part._paths, part.labels, part.class_names = self._paths.take(items), self.labels[items], ()
+        part._paths, part.labels = self._paths.take(items), self.labels[items]
+        part.class_names, part.class_words = (), {}
         return part
 
     def read(self, item: int) -> dict[str, bytes]:
@@ -80,14 +82,15 @@ def _check_same(found: str, names: Sequence[str], table: str, expected: Mapping[
         )
 
 
-def _read_classes(path: Path) -> list[str]:
-    """The WordNet ids of `WNID words` a line, sorted."""
-    wnids = [line.split()[0] for line in _read_text(path).splitlines() if line.strip()]
+def _read_classes(path: Path) -> dict[str, str]:
+    """The words of each WordNet id, by `WNID words` a line."""
+    rows = [line.strip().partition(" ") for line in _read_text(path).splitlines() if line.strip()]
+    wnids = [wnid for wnid, _, _ in rows]
     wrong = [wnid for wnid in wnids if not WNID.fullmatch(wnid)]
     if wrong or not wnids or len(set(wnids)) < len(wnids):
         what = f"{wrong[0]!r} for a WordNet id (n01440764)" if wrong else "a class twice, or none"
         raise UserError(f"SOURCE={path}: has {what}; restore it")
-    return sorted(wnids)
+    return {wnid: words.strip() for wnid, _, words in rows}
 
 
 def _read_solution(path: Path, known: Mapping[str, int]) -> dict[str, str]:

@@ -15,11 +15,13 @@ from data_tools.parallel import SERIAL, Workers
 from data_tools.shards import BadItem, write_shard
 from data_tools.source import IMAGE, BadItemError, Source
 from data_tools.stored_images import ImageRules, common_side, store_image
+from diffmoe_dist.data.class_names import WORDS_NAME
 from diffmoe_dist.data.format import LABEL_FIELD, QUARANTINE_NAME
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import text_sha256
 from diffmoe_dist.data.randomness import Stream, permutation
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def pack(
     check_settings(source, settings)
     folder = _claim(source, out, settings)
     _write_shards(folder, source, settings, max_bad, workers, on_shard)
+    _write_words(source, out)
     return folder.finish({"class_names": list(source.class_names), "channels": source.channels})
 
 
@@ -111,8 +114,18 @@ def pack_and_hold_out(
         "channels": source.channels,
         "image_size": next(iter(sizes)) if len(sizes) == 1 else None,
     }
+    for path, _ in parts:
+        _write_words(source, path)
     held_out, trained_on = (folder.finish(description) for folder in folders)
     return trained_on, held_out
+
+
+def _write_words(source: Source, out: Path) -> None:
+    """What the classes are called by people, where the source has names for them that are codes."""
+    words = getattr(source, "class_words", {})
+    lines = [f"{name} {words[name]}\n" for name in source.class_names if words.get(name)]
+    if lines:
+        write_atomically(out / WORDS_NAME, "".join(lines))
 
 
 def held_out_folder(out: Path) -> Path:

@@ -43,7 +43,7 @@ _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {
     "digits": lambda path, options: DigitsSource(),
     "shapes": lambda path, options: ShapesSource(),
     "image-folder": lambda path, options: ImageFolderSource(path),
-    "ilsvrc-train": lambda path, options: train_source(path),
+    "ilsvrc-train": lambda path, options: train_source(path, options.devkit),
     "ilsvrc-val": lambda path, options: validation_source(path, options.devkit),
     "kaggle-imagenet": lambda path, options: KaggleImagenetSource(path, options.split),
     "coco": lambda path, options: CocoSource(path, options.images),
@@ -192,7 +192,7 @@ def _guess_tar(path: Path) -> str:
 def _refuse_unused(source_format: str, options: SourceOptions) -> None:
     given = {
         "--images": (options.images, _USES_IMAGES),
-        "--devkit": (options.devkit, ("ilsvrc-val",)),
+        "--devkit": (options.devkit, ("ilsvrc-val", "ilsvrc-train")),
         "--split": (options.split, ("hf-parquet", "kaggle-imagenet")),
         "--max-label": (options.max_label, (*_USES_COLUMNS, "webdataset")),
         "--image-column": (options.columns.image, _USES_COLUMNS),

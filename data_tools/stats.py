@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.parallel import SERIAL, Workers
+from diffmoe_dist.data.class_names import names_of_data
 from diffmoe_dist.data.format import ABSENT, CAPTION_FIELD, LABEL_FIELD, LATENT_FIELD, LatentSpec
 from diffmoe_dist.data.images import decode_image
 from diffmoe_dist.data.index import ShardIndex
@@ -179,14 +180,14 @@ def describe(index: ShardIndex, stats: Stats, folder: Path) -> str:
 
 def _describe_classes(index: ShardIndex, stats: Stats) -> list[str]:
     counts = [stats.labels[label] for label in range(index.num_classes)]
+    shown = names_of_data(index.class_names, index.folder).shown
     low, high = int(np.argmin(counts)), int(np.argmax(counts))
     lines = [
-        f"classes      {index.num_classes}, from {counts[low]} samples ({index.class_names[low]}) "
-        f"to {counts[high]} ({index.class_names[high]})"
+        f"classes      {index.num_classes}, from {counts[low]} samples ({shown[low]}) to {counts[high]} ({shown[high]})"
     ]
     if index.num_classes <= 20:
         width = 40 / max(counts)
-        names = zip(index.class_names, counts, strict=True)
+        names = zip(shown, counts, strict=True)
         lines += [f"  {name[:20]:20s} {number:8d} {'#' * round(number * width)}" for name, number in names]
     return lines
 

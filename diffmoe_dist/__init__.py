@@ -53,12 +53,12 @@ def load_model(
         ema_decay: which average of a run, one of its `ema.decays`; default: that of `ema.decay`.
         ema_length: or one by a power function, of its `ema.lengths`.
     """
-    from diffmoe_dist.engine.weights import find_model, read_model
+    from diffmoe_dist.engine.weights import find_model, read_class_names, read_model
     from diffmoe_dist.library.model import LoadedModel
 
     folder = find_model(directory)
     model, config = read_model(folder, device, ["precision=fp32"], ema_decay=ema_decay, ema_length=ema_length)
-    return LoadedModel.of(model, config)
+    return LoadedModel.of(model, config, read_class_names(folder).shown)
 
 
 def sample(

@@ -86,7 +86,7 @@ def test_sampling_gives_the_same_images_on_one_process_and_on_two(runs: Path, tm
     assert ours["arr_0"].shape == (7, 8, 8, 1) and ours["arr_0"].dtype == np.uint8
     assert ours["arr_1"].tolist() == list(range(7))
     assert record["images_per_second"] > 0 and record["num"] == 7
-    assert Image.open(one / "grid.png").size == (7 * 68, 68)
+    assert Image.open(one / "grid.png").size[0] == 3 * 68
     for launcher in ("torchrun", "deepspeed"):  # which take --num for an abbreviation of their own options
         command = [part.replace("PORT", str(free_port())) for part in LAUNCHERS[launcher]]
         two = tmp_path / launcher
@@ -290,8 +290,8 @@ BAD = {
         "--score json:fid: json has no callable 'fid'; give module:callable",
     ),
     "classes": (
-        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "1", "--classes", "1;2"),
-        "--classes 1;2: expected numbers with commas between them",
+        ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "1", "--classes", "1,,2"),
+        "--classes 1,,2: expected numbers or names with commas between them",
     ),
     "experts of samples": (
         ("diffmoe_dist.sample", "--checkpoint", "RUNS/python", "--out", "RUNS/out", "--num", "100", "--expert", "2"),

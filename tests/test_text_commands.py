@@ -109,7 +109,7 @@ def test_a_report_samples_from_prompts_of_its_own(folder: Path) -> None:
     diffmoe(*report, "--prompt", "a red square", "--encoder", str(folder / "encoder"))
     page = (folder / "run/report.html").read_text()
     assert "Capacity by prompt" in page and "0: a red square; 0: a red square" in page
-    assert "--classes (1,): this model is conditioned on captions" in diffmoe(*report, "--classes", "1", code=2)
+    assert "--classes 1: this model is conditioned on captions" in diffmoe(*report, "--classes", "1", code=2)
 
 
 def test_a_text_model_is_converted_and_read_back(folder: Path) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames, names_of_data
 from diffmoe_dist.data.format import LatentSpec
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.data.latents import LatentReader
@@ -111,6 +112,12 @@ class TrainingData:
     def _classes(self, dataset: DataSet) -> Any:
         has_captions = dataset.text is not None or (self.encoders is not None and self.encoders.text is not None)
         return None if has_captions else (dataset.base.num_classes, dataset.base.class_names)
+
+    @cached_property
+    def class_names(self) -> ClassNames:
+        """What the labels are called; none where captions take their place."""
+        base = self.datasets[0].base
+        return NO_NAMES if self._classes(self.datasets[0]) is None else names_of_data(base.class_names, base.folder)
 
     @property
     def channels(self) -> int:

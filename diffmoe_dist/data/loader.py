@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffmoe_dist.data.batch import Batch, BatchBuffer
+from diffmoe_dist.data.class_names import NO_NAMES
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.format import LABEL_FIELD
 from diffmoe_dist.data.images import ImageError, crop_image, decode_image
@@ -196,6 +197,8 @@ class MicroBatchSampler(Sampler[range]):
 class BatchLoader:
     """An endless iterator over a rank's micro-batches. Close it to end its worker processes."""
 
+    class_names = NO_NAMES  # what their labels are called
+
     def __init__(self, loader: DataLoader[Batch], encoders: OnlineEncoders | None = None) -> None:
         self._batches: Iterator[Batch] | None = iter(loader)
         self._encoders = encoders
@@ -242,7 +245,7 @@ class TrainingLoader(BatchLoader):
     ) -> None:
         dataset, sampler = TrainingDataset(data, seed, flip), MicroBatchSampler(split, images_seen)
         super().__init__(make_loader(dataset, sampler, num_workers, pin_memory), data.encoders)
-        self.data = data
+        self.data, self.class_names = data, data.class_names
 
     def describe_bad(self, sample_id: int) -> str:
         return f"{self.data.name_of(sample_id)}: does not decode; another sample stands in"

@@ -29,6 +29,7 @@ from webdataset.gopen import gopen_ais, gopen_curl, gopen_gsutil, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from diffmoe_dist.data.batch import Batch, BatchBuffer
+from diffmoe_dist.data.class_names import NO_NAMES
 from diffmoe_dist.data.format import IMAGE_FIELDS, LABEL_FIELD
 from diffmoe_dist.data.images import ImageError
 from diffmoe_dist.data.index import CorruptShardError
@@ -54,6 +55,7 @@ class StreamedData:
     channels: int
     image_size: int
     num_classes: int
+    class_names = NO_NAMES  # a stream has none
 
     @classmethod
     def open(cls, shards: str, *, allow_pipe: bool, channels: int, image_size: int, num_classes: int) -> StreamedData:

@@ -7,6 +7,7 @@ the intervals it needs (`sharded_state`), without ever gathering a tensor.
     checkpoints/step-00000100/
         state.json     step, images seen, and what a resume is checked against
         config.yaml    the resolved settings
+        class_names.json   what the labels of its data are called, where they have names
         .metadata, *.distcp
         SHA256SUMS     of all of them
 """
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from diffmoe_dist.config import CheckpointConfig, Config, EMAConfig, load_config, save_config
+from diffmoe_dist.data.class_names import NAMES_NAME, NO_NAMES, ClassNames
 from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_fragments, stored_names, write_fragments
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import BUFFER, EMA, EMA_BUFFER, Fragment, buffers, weights
@@ -67,6 +69,7 @@ def save_checkpoint(
     config: Config,
     claim: Claim,
     group: dist.ProcessGroup | None = None,
+    class_names: ClassNames = NO_NAMES,
 ) -> None:
     """Write a checkpoint to `folder`/step-N; collective. It is complete when its folder has that name.
 
@@ -96,7 +99,7 @@ def save_checkpoint(
         raise
     sums: list[dict[str, str]] | None = [{}] * dist.get_world_size(group) if dist.get_rank(group) == 0 else None
     dist.gather_object(written, sums, group=group)
-    on_first_rank(lambda: _publish(unfinished, final, progress, config, claim, sums or []), group)
+    on_first_rank(lambda: _publish(unfinished, final, progress, config, class_names, claim, sums or []), group)
 
 
 def _make_room(folder: Path, unfinished: Path, size: int, claim: Claim) -> None:
@@ -118,13 +121,23 @@ def _make_room(folder: Path, unfinished: Path, size: int, claim: Claim) -> None:
 
 
 def _publish(
-    unfinished: Path, final: Path, progress: Progress, config: Config, claim: Claim, sums: list[dict[str, str]]
+    unfinished: Path,
+    final: Path,
+    progress: Progress,
+    config: Config,
+    class_names: ClassNames,
+    claim: Claim,
+    sums: list[dict[str, str]],
 ) -> None:
     try:
         check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
         write_json(unfinished / "state.json", asdict(progress))
-        own = {name: file_sha256(unfinished / name) for name in (".metadata", "config.yaml", "state.json")}
+        written = [".metadata", "config.yaml", "state.json"]
+        if class_names:
+            write_json(unfinished / NAMES_NAME, class_names.to_json())
+            written.append(NAMES_NAME)
+        own = {name: file_sha256(unfinished / name) for name in written}
         write_sums(unfinished, {name: value for part in (*sums, own) for name, value in part.items()})
         claim.check()
         if final.exists():  # torn by hand, or damaged, else the run would have started from it

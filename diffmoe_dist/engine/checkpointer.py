@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames
 from diffmoe_dist.engine.checkpoint import CheckpointError, Progress, save_checkpoint
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import Fragment
@@ -31,14 +32,22 @@ from diffmoe_dist.logs import logger
 class Checkpointer:
     """Writes one checkpoint at a time into run_dir/checkpoints. All methods but `wait_staged` are collective."""
 
-    def __init__(self, config: Config, device: torch.device, claim: Claim, step: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        claim: Claim,
+        step: int,
+        timeout: timedelta,
+        class_names: ClassNames = NO_NAMES,
+    ) -> None:
         """
         Args:
             step: of the state that the run begins with, which needs no saving.
             timeout: after which a rank gives up waiting for the others.
         """
         self.folder = Path(config.run_dir) / "checkpoints"
-        self.config = config
+        self.config, self.class_names = config, class_names
         self.claim = claim
         self.failed = 0  # checkpoints that could not be written
         self.last = step  # of the newest one that was begun
@@ -106,7 +115,7 @@ class Checkpointer:
         fragments = staging.result()
         path = self.folder / f"step-{progress.step:08d}"
         try:
-            save_checkpoint(self.folder, fragments, progress, self.config, self.claim, self._group)
+            save_checkpoint(self.folder, fragments, progress, self.config, self.claim, self._group, self.class_names)
         except CheckpointError as error:
             logger.warning("%s; the checkpoints before are kept", error)
             raise

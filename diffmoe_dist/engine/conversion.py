@@ -29,6 +29,7 @@ from diffmoe_dist.engine.weights import (
     check_out,
     find_model,
     is_weights_folder,
+    read_class_names,
     read_model,
     read_settings,
     write_weights,
@@ -215,7 +216,7 @@ def export_checkpoint(
             for (name, length), number in made.sources.items()
         ]
         source |= {"ema_length": ema_length, "error": made.error, "averages": averages}
-    write_weights(out, model.state_dict(), config, source)
+    write_weights(out, model.state_dict(), config, source, read_class_names(checkpoint))
     return checkpoint, made
 
 

@@ -132,7 +132,9 @@ class Trainer:
                 layer.dispatcher.timed = partial(self.timings.part, "all_to_all")
         self.profiler = Profiler(config.profile, self.run_dir, topology.rank, topology.device)
         timeout = collective_timeout(config.train.hang_timeout)
-        self.checkpointer = Checkpointer(config, topology.device, guards.claim, progress.step, timeout)
+        self.checkpointer = Checkpointer(
+            config, topology.device, guards.claim, progress.step, timeout, loader.class_names
+        )
 
     def train(self) -> bool:
         """Returns whether train.steps was reached; else the run was asked to stop. Everything is saved either way."""

@@ -2,7 +2,8 @@
 
 weights/demo/
     model.safetensors   every parameter and buffer of the model, fp32 but for counters
-    config.json         the format, the resolved settings, where the weights come from, SHA-256 sums
+    config.json         the format, the resolved settings, where the weights come from, SHA-256 sums; what the
+                        classes are called, where that is known
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config, load_config
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames, read_names_file
 from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpoint_model
 from diffmoe_dist.engine.ema import stored_average
 from diffmoe_dist.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, Fragment
@@ -91,6 +93,22 @@ def read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
     return load_config(folder / "config.yaml", overrides)
 
 
+def read_class_names(folder: Path) -> ClassNames:
+    """What the classes are called of the model that `read_model` would read; none where that is not known.
+
+    `ClassNames.shown` are the names in order.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    if not is_weights_folder(folder):
+        return read_names_file(folder)
+    try:
+        return ClassNames.from_json(_read_record(folder))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_NAME}: {error}; convert the weights again") from None
+
+
 def check_out(out: Path) -> None:
     """Refuse a folder to write to that holds something already."""
     try:
@@ -101,7 +119,13 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out}: exists and is not an empty folder; choose another or remove it")
 
 
-def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, source: Mapping[str, Any]) -> None:
+def write_weights(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    source: Mapping[str, Any],
+    class_names: ClassNames = NO_NAMES,
+) -> None:
     """Write a folder of weights; it has its name only when it is complete and on the disk.
 
     Settings that are places of this machine (`run_dir`, `data.*` and such) stay out.
@@ -119,7 +143,7 @@ def write_weights(out: Path, tensors: Mapping[str, Tensor], config: Config, sour
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
         unfinished.mkdir()
-        _write_files(unfinished, tensors, config, source)
+        _write_files(unfinished, tensors, config, source, class_names)
         os.rename(unfinished, out)
         flush_directory(out.parent)
     except (OSError, SafetensorError) as error:
@@ -140,7 +164,13 @@ def fill_fragments(folder: Path, fragments: Sequence[Fragment], anew: Collection
                 fragment.data.copy_(_read(file, name, fragment))
 
 
-def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, source: Mapping[str, Any]) -> None:
+def _write_files(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Config,
+    source: Mapping[str, Any],
+    class_names: ClassNames,
+) -> None:
     weights = folder / WEIGHTS_NAME
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
     with weights.open("rb") as file:
@@ -154,6 +184,7 @@ def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Config, so
         "version": VERSION,
         "sha256": {WEIGHTS_NAME: file_sha256(weights)},
         "source": dict(source),
+        **(class_names.to_json() if class_names else {}),
         "settings": settings,
     }
     write_json(folder / CONFIG_NAME, record)

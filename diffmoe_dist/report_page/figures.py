@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from diffmoe_dist.report_page.loss_curve import plot_grad_norm, plot_losses
+from diffmoe_dist.sampling.conditions import ClassLabels, Conditions
 from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace
 
 matplotlib.use("Agg")
@@ -201,12 +202,13 @@ def expert_times_figure(passes: Passes, blocks: list[int]) -> Figure:
     return _expert_rows(_over_own_mean(values_LEP)[..., columns], blocks, labels, NOISE_TO_IMAGE)
 
 
-def expert_classes_figure(passes: Passes, blocks: list[int], labels: Sequence[int], kind: str) -> Figure:
+def expert_classes_figure(passes: Passes, blocks: list[int], labels: Sequence[int], conditions: Conditions) -> Figure:
     """Tokens of each expert by class or caption, over the expert's own mean."""
     classes = sorted(set(labels))[:MOST_COLUMNS]
     values_LNE = passes.assignments_PLNE.sum(axis=0, dtype=np.float64)
     values_LEC = np.stack([values_LNE[:, np.array(labels) == label].mean(axis=1) for label in classes], axis=2)
-    return _expert_rows(_over_own_mean(values_LEC), blocks, [str(label) for label in classes], kind)
+    names = [_heading(conditions, label) for label in classes]
+    return _expert_rows(_over_own_mean(values_LEC), blocks, names, conditions.kind)
 
 
 def overlap_figure(overlap_PL: np.ndarray, progress_P: np.ndarray, blocks: list[int]) -> Figure:
@@ -245,7 +247,10 @@ def _expert_rows(values_LEX: np.ndarray, blocks: list[int], labels: list[str], x
             [layer * experts + (experts - 1) / 2 for layer in range(layers)], [f"block {block}" for block in blocks]
         )
         axes.tick_params(axis="y", length=0)
-        axes.set_xticks(*_thinned(range(width), labels, most=30 // max(map(len, labels))))
+        longest = max(map(len, labels))
+        axes.set_xticks(*_thinned(range(width), labels, most=24 if longest > 4 else 30 // longest))
+        if longest > 4:
+            axes.tick_params(axis="x", rotation=90, labelsize=8)
         axes.set(xlabel=xlabel)
         _relative_bar(axes, shown, "over the mean")
 
@@ -297,6 +302,13 @@ def _first_of_each(labels: Sequence[int]) -> list[int]:
     first = {label: place for place, label in reversed(list(enumerate(labels)))}
     begin = sorted(first.values())
     return begin + [place for place in range(len(labels)) if place not in begin]
+
+
+def _heading(conditions: Conditions, label: int) -> str:
+    """A class by its name, shortened; captions are too long, and go by their numbers."""
+    if not isinstance(conditions, ClassLabels):
+        return str(label)
+    return _plain_text(shorten(conditions.heading(label), 18, placeholder="..."))
 
 
 def _plain_text(text: str) -> str:

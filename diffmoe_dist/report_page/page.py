@@ -20,7 +20,7 @@ from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.html import document, figure, note, section, short, table
 from diffmoe_dist.report_page.loss_curve import read_run_metrics
 from diffmoe_dist.report_page.samples import FinishedSamples, PageSamples, sample_for_page
-from diffmoe_dist.sampling.generate import grid_columns, image_grid
+from diffmoe_dist.sampling.grid import conditioned_grid, has_class_columns, lay_out
 from diffmoe_dist.sampling.routing_trace import Passes, RoutingTrace
 from diffmoe_dist.sampling.settings import SamplingSettings
 
@@ -103,10 +103,9 @@ def _about_samples(samples: PageSamples, config: Config, step: int, finished: bo
 
 
 def _sample_sections(samples: PageSamples, config: Config, about: str) -> list[str]:
-    columns = grid_columns(config, len(samples.labels))
-    grid = figures.image_uri(image_grid(samples.images_NHWC, columns))
+    grid = figures.image_uri(conditioned_grid(samples.images_NHWC, samples.conditions))
     parts = [
-        figure("Images", grid, _grid_caption(samples, columns), "grid"),
+        figure("Images", grid, _grid_caption(samples), "grid"),
         table("How they were sampled", samples.settings),
     ]
     first = section("Samples", about, parts)
@@ -120,13 +119,15 @@ def _sample_sections(samples: PageSamples, config: Config, about: str) -> list[s
     ]
 
 
-def _grid_caption(samples: PageSamples, columns: int) -> str:
+def _grid_caption(samples: PageSamples) -> str:
     labels, conditions = samples.labels, samples.conditions
     if conditions.kind != "class":
         return "; ".join(f"{label}: {conditions.name(label)}" for label in labels)
-    if len(labels) > columns and all(label == labels[place % columns] for place, label in enumerate(labels)):
-        return f"A column for each class: {', '.join(map(str, labels[:columns]))}."
-    return f"Classes, row by row: {', '.join(map(str, labels[:60]))}{' ...' if len(labels) > 60 else ''}."
+    classes = list(dict.fromkeys(labels))
+    if len(classes) > 1 and has_class_columns(lay_out(len(labels), labels), labels):
+        return f"Columns are classes: {', '.join(map(conditions.name, classes))}."
+    shown = ", ".join(map(conditions.name, classes[:60]))
+    return f"Of {shown}{' ...' if len(classes) > 60 else ''}."
 
 
 def _compute_section(samples: PageSamples, trace: RoutingTrace, config: Config) -> str:
@@ -203,7 +204,7 @@ def _experts_section(samples: PageSamples, trace: RoutingTrace, config: Config) 
         ),
         figure(
             f"Load by {kind}",
-            figures.expert_classes_figure(passes, blocks, samples.labels, kind),
+            figures.expert_classes_figure(passes, blocks, samples.labels, samples.conditions),
             f"A row for each expert; red for {kinds} of which it takes more tokens than in its own mean over the "
             f"{kinds}, blue for those of which it takes fewer.",
         ),

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.class_names import ClassNames
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.engine.ema import stored_average
-from diffmoe_dist.engine.weights import read_settings
+from diffmoe_dist.engine.weights import read_class_names, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import refuse_irregular
 from diffmoe_dist.model.dit import DiT
@@ -111,7 +112,7 @@ def sample_for_page(checkpoint: Path, asked: SamplingSettings | FinishedSamples,
     if isinstance(asked, FinishedSamples) and asked.job["weights"] != weights:
         raise UserError(f"--samples {asked.folder}: they are of other weights than {checkpoint}; give samples of those")
     data = open_data(config, device) if asked.recalibrate or _wants_captions(asked, config) else None
-    conditions = _conditions(asked, config, data, device)
+    conditions = _conditions(asked, config, data, device, read_class_names(checkpoint))
     job = asked.job if isinstance(asked, FinishedSamples) else describe_job(asked, config, weights, conditions)
     set_weight_type(model, config.precision)
     with tf32_products(device, job["tf32"]):
@@ -148,15 +149,19 @@ def _wants_captions(asked: SamplingSettings | FinishedSamples, config: Config) -
 
 
 def _conditions(
-    asked: SamplingSettings | FinishedSamples, config: Config, data: Data | None, device: torch.device
+    asked: SamplingSettings | FinishedSamples,
+    config: Config,
+    data: Data | None,
+    device: torch.device,
+    names: ClassNames,
 ) -> Conditions:
     if _wants_captions(asked, config):
         return run_conditions(config, data)
     if isinstance(asked, SamplingSettings):
         encoders = data.encoders if isinstance(data, TrainingData) else None
-        return open_conditions(asked, config, device, encoders.text if encoders else None)
+        return open_conditions(asked, config, device, encoders.text if encoders else None, names)
     if asked.encoder is None:
-        return job_classes(asked.job, config)
+        return job_classes(asked.job, config, names)
     if "prompts" not in asked.job:
         raise UserError(f"--encoder {asked.encoder}: the samples are not conditioned on prompts; remove it")
     return job_prompts(asked.folder, asked.job, config, asked.encoder, asked.tokenizer, device)

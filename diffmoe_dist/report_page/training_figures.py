@@ -35,7 +35,7 @@ def training_figures(model: DiT, config: Config, conditions: Conditions) -> dict
         f"capacity_by_{conditions.kind}": figures.class_figure(passes, labels, conditions.name),
         "expert_load": figures.load_in_sampling_figure(passes, blocks),
         "experts_and_steps": figures.expert_times_figure(passes, blocks),
-        f"experts_and_{conditions.kinds}": figures.expert_classes_figure(passes, blocks, labels, conditions.kind),
+        f"experts_and_{conditions.kinds}": figures.expert_classes_figure(passes, blocks, labels, conditions),
     }
     if trace.overlap_PL is not None:
         found["count_and_threshold"] = figures.overlap_figure(trace.overlap_PL, passes.progress_P, blocks)

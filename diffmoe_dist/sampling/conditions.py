@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.prompts import EncodedPrompts, read_prompts
 from diffmoe_dist.data.randomness import Stream, philox
@@ -54,6 +55,8 @@ class Conditions(Protocol):
 class ClassLabels:
     labels: Sequence[int]  # of image 0, 1, ..., and then again from the first
     null_label: int
+    names: ClassNames = NO_NAMES
+    chosen: tuple[int, ...] | None = None  # the classes that were asked for; None: all
     kind, kinds = "class", "classes"
 
     def of(self, numbers: Sequence[int]) -> Condition:
@@ -69,7 +72,14 @@ class ClassLabels:
         return self.labels[number % len(self.labels)]
 
     def name(self, label: int) -> str:
-        return f"class {label}" if self.null_label else "no class"
+        if not self.null_label:
+            return "no class"
+        name = self.heading(label)
+        return f"class {name}" if name.isdigit() else name
+
+    def heading(self, label: int) -> str:
+        """The name alone; the number where it has none."""
+        return self.names.shown[label] if label < len(self.names.of_class) else str(label)
 
 
 class DataCaptions:
@@ -150,26 +160,32 @@ def run_conditions(config: Config, data: TrainingData | StreamedData | None) -> 
         data: that it trains on; None will do for classes.
     """
     if config.model.condition == "class":
-        return ClassLabels(_all_classes(config.model.num_classes), config.model.num_classes)
+        names = NO_NAMES if data is None else data.class_names
+        return ClassLabels(_all_classes(config.model.num_classes), config.model.num_classes, names)
     assert isinstance(data, TrainingData)
     encoder = data.encoders.text if data.encoders else None
     return DataCaptions(data.datasets[0], encoder, config.model.text_max_length)
 
 
 def open_conditions(
-    settings: SamplingSettings, config: Config, device: torch.device, encoder: TextEncoder | None = None
+    settings: SamplingSettings,
+    config: Config,
+    device: torch.device,
+    encoder: TextEncoder | None = None,
+    names: ClassNames = NO_NAMES,
 ) -> Conditions:
     """What the images of a job are conditioned on.
 
     Args:
         encoder: that of `data.text_encoder`, where something else has opened it: it is not opened again.
+        names: of the model's classes.
 
     Raises:
         UserError: classes for a model that is conditioned on captions, or the other way round; or a text encoder that
             is not the model's.
     """
     if config.model.condition == "class":
-        return _open_classes(settings, config.model.num_classes)
+        return _open_classes(settings, config.model.num_classes, names)
     for name in ("labels", "classes"):
         value = getattr(settings, name)
         if value is not None:
@@ -181,10 +197,11 @@ def open_conditions(
     return PromptConditions(open_prompts(settings, config, device, encoder), config.model.text_max_length)
 
 
-def job_classes(job: dict[str, Any], config: Config) -> ClassLabels:
+def job_classes(job: dict[str, Any], config: Config, names: ClassNames) -> ClassLabels:
     """The classes that the images of a job are conditioned on, by its sampling.json."""
     classes = _all_classes(config.model.num_classes) if job["classes"] == "all" else job["classes"]
-    return ClassLabels(choose_labels(job["labels"], job["num"], classes, job["seed"]), config.model.num_classes)
+    labels = choose_labels(job["labels"], job["num"], classes, job["seed"])
+    return ClassLabels(labels, config.model.num_classes, names)
 
 
 def job_prompts(
@@ -212,7 +229,7 @@ def _all_classes(num_classes: int) -> list[int]:
     return list(range(num_classes)) or [0]  # without classes all images have label 0
 
 
-def _open_classes(settings: SamplingSettings, num_classes: int) -> ClassLabels:
+def _open_classes(settings: SamplingSettings, num_classes: int, names: ClassNames) -> ClassLabels:
     if settings.prompts or settings.prompt:
         prompt = f"--prompts {settings.prompts}" if settings.prompts else f"--prompt {settings.prompt}"
         raise UserError(
@@ -224,8 +241,12 @@ def _open_classes(settings: SamplingSettings, num_classes: int) -> ClassLabels:
     for option, value in given.items():
         if value is not None and not num_classes:
             raise UserError(f"{option} has no effect with this model, which was trained without classes; leave it out")
-    classes = _all_classes(num_classes) if settings.classes is None else list(settings.classes)
-    for label in classes:
+    chosen = settings.classes
+    if isinstance(chosen, str):
+        chosen = names.numbers(chosen, num_classes)
+    for label in chosen or ():
         if not 0 <= label < max(num_classes, 1):
             raise UserError(f"--classes {label}: this model knows the classes 0 to {num_classes - 1}")
-    return ClassLabels(choose_labels(settings.labels or "balanced", settings.num, classes, settings.seed), num_classes)
+    classes = _all_classes(num_classes) if chosen is None else list(chosen)
+    labels = choose_labels(settings.labels or "balanced", settings.num, classes, settings.seed)
+    return ClassLabels(labels, num_classes, names, chosen)

@@ -40,12 +40,12 @@ from diffmoe_dist.model.condition import Condition, join, on_device
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.topology import all_gather
 from diffmoe_dist.sampling.conditions import Conditions
+from diffmoe_dist.sampling.grid import conditioned_grid
 from diffmoe_dist.sampling.routing_trace import Recorder
 
 Decode = Callable[[Tensor], Tensor]  # the model's images, (N, C, H, W), to pixels in about [-1, 1]
 DEFAULT_STEPS = 50
 UINT8_RULE = "clamp(127.5 x + 128, 0, 255), fractions cut off"
-CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
 
 
 @dataclass(frozen=True)
@@ -270,18 +270,6 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def image_grid(images_NHWC: np.ndarray, columns: int) -> np.ndarray:
-    """One image, (rows * H, columns * W, C) uint8 with thin gaps; small images enlarged without smoothing."""
-    count, height, _, channels = images_NHWC.shape
-    scale = max(1, CELL_PIXELS // height)
-    cells = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
-    cells = np.pad(cells, ((0, -count % columns), (2, 2), (2, 2), (0, 0)))
-    rows, cell = len(cells) // columns, cells.shape[1]
-    return (
-        cells.reshape(rows, columns, cell, cell, channels).swapaxes(1, 2).reshape(rows * cell, columns * cell, channels)
-    )
-
-
 def training_grid(model: DiT, config: Config, conditions: Conditions, decode: Decode) -> np.ndarray:
     """The sample grid of a training step, (H, W, C) uint8 on every rank; collective. Every rank samples as many."""
     num, rank, world_size = config.sample.num, dist.get_rank(), dist.get_world_size()
@@ -293,9 +281,4 @@ def training_grid(model: DiT, config: Config, conditions: Conditions, decode: De
     pixels = decode(sampled.images)
     everyone = pixels.new_empty(world_size * share, *pixels.shape[1:])
     all_gather(everyone, pixels.contiguous())
-    return image_grid(to_uint8(everyone[:num]), grid_columns(config, num))
-
-
-def grid_columns(config: Config, num: int) -> int:
-    """A column for each of up to 16 classes, else a square."""
-    return min(num, config.model.num_classes) if 1 <= config.model.num_classes <= 16 else int(np.ceil(num**0.5))
+    return conditioned_grid(to_uint8(everyone[:num]), conditions)

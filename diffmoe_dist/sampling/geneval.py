@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import atomic_file, write_atomically
-from diffmoe_dist.sampling.generate import image_grid
+from diffmoe_dist.sampling.grid import image_grid
 
 _READ_BY_GENEVAL = ("tag", "prompt")
 
@@ -81,7 +81,7 @@ def write_geneval(folder: Path, images_NHWC: np.ndarray, metadata: Sequence[dict
         samples.mkdir(parents=True, exist_ok=True)
         for copy, image in enumerate(of_prompt):
             _save(samples / _image_name(copy), image)
-        _save(samples.parent / "grid.png", image_grid(of_prompt, columns=round(copies**0.5)))
+        _save(samples.parent / "grid.png", image_grid(of_prompt))
 
     with ThreadPoolExecutor() as threads:
         list(threads.map(write_images, range(prompts)))

@@ -31,7 +31,7 @@ from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
 from diffmoe_dist.diffusion.samplers import ATOL, JOINT, RTOL, Guidance
 from diffmoe_dist.engine.checkpoint import has_thresholds_of_average
-from diffmoe_dist.engine.weights import find_model, is_weights_folder, read_settings
+from diffmoe_dist.engine.weights import find_model, is_weights_folder, read_class_names, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import lock_file, make_writable, write_atomically, write_json, write_npz
 from diffmoe_dist.launch import Launch
@@ -42,18 +42,17 @@ from diffmoe_dist.model.precision import tf32_products
 from diffmoe_dist.parallel.agreement import check_agreement
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 from diffmoe_dist.sampling.blocks import Block, BlockSampler, join_blocks, sample_missing_blocks
-from diffmoe_dist.sampling.conditions import Conditions, PromptConditions, open_conditions
+from diffmoe_dist.sampling.conditions import ClassLabels, Conditions, PromptConditions, open_conditions
 from diffmoe_dist.sampling.generate import (
     UINT8_RULE,
     Decode,
     SamplerSettings,
     choose_sampler,
     choose_time_shift,
-    grid_columns,
-    image_grid,
     open_decoder,
 )
 from diffmoe_dist.sampling.geneval import check_prompts, write_geneval
+from diffmoe_dist.sampling.grid import conditioned_grid
 from diffmoe_dist.sampling.model import open_model, uses_tf32
 from diffmoe_dist.sampling.settings import PROMPTS_NAME, SamplingSettings
 
@@ -96,7 +95,8 @@ def open_source(settings: SamplingSettings, device: torch.device, launch: Launch
     config = read_settings(checkpoint, settings.overrides)
     data = open_data(config, device) if settings.recalibrate else None
     encoders = data.encoders if isinstance(data, TrainingData) else None
-    conditions = open_conditions(settings, config, device, encoders.text if encoders else None)
+    names = read_class_names(checkpoint)
+    conditions = open_conditions(settings, config, device, encoders.text if encoders else None, names)
     if settings.geneval:
         assert isinstance(conditions, PromptConditions)
         check_prompts(conditions.every_metadata, settings.num or 0)
@@ -164,7 +164,8 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
     shift = choose_time_shift(settings.time_shift, sampler, config)
     num = settings.num
     conditioned: dict[str, Any] = {"labels": settings.labels or "balanced"}
-    conditioned["classes"] = "all" if settings.classes is None else list(settings.classes)
+    chosen = conditions.chosen if isinstance(conditions, ClassLabels) else None
+    conditioned["classes"] = "all" if chosen is None else list(chosen)
     if isinstance(conditions, PromptConditions):
         num = num or len(conditions.encoded.prompts)
         conditioned = {
@@ -308,12 +309,12 @@ def _write_results(out: Path, about: dict[str, Any], all_blocks: Block, source: 
     if isinstance(conditions, PromptConditions):
         lines = [json.dumps(conditions.every_metadata[label]) + "\n" for label in labels]
         write_atomically(out / PROMPTS_NAME, "".join(lines))
-    columns = grid_columns(source.config, num)
-    Image.fromarray(image_grid(images_NHWC[: 10 * columns], columns).squeeze()).save(out / "grid.png")
+    Image.fromarray(conditioned_grid(images_NHWC, conditions).squeeze()).save(out / "grid.png")
     capacity = all_blocks.slots / all_blocks.tokens if all_blocks.tokens else None
     counts = account(source.config)
     record = {
         **about,
+        **_named(conditions),
         "nfe": all_blocks.nfe,
         "evaluations": all_blocks.nfe,  # its name before version 0.2
         "capacity": capacity,
@@ -323,6 +324,13 @@ def _write_results(out: Path, about: dict[str, Any], all_blocks: Block, source: 
         "images_per_second": num / all_blocks.seconds,
     }
     write_json(out / "sampling.json", record)
+
+
+def _named(conditions: Conditions) -> dict[str, Any]:
+    """The names of the classes that were asked for, where they are known."""
+    if not isinstance(conditions, ClassLabels) or conditions.chosen is None or not conditions.names:
+        return {}
+    return {"class_names": [conditions.heading(label) for label in conditions.chosen]}
 
 
 def _tell_capacity(record: dict[str, Any], checkpoint: Path) -> None:

@@ -45,7 +45,7 @@ class SamplingSettings:
     cfg_interval: tuple[float, float] | None = None  # in the objective's time
     one_pass: bool = False
     labels: Literal["balanced", "random"] | None = None  # None: balanced, for a model conditioned on classes
-    classes: tuple[int, ...] | None = None  # None: all
+    classes: tuple[int, ...] | str | None = None  # numbers, or the text of --classes; None: all
     ema_decay: float | None = None  # which average of a checkpoint; None: that of ema.decay
     ema_length: float | None = None  # or one by a power function, of those in ema.lengths
     precision: str | None = None  # one of PRECISIONS, without TF32; None: the run's precision, and its TF32
@@ -118,12 +118,11 @@ class SamplingSettings:
             raise UserError("--geneval needs --prompts, a file such as GenEval's evaluation_metadata.jsonl")
 
 
-def read_classes(text: str) -> tuple[int, ...]:
-    """'1,2,3' to (1, 2, 3)."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"--classes {text}: expected numbers with commas between them, such as 1,2,3") from None
+def read_classes(text: str) -> str:
+    """The text; which classes it names, only the model can tell."""
+    if not all(part.strip() for part in text.split(",")):
+        raise UserError(f"--classes {text}: expected numbers or names with commas between them, such as 1,2,cat")
+    return text
 
 
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
@@ -165,7 +164,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "guide with conditional and unconditional tokens in one batch, and so in one pool",
     },
     "labels": {"choices": ["balanced", "random"], "help": "the classes in turn (default) or random ones"},
-    "classes": {"type": read_classes, "metavar": "A,B,...", "help": "only these classes"},
+    "classes": {"type": read_classes, "metavar": "A,B,...", "help": "only these classes, by number or by name"},
     "batch_size": {"type": int, "metavar": "N", "help": "images sampled together, a block (default 100)"},
     "ema_decay": {"type": float, "metavar": "D", "help": "another average of the weights, of ema.decays"},
     "ema_length": {"type": float, "metavar": "L", "help": "or one by a power function, of ema.lengths"},
@@ -264,8 +263,7 @@ def _as_written(arguments: argparse.Namespace, name: str, value: Any) -> str:
     option = arguments.batch_size_option if name == "batch_size" else _option(name)
     if value is True:
         return option
-    separator = "," if name == "classes" else " "
-    return f"{option} {separator.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+    return f"{option} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
 
 
 def _option(name: str) -> str:

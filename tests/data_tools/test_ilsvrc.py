@@ -15,6 +15,7 @@ from data_tools.ilsvrc import train_source, validation_source
 from data_tools.pack import PackSettings, pack
 from data_tools.sources import SourceOptions, guess_format, open_source
 from data_tools.tars import TarDamageError
+from diffmoe_dist.data.class_names import names_of_data
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import encoded, picture
@@ -263,6 +264,8 @@ def test_kaggles_layout_gives_the_images_and_labels_of_the_archives(tmp_path: Pa
     samples = [index.read(sample) for sample in range(index.num_samples)]
     assert {sample["jpg"]: int(sample["cls"]) for sample in samples} == _label_of_bytes()
     assert index.class_names == sorted(LABEL_OF)
+    words = dict(line.split(" ", 1) for line in WORDS.splitlines())
+    assert names_of_data(index.class_names, index.folder).shown == [words[name].split(",")[0] for name in sorted(words)]
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_a_source_that_is_not_there_or_not_known_is_refused(
 
 def test_an_option_that_a_reader_does_not_use_is_refused(tmp_path: Path) -> None:
     _write_images(tmp_path, ["a/x.jpg"])
-    with pytest.raises(UserError, match="--devkit=kit: image-folder does not use it, only ilsvrc-val"):
+    with pytest.raises(UserError, match="--devkit=kit: image-folder does not use it, only ilsvrc-val, ilsvrc-train"):
         _open(tmp_path, devkit=Path("kit"))
     with pytest.raises(UserError, match="--label-column=x: image-folder does not use it, only table, hf-parquet"):
         _open(tmp_path, columns=Columns(label="x"))

@@ -25,7 +25,7 @@ from diffmoe_dist.engine.conversion import convert_published, export_checkpoint
 from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.engine.trainer import THRESHOLD_STEPS
-from diffmoe_dist.engine.weights import _read, read_model
+from diffmoe_dist.engine.weights import _read, read_class_names, read_model
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.parallel.slices import Columns
@@ -164,6 +164,23 @@ def test_an_exported_run_is_the_run_bit_for_bit(runs: Path, tmp_path: Path) -> N
     assert (config.ema.decay, config.parallel.expert) == (0.9, 2)
     source = json.loads((tmp_path / "exported/config.json").read_text())["source"]
     assert (source["checkpoint"], source["step"], source["images_seen"]) == ("step-00000006", 6, 96)
+
+
+def test_class_names_travel_from_the_data_by_the_checkpoint_to_an_export_and_older_ones_have_none(
+    runs: Path, folder: Path, tmp_path: Path
+) -> None:
+    digits = [str(digit) for digit in range(10)]
+    checkpoint = complete_checkpoints(runs / "split/checkpoints")[-1]
+    assert "class_names.json" in (checkpoint / "SHA256SUMS").read_text()
+    assert read_class_names(checkpoint).shown == digits
+    export_checkpoint(checkpoint, tmp_path / "weights")
+    assert load_model(tmp_path / "weights").class_names == digits
+    assert load_model(folder).class_names == []
+    older = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    (older / "class_names.json").unlink()
+    sums = (older / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (older / "SHA256SUMS").write_text("".join(line for line in sums if "class_names" not in line))
+    assert load_model(older).class_names == []
 
 
 def test_an_export_of_the_own_weights_holds_the_optimizers(runs: Path, tmp_path: Path) -> None:

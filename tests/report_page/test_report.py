@@ -171,7 +171,7 @@ def test_a_page_samples_as_the_options_of_sampling_say(runs: Path) -> None:
     shown = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", text))
     assert (shown["steps"], shown["CFG scale"], shown["seed"], shown["inference rule"]) == ("7", "3.0", "5", "count")
     assert "4 images, sampled for this page in one batch." in text
-    assert "A column for each class: 8, 2." in text or "Classes, row by row: 8, 2, 8, 2." in text
+    assert "Columns are classes: class 8, class 2." in text
     with pytest.raises(UserError, match="--classes 10: this model knows the classes 0 to 9"):
         write_report(run, asked(run, classes=(10,)), CPU)
 

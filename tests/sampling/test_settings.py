@@ -39,7 +39,7 @@ def test_every_setting_has_an_option_and_is_what_was_given() -> None:
 
     assert settings == SamplingSettings(
         "run", num=3, steps=4, cfg_scale=2.5, seed=5, sampler="heun", batch_size=6, overrides=("moe.inference=static",),
-        recalibrate=7, cfg_channels=3, cfg_interval=(0.1, 0.9), one_pass=True, labels="random", classes=(1, 2),
+        recalibrate=7, cfg_channels=3, cfg_interval=(0.1, 0.9), one_pass=True, labels="random", classes="1,2",
         expert=8, png=True, decoder="d", prompts="p", prompt="q", negative_prompt="n", encoder="e", tokenizer="t",
         geneval=True, precision="bf16", time_shift=3.0, ema_decay=0.9, ema_length=0.1,
     )  # fmt: skip
