@@ -264,8 +264,8 @@ def test_kaggles_layout_gives_the_images_and_labels_of_the_archives(tmp_path: Pa
     samples = [index.read(sample) for sample in range(index.num_samples)]
     assert {sample["jpg"]: int(sample["cls"]) for sample in samples} == _label_of_bytes()
     assert index.class_names == sorted(LABEL_OF)
-    words = dict(line.split(" ", 1) for line in WORDS.splitlines())
-    assert names_of_data(index.class_names, index.folder).shown == [words[name].split(",")[0] for name in sorted(words)]
+    shown = names_of_data(index.class_names, index.folder).shown
+    assert shown == [f"some fish ({wnid})" for wnid in sorted(LABEL_OF)]
 
 
 @pytest.mark.parametrize(
