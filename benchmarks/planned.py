@@ -2,9 +2,9 @@
 
     python -m benchmarks.planned            # after a change of the planner's constants or formulas
 
-Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; README shows lines of one plan; the training scripts of
-slurm/ have as many nodes as the planner chooses. `tests/test_benchmarks.py` fails where a page shows what the planner
-no longer says.
+Tables stand between `<!-- NAME -->` and `<!-- /NAME -->`; README and docs/imagenet.md show lines of one plan each;
+the training scripts of slurm/ have as many nodes as the planner chooses. `tests/test_benchmarks.py` fails where a page
+shows what the planner no longer says.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "sizes": sizes, "strong": strong, "weak": weak, "inside or across": inside_or_across, "pools": pools,
     "parts": parts, "week": week,
 }  # fmt: skip
-PAGES = ("README.md", "docs/cluster.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/cluster.md", "docs/imagenet.md", "docs/scaling.md")
 
 
 def with_nodes(script: str, path: str) -> str:

@@ -81,23 +81,32 @@ COMMANDS: dict[str, How] = {
     r"pip install .*": NotRun("needs a package index; tests/test_packaging.py installs the wheel"),
     r"conda .*": NotRun("needs conda"),
     r"hf download .*": NotRun("needs the Hugging Face Hub"),
+    r"tensorboard .*|tail -n 1 .*": NotRun("they look at what a run of the reader's writes"),
     # data
     r"python -m data_tools pack digits .*": Runs(),
     r"python -m data_tools (plan|pack) ILSVRC2012_img_train\.tar .*": Refuses(r"SOURCE=ILSVRC2012_img_train\.tar"),
     r"python -m data_tools pack annotations/captions_train2017\.json .*": Refuses(r"captions_train2017\.json"),
-    r"python -m data_tools (verify|stats|encode-latents) shards/imagenet256 .*": Refuses(r"shards/imagenet256"),
+    r"python -m data_tools pack ILSVRC2012_img_val\.tar .*": Refuses(r"SOURCE=ILSVRC2012_img_val\.tar"),
+    r"python -m data_tools pack ILSVRC shards/.*": Refuses("SOURCE=ILSVRC"),
+    r"python -m data_tools (verify|stats|encode-latents) shards/imagenet256.*": Refuses(r"shards/imagenet256"),
+    r"mpirun .*data_tools encode-latents .*": Elsewhere(
+        "tests/slurm/test_slurm.py::test_the_latents_of_two_nodes_have_the_bytes_of_one_process"
+    ),
     r"python -m data_tools encode-(latents|text) shards/coco .*": Refuses(r"shards/coco"),
     # training
     r"python -m diffmoe_dist\.train --config configs/debug/\S+ .*": Runs(("train.steps=2", "device=cpu")),
     r"python -m diffmoe_dist\.train --config configs/t2i/\S+ .*": Refuses(r"(shards/coco|models/sd-vae-ft-ema)"),
-    r"python -m diffmoe_dist\.train --config \S+ --dry-run --world-size 16 .*": Refuses(r"shards/imagenet256"),
+    r"python -m diffmoe_dist\.train --config \S+ --dry-run --world-size (8|16) .*": Refuses(r"shards/imagenet256"),
     r"python -m diffmoe_dist\.train --config FILE --dry-run .*": Runs(
         ("data.shards=shards/digits", "train.global_batch_size=64", "run_dir=runs/dry"), TINY
     ),
-    r"(deepspeed --num_gpus|torchrun --nproc-per-node|mpirun -n) 2 .*diffmoe_dist\.train .*": LAUNCHERS,
+    r"(deepspeed --num_gpus|torchrun --nproc-per-node|mpirun -n) [28] .*diffmoe_dist\.train .*": LAUNCHERS,
     r"torchrun --nnodes 2 .*diffmoe_dist\.train .*": NotRun("needs a second node; tried by hand, see docs/cluster.md"),
     r"(.*\S )?sbatch .*slurm/train_\S+.*": SLURM,
-    r"sbatch slurm/prepare_shards\.sh .*": PREPARATION,
+    r"(.*\S )?sbatch slurm/prepare_shards\.sh .*": PREPARATION,
+    r"(.*\S )?sbatch slurm/sample\.sh .*": Elsewhere(
+        "tests/slurm/test_slurm.py::test_the_sampling_script_draws_images_on_two_nodes_and_keeps_them_from_other_options"
+    ),
     r"(.*\S )?sbatch .*slurm/encode\.sh .*": Elsewhere(
         "tests/slurm/test_slurm.py::test_the_latents_of_two_nodes_have_the_bytes_of_one_process"
     ),
@@ -116,6 +125,7 @@ COMMANDS: dict[str, How] = {
     r"python -m diffmoe_dist\.sample --checkpoint (RUN|runs/t2i/\S+) .*": Refuses(
         r"checkpoint (RUN|runs/t2i/\S+): no complete checkpoint"
     ),
+    r"python -m diffmoe_dist\.report --run runs/imagenet256/.*": Refuses("run runs/imagenet256/global_pool_l"),
     r"python -m diffmoe_dist\.report --run runs/demo .*": Runs(("--device", "cpu")),
     r"python -m diffmoe_dist\.report --run runs/dense .*": Refuses(r"runs/dense/metrics\.jsonl: no such file"),
     r"python -m diffmoe_dist\.report --run 'runs/\*-seed\?' .*": Refuses(r"fits no training run"),
