@@ -38,7 +38,7 @@ from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, DiTOutput
 from diffmoe_dist.model.routing import RoutingStats
 from diffmoe_dist.parallel.dispatch import AllToAllDispatcher
-from diffmoe_dist.parallel.topology import Topology
+from diffmoe_dist.parallel.topology import Topology, on_first_rank
 from diffmoe_dist.planning.accelerators import device_peak, model_flop_utilization
 
 THRESHOLD_STEPS = 8  # of which the batches give the thresholds of the averaged weights, once, at the end
@@ -143,7 +143,8 @@ class Trainer:
             logger.info("already at step %d of train.steps=%d: nothing to do", begun, steps)
         else:
             self.guards.claim.mark_going_on()
-        for step in range(begun + 1, steps + 1):
+        end = begun if on_first_rank(self.guards.claim.stop_asked) else steps  # a STOP that was left over costs no step
+        for step in range(begun + 1, end + 1):
             # The first step allocates, and on a GPU compiles.
             self.set_deadline(f"step {step}", SLOW_FACTOR if step == begun + 1 else 1)
             with self.timer, self.profiler.step(step):

@@ -274,7 +274,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _readable(value: Any) -> str:
-    """A fact for a table: four significant digits, lists without brackets."""
+    """A fact for a table: four significant digits, lists without brackets, - for what was not set."""
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
     if isinstance(value, list):
         return " ".join(map(_readable, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

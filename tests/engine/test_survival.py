@@ -156,6 +156,9 @@ def test_asked_to_stop_on_any_rank_a_run_saves_every_step_and_leaves_with_75(
         assert [command.wait() for command in commands] == [75, 75], commands[0].stderr
         assert newest_checkpoint(run_dir) == last_step(run_dir) >= target, "no step is lost"
         assert not (run_dir / "DONE").exists()
+    stopped = last_step(run_dir)
+    commands = train(config_file, run_dir, ENDLESS)
+    assert [command.wait() for command in commands] == [75, 75] and last_step(run_dir) == stopped, "STOP is still there"
     assert f"as {run_dir}/STOP asks: remove it before the next start" in commands[0].stderr
     (run_dir / "STOP").unlink()
     finish(config_file, run_dir)

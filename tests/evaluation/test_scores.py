@@ -229,7 +229,7 @@ def test_the_table_rounds_for_people_what_the_result_has_in_full(folder: Path) -
     assert facts == {
         "capacity": "0.8117", "cfg_interval": "0.25 1", "classes": "1 20", "nfe": "50", "parameters": "1234567",
     }  # fmt: skip
-    assert (shown["one_pass"].strip(), shown["seed"].strip()) == ("False", "7")
+    assert (shown["one_pass"].strip(), shown["seed"].strip()) == ("no", "7")
 
 
 @pytest.mark.parametrize("record", [{"num": 62, "sampler": "euler"}, ["euler"], None])
