@@ -25,7 +25,9 @@ class Validation:
     """The same images, noise, times and label drops every time, so that two values differ by the weights alone.
 
     Images are noised and routed as in a training step, in pools of the same size: the values compare with
-    `loss_diffusion`, and do not depend on the number of ranks where those of training do not.
+    `loss_diffusion`, and do not depend on the number of ranks where those of training do not. With
+    `objective.same_t_per_batch` they do not compare where images share a pool: here each keeps its own time, for a time
+    of each of few batches would be a poor sample of all.
     """
 
     def __init__(self, config: Config, data: TrainingData, device: torch.device) -> None:
