@@ -52,6 +52,9 @@ def main() -> None:
         if arguments.dense:
             raise UserError("--dense has no effect with moe.router=dense; give a mixture of experts")
 
+    if arguments.dense and config.train.freeze:
+        raise UserError("--dense compares with models that train whole; remove train.freeze")
+
     from diffmoe_dist.planning import sweep
     from diffmoe_dist.planning.accelerators import ACCELERATORS
     from diffmoe_dist.planning.estimate import make_plan

@@ -54,7 +54,7 @@ class ObjectiveConfig:
     min_snr_gamma: float | None = (
         None  # of DDPM: the largest signal-to-noise ratio that counts in full (min-SNR, eq. 8)
     )
-    same_t_per_batch: bool = False  # all images of a training step have one time
+    same_t_per_batch: bool = False  # all images of a training step have one time; in validation each has its own
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class TrainConfig:
     micro_batch_size: int = 0  # images a rank computes at once; 0: its part of the global batch, without accumulation
     label_dropout: float = 0.1
     initial_weights: str | None = None  # a folder of weights (diffmoe_dist.convert) that a fresh run starts from
+    freeze: list[str] = field(default_factory=list)  # patterns of parameters that do not train, as "blocks.*.attn.*"
     hang_timeout: float = 600.0  # seconds a step may take before the run ends itself; 0: no limit
     # What is not kept for backward but computed again in it: hidden activations of MLPs and experts, or also attention.
     recompute: Literal["none", "mlp", "block"] = "none"

@@ -17,11 +17,11 @@ from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
 from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.ema import averages
-from diffmoe_dist.engine.fine_tuning import tensors_anew, told
+from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.resume import Start, changed_rate, changed_settings
 from diffmoe_dist.engine.run_folder import NoClaim
-from diffmoe_dist.engine.sharded_state import ShardedState, buffers
+from diffmoe_dist.engine.sharded_state import FrozenState, ShardedState, buffers
 from diffmoe_dist.engine.trainer import Periodic, RunGuards, Trainer
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.engine.weights import fill_fragments
@@ -31,6 +31,7 @@ from diffmoe_dist.logs import logger, set_up_logging
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.compiled import apply_compile
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.freezing import freeze, frozen_parameters, told
 from diffmoe_dist.model.recompute import apply_recompute
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
 from diffmoe_dist.parallel.topology import Topology
@@ -49,8 +50,8 @@ def build_trainer(
 ) -> Trainer:
     """Build everything a run needs and load the checkpoint it starts from; collective."""
     run_dir = Path(config.run_dir)
-    engine = _build_engine(config, topology)
-    state = ShardedState(engine.module, engine.optimizer, averages(config.ema))
+    engine, frozen = _build_engine(config, topology)
+    state = ShardedState(engine.module, engine.optimizer, frozen, averages(config.ema))
     set_up_logging(run_dir, topology.rank)
     _load(start, config, state)
     if topology.rank == 0:
@@ -114,12 +115,15 @@ def _open_loader(
     )
 
 
-def _build_engine(config: Config, topology: Topology) -> Any:
+def _build_engine(config: Config, topology: Topology) -> tuple[Any, FrozenState]:
+    """DeepSpeed's engine around the model, and what of the model it does not train."""
+    names = frozen_parameters(config)
     with torch.device("meta"):  # a rank never holds the experts of others, not even for a moment
         model = DiT(config)
         apply_expert_parallel(model, config, topology)
     model.to_empty(device=topology.device)
     initialize(model, config.seed)
+    freeze(model, names)
     if config.train.compile:
         apply_compile(model)
     apply_recompute(model, config.train.recompute)
@@ -135,6 +139,7 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
+    frozen = FrozenState(model, names, topology, rounded=config.precision == "bf16")
     exact_buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=deepspeed_settings(config), dist_init_required=False
@@ -145,7 +150,7 @@ def _build_engine(config: Config, topology: Topology) -> Any:
         owner, _, key = name.rpartition(".")
         setattr(engine.module.get_submodule(owner), key, buffer)
     engine.train()
-    return engine
+    return engine, frozen
 
 
 def deepspeed_settings(config: Config) -> dict[str, Any]:
@@ -172,9 +177,12 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
 
 def _summary(config: Config, topology: Topology, model: nn.Module, progress: Progress) -> str:
     held = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    still = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad) / 1e6
     counts = account(config)
     work = f"{sum(counts.macs().values()) / 1e9:.4g} GMAC an image forward"
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
+    if still:
+        where += f", {still:.2f} M parameters of this rank frozen: {told(frozen_parameters(config))}"
     if topology.tensor > 1:
         where += f", layers cut over {topology.tensor} ranks"
     experts = config.experts

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from diffmoe_dist.engine.sharded_state import BUFFER, EMA, EMA_BUFFER, Fragment,
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, write_atomically, write_json
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.freezing import frozen_parameters
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
 Spread = Callable[[DiT, Config], None]
@@ -293,19 +294,22 @@ def read_checkpoint_model(
         model = DiT(config)
         if spread is not None:
             spread(model, config)
-    check_stored(checkpoint, stored_tensors(checkpoint, model, kind))  # before there is memory for sizes in config.yaml
+    frozen = frozen_parameters(config)
+    # Before there is memory for sizes in config.yaml.
+    check_stored(checkpoint, stored_tensors(checkpoint, model, kind, frozen))
     model.to_empty(device="cpu")
-    load_fragments(checkpoint, stored_tensors(checkpoint, model, kind))  # fills every tensor, the position table too
+    # Fills every tensor, the position table too.
+    load_fragments(checkpoint, stored_tensors(checkpoint, model, kind, frozen))
     return model.to(device).eval().requires_grad_(False), config
 
 
-def stored_tensors(checkpoint: Path, model: DiT, kind: str) -> list[Fragment]:
+def stored_tensors(checkpoint: Path, model: DiT, kind: str, frozen: Collection[str] = ()) -> list[Fragment]:
     """The weights of a kind, and the buffers with them: the average of a finished run has thresholds of its own."""
     own = stored_names(checkpoint, EMA_BUFFER) if kind == EMA else set()
     found = buffers(model)
     names = [buffer.name.replace(BUFFER, EMA_BUFFER, 1) for buffer in found]
     both = zip(found, names, strict=True)
-    return weights(model, kind) + [replace(buffer, name=name) if name in own else buffer for buffer, name in both]
+    return weights(model, kind, frozen) + [replace(buffer, name=name) if name in own else buffer for buffer, name in both]
 
 
 def has_thresholds_of_average(checkpoint: Path) -> bool:

@@ -24,12 +24,13 @@ from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
-from diffmoe_dist.engine.fine_tuning import tensors_anew, told
+from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.engine.resume import progress_from
 from diffmoe_dist.files import format_bytes
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.freezing import frozen_parameters, told
 from diffmoe_dist.model.moe import ExpertInput, Experts, MoELayer
 from diffmoe_dist.model.routing import Routing
 from diffmoe_dist.parallel.expert_parallel import ExpertShard, apply_expert_parallel, create_topology
@@ -148,6 +149,9 @@ def _report(
     total = sum(parameter.numel() for parameter in whole.parameters())
     held = sum(parameter.numel() for parameter in model.parameters())
     yield "model", f"{total / 1e6:,.2f} M parameters, {held / 1e6:,.2f} M of them on a rank"
+    if frozen := frozen_parameters(config):
+        still = sum(whole.get_parameter(name).numel() for name in frozen)
+        yield "frozen", f"{still / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters: {told(frozen)}"
     if config.experts is not None:
         yield (
             "experts",
@@ -173,7 +177,9 @@ def _report(
             "encoders",
             f"{format_bytes(data.encoders.num_bytes)} more on every rank, for what is encoded as it is read",
         )
-    written = 4 * (3 + config.ema.count) * total  # weights, two moments and averages, fp32
+    still = sum(whole.get_parameter(name).numel() for name in frozen_parameters(config))
+    # Weights, and of what trains two moments and averages, fp32.
+    written = 4 * (total + (2 + config.ema.count) * (total - still))
     yield (
         "checkpoint",
         f"{format_bytes(written)}, {format_bytes(written // ranks)} of it copied to host memory by a rank; "

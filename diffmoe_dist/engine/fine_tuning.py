@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
@@ -63,8 +62,3 @@ def changed_settings(config: Config, saved: Config, whose: str) -> list[str]:
                 f"{then.get(setting)}; use that value or other weights"
             )
     return changed
-
-
-def told(names: list[str]) -> str:
-    """The names, those that are the same in many blocks once."""
-    return ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names)) or "nothing"

@@ -62,9 +62,13 @@ def _look(model: nn.Module, loss: Callable[[], Tensor], micro_step: int, rank: i
         yield Origin(micro_step, False, 2**31, rank, "the loss")
     with _watched_gradients(model) as seen:
         # This way, not by backward(): that would set off DeepSpeed's reductions.
-        torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+        torch.autograd.grad(value, [parameter for _, parameter in _trained(model)], allow_unused=True)
     for order, name in seen[:1]:
         yield Origin(micro_step, True, order, rank, name)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 class _Lookout:
@@ -102,7 +106,7 @@ def _watched_gradients(model: nn.Module) -> Iterator[list[tuple[int, str]]]:
     def hook(name: str) -> Callable[[Tensor], None]:
         return lambda gradient: lookout.look(name, gradient)
 
-    with _removed_afterwards([parameter.register_hook(hook(name)) for name, parameter in model.named_parameters()]):
+    with _removed_afterwards([parameter.register_hook(hook(name)) for name, parameter in _trained(model)]):
         yield lookout.seen
 
 

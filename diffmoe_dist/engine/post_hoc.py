@@ -21,6 +21,7 @@ from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint
 from diffmoe_dist.engine.ema import exponent_of, stored_average
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.freezing import frozen_parameters
 
 WORST_FIT = 0.1  # relative distance of the weightings, beyond which the result is another average than was asked for
 _STEPS_AT_ONCE = 2**14
@@ -67,8 +68,10 @@ def read_average(checkpoint: Path, length: float) -> tuple[DiT, Config, Fit]:
         kind = stored_average(load_config(path / "config.yaml").ema, length=of_length)
         for name, value in read_checkpoint_model(path, "cpu", kind)[0].named_parameters():
             sums[name] += number * value.double()
+    frozen = frozen_parameters(config)  # of which the weights are every average, to the bit
     for name, parameter in model.named_parameters():
-        parameter.copy_(sums[name])
+        if name not in frozen:
+            parameter.copy_(sums[name])
     return model, config, Fit({(path.name, of): number for (path, of), number in used.items()}, error)
 
 

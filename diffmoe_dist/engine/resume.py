@@ -12,6 +12,7 @@ from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, re
 from diffmoe_dist.engine.ema import averages
 from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.model.freezing import frozen_parameters
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def progress_from(
         pool_samples=pool_samples(config, world_size),
         micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
     )
+    now_frozen = frozen_parameters(config)
     if checkpoint is None:
         if config.train.initial_weights is not None:
             tensors_anew(config)
@@ -61,6 +63,7 @@ def progress_from(
     saved = read_progress(checkpoint)
     _check_same_model(checkpoint, config)
     _check_same_run(checkpoint, saved, fresh, config.checkpoint.allow_pool_change)
+    _check_frozen(checkpoint, config, now_frozen)
     _check_averages(checkpoint, config)
     return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
 
@@ -95,6 +98,17 @@ def _refuse_other_model(config: Config, saved: Config, whose: str, otherwise: st
                 f"{key}={value}, but {whose} is of another model with {key}={settings[key]}; "
                 f"use that value or {otherwise}"
             )
+
+
+def _check_frozen(checkpoint: Path, config: Config, frozen: frozenset[str]) -> None:
+    """Refuse to train other parameters than before: their moments and averages are not there."""
+    saved = load_config(checkpoint / "config.yaml")
+    if frozen_parameters(saved) != frozen:
+        raise UserError(
+            f"train.freeze={list(config.train.freeze)}, but {checkpoint} was trained with train.freeze="
+            f"{list(saved.train.freeze)}; use that, or go on in another run_dir from its weights: python -m "
+            "diffmoe_dist.convert makes a folder of them for train.initial_weights"
+        )
 
 
 def _check_averages(checkpoint: Path, config: Config) -> None:

@@ -7,16 +7,19 @@ and a rank's shard of the experts is an interval of the flattened stack of all e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffmoe_dist.engine.zero import ReducingZero
 from diffmoe_dist.model.moe import Experts
+from diffmoe_dist.parallel.expert_parallel import ranks_with_equal
 from diffmoe_dist.parallel.slices import Columns
+from diffmoe_dist.parallel.topology import Topology, all_gather
 
 MASTER, EXP_AVG, EXP_AVG_SQ, EMA = "master", "exp_avg", "exp_avg_sq", "ema"
 BUFFER, EMA_BUFFER = "buffer", "ema_buffer"  # the latter as it is for the average of `ema.decay`
@@ -34,17 +37,24 @@ class Fragment:
 
 
 class ShardedState:
-    """This rank's partitions: fp32 weights, AdamW's moments and averaged weights, one flat tensor a group each."""
+    """This rank's partitions of what trains: fp32 weights, AdamW's moments and averages, one flat tensor a group each.
 
-    def __init__(self, model: nn.Module, zero: ReducingZero, averages: Iterable[str] = (EMA,)) -> None:
+    Beside them stands what is frozen.
+    """
+
+    def __init__(
+        self, model: nn.Module, zero: ReducingZero, frozen: FrozenState, averages: Iterable[str] = (EMA,)
+    ) -> None:
         """
         Args:
             model: the model whose parameters DeepSpeed has partitioned.
             zero: the ZeRO optimizer, around a torch AdamW that has not stepped yet.
+            frozen: what of the model DeepSpeed does not know.
             averages: the kinds of `ema.averages`.
         """
         self.model = model
         self.zero = zero
+        self.frozen = frozen
         self.adamw: torch.optim.AdamW = zero.optimizer
         masters = [group["params"][0] for group in self.adamw.param_groups]
         for master in masters:
@@ -62,9 +72,10 @@ class ShardedState:
         }
 
     def fragments(self) -> Iterator[Fragment]:
-        """Everything this rank owns of the parameters, by `kind.parameter`; over all ranks each element once."""
+        """Everything this rank owns, by `kind.parameter`; over all ranks each element once."""
+        yield from self.frozen.fragments()
         for name, parameter in self.model.named_parameters():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # what this rank owns of it; None: nothing
+            mapping = getattr(parameter, "_hp_mapping", None)  # what this rank owns of it
             if mapping is None:
                 continue
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -90,6 +101,59 @@ class ShardedState:
         for group in self.adamw.param_groups:
             self.adamw.state[group["params"][0]]["step"].fill_(updates)
         self.zero.update_lp_params()
+        self.frozen.after_load()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of a parameter, the elements from `start` on that this rank owns; each rank that has it owns as many."""
+
+    name: str
+    start: int
+    length: int  # of a rank's part; the last ones may have less
+    exact: Tensor  # (n,) fp32
+    group: Any
+
+
+class FrozenState:
+    """The fp32 values of parameters that do not train, of which each rank owns a part for checkpoints.
+
+    ZeRO knows nothing of them. Where the model is in fp32 the parts are the model's own. A model in bf16 is rounded,
+    and a checkpoint of that would not be what the weights were.
+
+    To be made of the model in fp32, after `parameter_groups` and before DeepSpeed rounds it.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str], topology: Topology, rounded: bool) -> None:
+        self.model = model
+        self.parts = [_part(model, name, topology, rounded) for name, _ in model.named_parameters() if name in names]
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns, as `master.NAME`; over all ranks each element once."""
+        for part in self.parts:
+            if len(part.exact):
+                parameter = self.model.get_parameter(part.name)
+                yield from _in_whole(self.model, part.name, parameter, part.start, MASTER, part.exact)
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Bring the model in line with parts just written; collective."""
+        for part in self.parts:
+            flat = self.model.get_parameter(part.name).view(-1)
+            own = flat.new_zeros(part.length)
+            own[: len(part.exact)] = part.exact
+            whole = flat.new_empty(part.length * dist.get_world_size(part.group))
+            all_gather(whole, own, group=part.group)
+            flat.copy_(whole[: len(flat)])
+
+
+def _part(model: nn.Module, name: str, topology: Topology, rounded: bool) -> _Part:
+    parameter = model.get_parameter(name)
+    group, flat = ranks_with_equal(parameter, topology), parameter.detach().view(-1)
+    length = -(-len(flat) // dist.get_world_size(group))
+    start = min(dist.get_rank(group) * length, len(flat))
+    exact = flat[start : start + length]
+    return _Part(name, start, length, exact.clone() if rounded else exact, group)
 
 
 def _in_whole(
@@ -113,15 +177,20 @@ def _in_whole(
                 yield Fragment(key, there + first - here, total, data[first - start : end - start])
 
 
-def weights(model: nn.Module, kind: str) -> list[Fragment]:
-    """The parameters of a model, of its experts the shard at hand, as fragments to load `kind` into."""
+def weights(model: nn.Module, kind: str, frozen: Collection[str] = ()) -> list[Fragment]:
+    """The parameters of a model, of its experts the shard at hand, as fragments to load `kind` into.
+
+    Of frozen ones the weights themselves are every average, and stored once.
+    """
     assert not any(isinstance(m, Experts) and m.first for m in model.modules()), (
         "a shard of the experts knows how many there are"
     )
     return [
         fragment
         for name, parameter in model.named_parameters()
-        for fragment in _in_whole(model, name, parameter, 0, kind, parameter.detach().view(-1))
+        for fragment in _in_whole(
+            model, name, parameter, 0, MASTER if name in frozen else kind, parameter.detach().view(-1)
+        )
     ]
 
 

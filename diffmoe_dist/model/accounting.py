@@ -7,14 +7,14 @@ token (DiffMoE eq. 8-9); the unconditional expert counts as one of them. N is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config
-from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.freezing import GradientFlow
+from diffmoe_dist.model.on_meta import meta_model
 
 # The part that a parameter belongs to, by a pattern in its name; the first match counts.
 _PARTS = {
@@ -35,6 +35,7 @@ PARTS = (
     "attention", "cross-attention", "adaLN", "dense MLP", "routed experts", "shared experts", "unconditional expert",
     "router", "capacity predictor", "embedders", "position table", "final layer",
 )  # fmt: skip
+ATTENTION_PRODUCTS = "attention products"
 _FEED_FORWARD = ("dense MLP", "routed experts", "router", "capacity predictor")
 
 
@@ -48,6 +49,8 @@ class Accounting:
     attention_macs: int  # of the products of queries with keys and of weights with values
     num_experts: int  # N; 0: a dense model
     nominal_capacity: float  # C of the settings: `moe.capacity` or `moe.top_k`; 0: a dense model
+    # By part, and of attention's products, how much of backward's two passes is made; not given: all of it.
+    backward: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -85,9 +88,11 @@ class Accounting:
     def training_flops(self, capacity: float | None = None) -> float:
         """Floating-point operations of a training step for one image at C.
 
-        Two for each MAC of linear layers and of attention's products; backward is twice forward.
+        Two for each MAC of linear layers and of attention's products; backward is twice forward. It is less where
+        parameters are frozen: they have no gradient, and what lies before all that trains has no backward pass.
         """
-        return 3 * 2 * (sum(self.macs(capacity).values()) + self.attention_macs)
+        macs = {**self.macs(capacity), ATTENTION_PRODUCTS: self.attention_macs}
+        return sum(2 * number * (1 + 2 * self.backward.get(part, 1.0)) for part, number in macs.items())
 
     @property
     def _one_expert(self) -> float:
@@ -95,31 +100,6 @@ class Accounting:
 
     def _capacity(self, capacity: float | None) -> float:
         return self.nominal_capacity if capacity is None else capacity
-
-
-def meta_model(config: Config) -> DiT:
-    """The whole model on the meta device: shapes and no memory. To be read alone, for it is kept."""
-    return _meta_model(_ByModel(config))
-
-
-class _ByModel:
-    """Settings that are equal where they make the same model."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.key = repr((config.model, config.moe, config.precision))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByModel) and self.key == other.key
-
-
-@lru_cache(maxsize=4)
-def _meta_model(settings: _ByModel) -> DiT:
-    with torch.device("meta"):
-        return DiT(settings.config)
 
 
 def account(config: Config) -> Accounting:
@@ -143,7 +123,22 @@ def account(config: Config) -> Accounting:
         attention_macs=config.model.depth * 2 * tokens * keys * config.model.num_heads * config.model.head_dim,
         num_experts=num_experts,
         nominal_capacity=0.0 if experts is None else experts.nominal_capacity(),
+        backward=_backward(config) if config.train.freeze else {},
     )
+
+
+def _backward(config: Config) -> dict[str, float]:
+    """By part, how much of backward is made of what it is where everything trains: a mean over the part's MACs."""
+    flow = GradientFlow(config)
+    whole: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    made = dict(whole)
+    for name, parameter in meta_model(config).named_parameters():
+        macs = _macs_of(name, parameter, config.tokens_per_sample, config.model.text_max_length or 0)
+        whole[part_of(name)] += macs
+        made[part_of(name)] += macs * (1.0 if name not in flow.frozen else 0.5 if flow.reaches(name) else 0.0)
+    kept = {part: made[part] / total for part, total in whole.items() if total}
+    attends = [flow.into(f"blocks.{block}.attn.proj.weight") for block in range(config.model.depth)]
+    return {**kept, ATTENTION_PRODUCTS: sum(attends) / len(attends)}
 
 
 def part_of(name: str) -> str:

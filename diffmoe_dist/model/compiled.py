@@ -23,6 +23,10 @@ def apply_compile(model: DiT) -> None:
 
     To be called before `apply_recompute`, which computes compiled parts again. Without gradients nothing changes.
     """
+    if any(not parameter.requires_grad for parameter in model.parameters()):
+        # What differs in its frozen parameters is other code; by default the ninth is an error.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 8 + len(model.blocks))
     for block in model.blocks:
         layer = block.mlp
         _compile(block, "attend")

@@ -71,20 +71,24 @@ class _ExpertLinear(torch.autograd.Function):
         rows: int | Sequence[int] | None,
         ends: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, token_index, w, ends)
-        ctx.rows, ctx.has_bias = rows, b is not None
+        # What a frozen weight needs not is not kept, nor computed.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, token_index, w, ends)
+        ctx.rows, ctx.tokens = rows, x.shape
         return _products(_picked(x, token_index), w, b, rows, ends)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
         x, token_index, w, ends = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = _products(grad, w.mT, None, ctx.rows, ends)
-        if token_index is not None:
-            grad_x = torch.zeros_like(x).index_add_(0, token_index, grad_x)
-        grad_w = _outer_products(_picked(x, token_index), grad, len(w), ctx.rows, ends)
-        grad_b = _column_sums(grad, len(w), ctx.rows, ends) if ctx.has_bias else None
+        grad, grad_x, grad_w, grad_b = grad.contiguous(), None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = _products(grad, w.mT, None, ctx.rows, ends)
+            if token_index is not None:
+                grad_x = grad_x.new_zeros(ctx.tokens).index_add_(0, token_index, grad_x)
+        if ctx.needs_input_grad[2]:
+            grad_w = _outer_products(_picked(x, token_index), grad, len(w), ctx.rows, ends)
+        if ctx.needs_input_grad[3]:
+            grad_b = _column_sums(grad, len(w), ctx.rows, ends)
         return grad_x, None, grad_w, grad_b, None, None
 
 

@@ -30,13 +30,15 @@ class _Fp32Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, activated = ctx.saved_tensors
         kind = torch.promote_types(x.dtype, weight.dtype)
         grad = grad.to(kind)
-        grad_weight = (grad.T @ (x if activated is None else activated).to(kind)).to(weight.dtype)
-        grad_bias = None if ctx.bias_type is None else grad.sum(dim=0, dtype=kind).to(ctx.bias_type)
-        grad_x = None
+        grad_weight, grad_bias, grad_x = None, None, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.T @ (x if activated is None else activated).to(kind)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(dim=0, dtype=kind).to(ctx.bias_type)
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight.to(kind)).to(x.dtype)
             if activated is not None:

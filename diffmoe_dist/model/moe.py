@@ -120,17 +120,17 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, token_index: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(y, gate, token_index)
-        ctx.sizes = tokens, dtype
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gate, token_index)
+        ctx.sizes, ctx.dtype = (tokens, dtype), y.dtype
         return _add_up(y, gate, token_index, tokens, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         y, gate, token_index = ctx.saved_tensors
         grad = grad_TD.index_select(0, token_index)
-        grad_gate = (grad * y).sum(dim=1, dtype=gate.dtype)
-        grad_y = grad if grad.dtype == y.dtype else torch.empty_like(y)
+        grad_gate = None if y is None else (grad * y).sum(dim=1, dtype=gate.dtype)
+        grad_y = grad if grad.dtype == ctx.dtype else torch.empty_like(grad, dtype=ctx.dtype)
         torch.mul(grad, gate[:, None], out=grad_y)
         return grad_y, grad_gate, None, None, None
 

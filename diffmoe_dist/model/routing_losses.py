@@ -45,7 +45,7 @@ def with_gradients_now(loss: Tensor, output: Tensor, gradient: Tensor, parameter
     """
     if not output.requires_grad:
         return loss
-    parameters = list(parameters)
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return _KnownGradients.apply(loss, torch.autograd.grad(output, parameters, gradient), *parameters)
 
 

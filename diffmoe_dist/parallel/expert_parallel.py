@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -68,32 +68,31 @@ def apply_expert_parallel(model: DiT, config: Config, topology: Topology) -> Non
                 levels = (topology.expert_group, topology.expert_data_group) if kind == "global" else None
                 layer.router.pool = DistributedPool(group, config.parallel, levels)
         if topology.expert > 1:
-            layer.experts = ExpertShard(layer.experts, topology)
+            layer.experts = cast(Any, ExpertShard(layer.experts, topology))
             layer.dispatcher = AllToAllDispatcher(topology.expert_group)
 
 
 class Sharded(MoE):
-    """A module by which DeepSpeed's engine notices that `ranks` consecutive ranks hold different parameters.
+    """A module by which DeepSpeed's engine notices that consecutive ranks hold different parameters.
 
-    It reduces such parameters over their own groups only where it meets a subclass of its MoE layer. Nothing else of
-    that layer is used.
+    It reduces such parameters over their own groups only where it meets a subclass of its MoE layer; and where it meets
+    one, some of them must train. Nothing else of that layer is used.
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.ep_size = self.num_experts = ranks
-        self.group_name = _group_name(ranks)
+        self.num_experts = 1  # the engine keeps the number, and asks for it no more
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """DeepSpeed's engine calls this to make the groups; `create_topology` has made them."""
-        assert self.group_name in groups._get_expert_parallel_group_dict()
 
 
-class ExpertShard(Sharded):
+class ExpertShard(nn.Module):
     """This rank's shard of the experts, consecutive ones."""
 
     def __init__(self, experts: Experts, topology: Topology) -> None:
-        super().__init__(topology.expert)
+        super().__init__()
+        self.group_name = _group_name(topology.expert)
         self.num_experts = len(experts.w1)
         self.activation = experts.activation
         self.num_local_experts = self.num_experts // topology.expert
@@ -103,11 +102,14 @@ class ExpertShard(Sharded):
             setattr(self, name, nn.Parameter(torch.empty_like(parameter[: self.num_local_experts])))
 
     def forward(self, rows: ExpertInput) -> Tensor:
-        return Experts.forward(self, rows)
+        return Experts.forward(cast(Any, self), rows)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's parameter groups as DeepSpeed's ZeRO needs them: what is sharded in groups of its own, marked.
+
+    Of parameters that train. A module tells DeepSpeed of the groups that are marked; frozen parameters that are sharded
+    are marked too, else DeepSpeed would send the first rank's to all.
 
     The last parameters come first, as in backward: so the owners of chunks that are reduced one after the other are
     neighbours in NCCL's ring, where a reduction starts behind its owner and ends there. It starts when the one before
@@ -128,11 +130,21 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         name = group_of.get(parameter, "dense")
         if name != "dense":
             parameter.allreduce, parameter.group_name = False, name
-        members.setdefault(name, []).append(parameter)
+        if parameter.requires_grad:
+            members.setdefault(name, []).append(parameter)
+    if len(members) > 1:
+        model.add_module("sharded", Sharded())
     return [
         {"name": name, "params": parameters} | ({} if name == "dense" else {"moe": True})
         for name, parameters in members.items()
+        if parameters
     ]
+
+
+def ranks_with_equal(parameter: nn.Parameter, topology: Topology) -> dist.ProcessGroup:
+    """The ranks that hold the same values of a parameter, which `parameter_groups` has seen."""
+    name = getattr(parameter, "group_name", None)
+    return topology.world_group if name is None else groups._get_expert_data_parallel_group(name)
 
 
 def _group_name(expert: int) -> str:

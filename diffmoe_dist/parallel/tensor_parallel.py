@@ -23,7 +23,6 @@ from diffmoe_dist.model.blocks import Attention, CrossAttention
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import MoELayer
-from diffmoe_dist.parallel.expert_parallel import Sharded
 from diffmoe_dist.parallel.slices import Slice
 from diffmoe_dist.parallel.topology import Topology, all_gather
 
@@ -52,7 +51,6 @@ def apply_tensor_parallel(model: DiT, topology: Topology) -> None:
         dense = block.mlp.shared if isinstance(block.mlp, MoELayer) else block.mlp
         if dense is not None:
             _cut_feed_forward(dense, topology)
-    model.add_module("tensor_slices", Sharded(topology.tensor))
 
 
 def _prepare_megatron(device: torch.device) -> None:
@@ -98,9 +96,13 @@ class _MixedPrecision:
     """Rounds the operands of a product before they travel; Megatron's own products take autocast on CUDA alone."""
 
     def _forward_impl(self, *, input: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
+        if bias is not None and bias.requires_grad and not weight.requires_grad:
+            # Megatron's product with a frozen weight has no gradient for the bias.
+            product = self._forward_impl(input=input, weight=weight, bias=None, **settings)
+            return product + bias.to(product.dtype)
         kind = input.device.type
         forward: Any = super()._forward_impl  # type: ignore[misc]
-        if not torch.is_autocast_enabled(kind):
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return forward(input=input, weight=weight, bias=bias, **settings)
         dtype = torch.get_autocast_dtype(kind)
         rounded = {

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings
-from diffmoe_dist.model.accounting import account, meta_model
+from diffmoe_dist.model.accounting import part_of
+from diffmoe_dist.model.freezing import GradientFlow, frozen_parameters
+from diffmoe_dist.model.on_meta import meta_model
 from diffmoe_dist.parallel.slices import is_cut
 from diffmoe_dist.planning.workload import Workload
 
@@ -55,13 +57,22 @@ class ZeroGroup:
 
 
 def zero_groups(config: Config, ranks: int) -> list[ZeroGroup]:
-    """Parameters by the number of ranks that hold different ones: of a shard of the experts, of a slice of a layer."""
-    expert, tensor = config.parallel.expert, config.parallel.tensor
+    """What trains, by the number of ranks that hold different parts: shards of the experts, slices of a layer."""
+    frozen = frozen_parameters(config)
     sizes: dict[int, list[int]] = {1: []}
     for name, parameter in meta_model(config).named_parameters():
-        holders = expert if ".mlp.experts." in name else tensor if is_cut(name) else 1
-        sizes.setdefault(holders, []).append(parameter.numel() // holders)
-    return [_zero_group(config, holders, sizes[holders], ranks, len(sizes) == 1) for holders in sizes]
+        if name not in frozen:
+            holders = _holders(config, name)
+            sizes.setdefault(holders, []).append(parameter.numel() // holders)
+    sizes = {holders: of_group for holders, of_group in sizes.items() if of_group}
+    is_only = all(_holders(config, name) == 1 for name, _ in meta_model(config).named_parameters())
+    return [_zero_group(config, holders, sizes[holders], ranks, is_only) for holders in sizes]
+
+
+def _holders(config: Config, name: str) -> int:
+    """How many ranks hold a parameter together."""
+    expert, tensor = config.parallel.expert, config.parallel.tensor
+    return expert if ".mlp.experts." in name else tensor if is_cut(name) else 1
 
 
 def _zero_group(config: Config, holders: int, sizes: list[int], ranks: int, is_only: bool) -> ZeroGroup:
@@ -95,12 +106,24 @@ def persistent_bytes(config: Config, ranks: int) -> dict[str, int]:
     groups = zero_groups(config, ranks)
     partitions = sum(group.partition for group in groups)
     buffers = list(meta_model(config).buffers())
+    still = _frozen_bytes(config, ranks) if config.train.freeze else {}
     return {
         "weights": sum(group.padded for group in groups) * weight_bytes(config),
         "fp32 master weights": partitions * 4 if weight_bytes(config) < 4 else 0,  # else they are the model's own
         "AdamW moments": 2 * partitions * 4 + 4 * len(groups),  # and its step counts
         "EMA": config.ema.count * partitions * 4,
         "buffers": sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+        **still,
+    }
+
+
+def _frozen_bytes(config: Config, ranks: int) -> dict[str, int]:
+    """Of parameters that do not train: as the model holds them, and what a rank keeps of their fp32 values."""
+    model, element = meta_model(config), weight_bytes(config)
+    sizes = [(model.get_parameter(name).numel(), _holders(config, name)) for name in frozen_parameters(config)]
+    return {
+        "frozen weights": element * sum(size // holders for size, holders in sizes),
+        "fp32 frozen weights": 4 * sum(-(-size // ranks) for size, _ in sizes) if element < 4 else 0,
     }
 
 
@@ -165,28 +188,69 @@ def activation_bytes(config: Config, work: Workload) -> float:
 
     With `train.recompute` it is within 10 %; `recomputed_bytes` come on top.
     """
-    model, mode = config.model, config.train.recompute
+    flow, D = GradientFlow(config), config.model.hidden_size
+    e, r = product_bytes(config), weight_bytes(config)
+    kept = sum(_block_bytes(config, work, flow, block) for block in range(config.model.depth))
+    if config.model.condition == "text":
+        of_embedder = config.model.text_hidden_size + 2 * D if flow.trains("y_embedder.") else 0
+        kept += work.images * config.model.text_max_length * (D + of_embedder) * e
+    # The residual stream before the norm and the norm's output; modulated, it is the layer's input.
+    modulates = flow.trains("t_embedder.", "y_embedder.", "final_layer.adaLN_modulation.")
+    stream = flow.before(config.model.depth, "attn")
+    last = work.tokens * (stream * r + modulates * r + flow.trains("final_layer.linear.") * e) * D
+    return kept + last + _rounded_weight_bytes(config, flow)
+
+
+def _block_bytes(config: Config, work: Workload, flow: GradientFlow, block: int) -> float:
+    """What a block keeps. A factor of a product is kept where the other one has a gradient."""
+    model, mode, name = config.model, config.train.recompute, f"blocks.{block}."
     D, e, r = model.hidden_size, product_bytes(config), weight_bytes(config)
-    layers, moe_layers = model.depth, len(config.moe_blocks)
-    # Of each block: input, the residual stream in the middle, the feed-forward output; shifts, scales and gates. The
-    # residual stream and the norms' outputs, before they are modulated, are no operands of products.
-    block = work.tokens * (2 * r + e) * D + work.images * 6 * D * r
-    # The norm before attention, modulated, and its statistics; attention's projection.
-    heads = _head_bytes(config, tensors=4, normed=2) + 4 * model.num_heads
-    attention = work.tokens * ((r + 2 * e) * D + 8 + heads) + work.images * 2 * D * r
-    # The norm before the feed-forward layer; modulated, it is the layer's input, which a router keeps.
-    norm = work.tokens * (r * D + 8) + work.images * D * r
-    dense = work.tokens * (D + _DENSE_TENSORS[model.activation] * int(D * model.mlp_ratio)) * e
-    moe = 0.0 if config.experts is None else work.tokens * D * e + _moe_activation_bytes(config, config.experts, work)
-    kept = layers * block + moe_layers * moe
+    modulates, before, middle = flow.modulates(block), flow.before(block, "attn"), flow.before(block, "mlp")
+    # The residual stream before both norms, which are no operands of products; what the gate multiplies.
+    # What is computed again has its inputs kept, with gradients or without.
+    after = flow.before(block + 1, "attn")
+    fed = mode != "none" and block not in config.moe_blocks and flow.trains(f"{name}mlp.")
+    streams = (before or (middle and mode == "block")) + (middle or fed)
+    kept: float = work.tokens * (streams * r + modulates * e) * D
+    kept += work.images * 6 * D * r * after  # shifts, scales and gates
     if mode != "block":
-        kept += layers * attention
+        # The norm before attention, its statistics; modulated, the input of a product; attention's projection.
+        attends, proj = flow.into(f"{name}attn.proj.weight"), flow.trains(f"{name}attn.proj.weight")
+        kept += work.tokens * ((r + e) * modulates + flow.trains(f"{name}attn.qkv.weight") * e) * D
+        kept += work.tokens * 8 * before + work.images * 2 * D * r * modulates
+        kept += work.tokens * attends * (_head_bytes(config, tensors=4, normed=2) + 4 * model.num_heads)
+        kept += work.tokens * (proj and not attends) * _head_bytes(config, tensors=1, normed=0)
+    if model.condition == "text" and mode != "block":
+        kept += _cross_attention_bytes(config, work, flow, block)
     if mode == "none":
-        kept += layers * norm + (layers - moe_layers) * dense
-    if model.condition == "text":
-        kept += _text_activation_bytes(config, work)
-    last = work.tokens * (e + 2 * r) * D
-    return kept + last + _rounded_weight_bytes(config)
+        # The norm before the feed-forward layer, its statistics.
+        kept += work.tokens * (r * D * modulates + 8 * middle) + work.images * D * r * modulates
+    if config.experts is not None and block in config.moe_blocks:
+        kept += _moe_activation_bytes(config, config.experts, work, flow, block)
+    elif mode == "none":
+        dense = _Reached.of(flow, f"{name}mlp.")
+        kept += work.tokens * (dense.first * D + dense.tensors(model.activation) * int(D * model.mlp_ratio)) * e
+    return kept
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """Which values of a feed-forward layer have gradients to be made by them."""
+
+    first: bool  # the weights of its first layer, by its input
+    middle: bool  # what comes out of that
+    last: bool  # the weights of its last layer, by that layer's input
+
+    @classmethod
+    def of(cls, flow: GradientFlow, module: str) -> _Reached:
+        first = flow.trains(*(module + layer for layer in ("fc1.weight", "gate_proj.", "up_proj.", "w1")))
+        last = flow.trains(*(module + layer for layer in ("fc2.weight", "down_proj.", "w2")))
+        return cls(first, flow.into(f"{module}fc2.weight"), last)
+
+    def tensors(self, activation: str, dense: bool = True) -> int:
+        """Of its hidden width that it keeps. Experts keep no SiLU of their gate."""
+        before = {"gelu": 1, "swiglu": 3 if dense else 2}[activation]
+        return before * self.middle + self.last
 
 
 def _head_bytes(config: Config, tensors: int, normed: int) -> float:
@@ -205,57 +269,59 @@ def _head_bytes(config: Config, tensors: int, normed: int) -> float:
     return model.num_heads * (tensors * model.head_dim * e + normed * of_norm)
 
 
-def _rounded_weight_bytes(config: Config) -> float:
+def _rounded_weight_bytes(config: Config, flow: GradientFlow) -> float:
     """The copies of a rank's fp32 weights that mixed precision makes in each forward pass, and backward needs again."""
     if product_bytes(config) == weight_bytes(config):
         return 0
-    parts = account(config).parameters
-    parts["routed experts"] //= config.parallel.expert
-    for part in ("attention", "cross-attention", "dense MLP", "shared experts"):
-        parts[part] //= config.parallel.tensor
+    again = RECOMPUTED_PARTS[config.train.recompute]
     return product_bytes(config) * sum(
-        elements
-        for part, elements in parts.items()
-        if part not in (*RECOMPUTED_PARTS[config.train.recompute], "position table")
+        parameter.numel() // _holders(config, name)
+        for name, parameter in meta_model(config).named_parameters()
+        if part_of(name) not in again and flow.reaches(name)
     )
 
 
-def _text_activation_bytes(config: Config, work: Workload) -> float:
-    """Of the captions' embedder, and of cross-attention in all blocks."""
-    model, e, r = config.model, product_bytes(config), weight_bytes(config)
-    D, text_tokens = model.hidden_size, work.images * model.text_max_length
+def _cross_attention_bytes(config: Config, work: Workload, flow: GradientFlow, block: int) -> float:
+    model, e, r, name = config.model, product_bytes(config), weight_bytes(config), f"blocks.{block}.cross_attn."
+    before, attends = flow.before(block, "cross_attn"), flow.into(f"{name}proj.weight")
     # The residual stream before it and its norm; q, the output; then k and v; statistics of the norm.
-    heads = _head_bytes(config, tensors=2, normed=1)
-    block = work.tokens * ((e + r) * D + 8 + heads + 4 * model.num_heads) + text_tokens * heads
-    embedder = text_tokens * (model.text_hidden_size + 3 * D) * e
-    return (0 if config.train.recompute == "block" else model.depth * block) + embedder
+    heads = attends * _head_bytes(config, tensors=2, normed=1)
+    kept = (e * flow.trains(f"{name}q.") + r * before) * model.hidden_size + 8 * before
+    of_tokens = work.tokens * (kept + heads + attends * 4 * model.num_heads)
+    return of_tokens + work.images * model.text_max_length * heads
 
 
-def _moe_activation_bytes(config: Config, experts: RouterSettings, work: Workload) -> float:
-    """Of one mixture-of-experts layer, beyond its input and output."""
+def _moe_activation_bytes(
+    config: Config, experts: RouterSettings, work: Workload, flow: GradientFlow, block: int
+) -> float:
+    """Of one mixture-of-experts layer."""
     D, e, r = config.model.hidden_size, product_bytes(config), weight_bytes(config)
-    kept = int(config.train.recompute == "none")
-    hidden = kept * _hidden_bytes(config, experts)
-    shared = kept * _DENSE_TENSORS[experts.shared_activation] * experts.shared_hidden_size(D) * e
-    unconditional = kept * _hidden_bytes(config, experts, dense=True)
+    module, kept = f"blocks.{block}.mlp.", int(config.train.recompute == "none")
+    routed, shared, unconditional = (
+        _Reached.of(flow, f"{module}{part}.") for part in ("experts", "shared", "unconditional")
+    )
+    scored = flow.trains(f"{module}router.") or flow.into(f"{module}experts.w1")
+    hidden = kept * _hidden_bytes(config, experts, routed)
+    of_shared = kept * shared.tensors(experts.shared_activation) * experts.shared_hidden_size(D) * e
+    of_unconditional = kept * _hidden_bytes(config, experts, unconditional, dense=True)
     # A router reads the tokens of mixed precision before they are rounded for the experts.
     fp32_copy = 4 * D if e < 4 and (e < r or experts.keeps_fp32_tokens) else 0
-    router = work.tokens * (4 * experts.num_experts + fp32_copy + experts.saved_bytes(D, e))
+    router = work.tokens * scored * (4 * experts.num_experts + fp32_copy + experts.saved_bytes(D, e))
     # Out of the experts, where rows travel also into them (else backward picks them once more), and three indices.
-    travel = config.parallel.expert > 1
-    rows = work.assignments * ((2 if travel else 1) * D * e + hidden + 3 * 8)
-    beside = work.tokens * shared + work.unconditional * (D * e + unconditional)
+    travel = routed.first and config.parallel.expert > 1
+    rows = work.assignments * ((scored + travel) * D * e + hidden + 3 * 8)
+    beside = work.tokens * of_shared + work.unconditional * (unconditional.first * D * e + of_unconditional)
     # The layer's output, of the residual stream's type, is added up again in backward, unless more is in it.
     more = experts.shared_experts or experts.unconditional_expert
-    summed = work.tokens * ((r if more else 0) - e) * D
-    return router + rows + beside + summed
+    summed = work.tokens * flow.modulates(block) * ((r if more else 0) - e) * D
+    layer_input = work.tokens * D * e * (routed.first or shared.first or flow.trains(f"{module}router."))
+    return layer_input + router + rows + beside + summed
 
 
-def _hidden_bytes(config: Config, experts: RouterSettings, dense: bool = False) -> float:
+def _hidden_bytes(config: Config, experts: RouterSettings, reached: _Reached, dense: bool = False) -> float:
     """What an expert saves of each row beside its input; `dense`: the unconditional one."""
     hidden_size = int(config.model.hidden_size * experts.expert_mlp_ratio)
-    tensors = _DENSE_TENSORS if dense else {"gelu": 2, "swiglu": 3}
-    return tensors[experts.activation] * hidden_size * product_bytes(config)
+    return reached.tensors(experts.activation, dense) * hidden_size * product_bytes(config)
 
 
 def recomputed_bytes(config: Config, work: Workload) -> float:
@@ -266,7 +332,8 @@ def recomputed_bytes(config: Config, work: Workload) -> float:
         return 0.0
     parts: list[float] = [work.tokens * (2 * D + _DENSE_TENSORS[model.activation] * int(D * model.mlp_ratio)) * e]
     if config.experts is not None:
-        parts.append(work.assignments * _hidden_bytes(config, config.experts))
+        every = _Reached(first=True, middle=True, last=True)
+        parts.append(work.assignments * _hidden_bytes(config, config.experts, every))
     if mode == "block":
         heads = (2 if model.condition == "text" else 1) * _head_bytes(config, tensors=4, normed=2)
         parts.append(work.tokens * (3 * D * e + heads))

@@ -165,8 +165,10 @@ def _arithmetic(plan: Plan) -> list[str]:
     macs, products = plan.accounting.macs(plan.work.capacity), plan.accounting.attention_macs
     linear = sum(macs.values())
     unit, size = _unit(linear, MACS)
+    times = plan.accounting.training_flops(plan.work.capacity) / (2 * (linear + products))
     return [
-        f"ARITHMETIC, {unit} multiply-accumulates of one image forward (exact); a training step does 3 times that",
+        f"ARITHMETIC, {unit} multiply-accumulates of one image forward (exact); a training step does {times:.3g} times "
+        "that",
         *(_row(part, f"{number / size:.3f}") for part, number in macs.items() if number),
         _row("linear layers", f"{linear / size:.3f}", "what the papers print"),
         _row("attention products", f"{products / size:.3f}", "queries x keys, weights x values"),
@@ -177,6 +179,8 @@ def _memory(plan: Plan) -> list[str]:
     notes = {
         "weights": "persistent: the model's own, whole but for other ranks' experts",
         "fp32 master weights": "persistent: this rank's ZeRO partition, as the next two",
+        "frozen weights": "persistent: the model's own, of what train.freeze names",
+        "fp32 frozen weights": "persistent: this rank's part, for checkpoints",
         "gradients": "peak: those made by then, with the buffers that reduce them",
         "activations": "peak: still saved for backward by then, and one layer's backward",
     }

@@ -14,6 +14,7 @@ from typing import Literal
 
 from diffmoe_dist.config import Config, RouterSettings, loss_weights
 from diffmoe_dist.diffusion.objectives import build_objective
+from diffmoe_dist.model.freezing import GradientFlow
 from diffmoe_dist.planning.memory import (
     REDUCTION_CHUNK,
     RankGroup,
@@ -78,9 +79,16 @@ def _routing_transfers(config: Config, experts: RouterSettings, groups: _Groups,
     N, D = experts.num_experts, config.model.hidden_size
     times = len(config.moe_blocks) * work.micro_steps
     rows = work.assignments * D * product_bytes(config)
+    flow = GradientFlow(config)
+    # Gradients of the results go to the experts, those of the rows from there, where something needs them.
+    back = [
+        flow.into(f"blocks.{block}.mlp.experts.w1") + flow.reaches_in(f"blocks.{block}.mlp.experts.")
+        for block in config.moe_blocks
+    ]
+    returns = sum(back) * work.micro_steps
     transfers = [
         groups.all_to_all(ROWS, "expert", 2 * rows, 2 * times, times),
-        groups.all_to_all(ROW_GRADIENTS, "expert", 2 * rows, 2 * times, times),
+        groups.all_to_all(ROW_GRADIENTS, "expert", rows, returns, returns),
     ]
     if not _arrivals_are_known(config, experts, groups.cluster.ranks, work.tokens):
         transfers.append(groups.all_to_all("row counts", "expert", 8 * N, times, times))
@@ -115,34 +123,49 @@ def _tensor_transfers(config: Config, groups: _Groups, work: Workload) -> list[T
     A layer of some outputs gathers its input, gathers it again in backward and scatters its gradient; a layer of some
     inputs scatters its output and gathers the gradient of that. What is recomputed gathers once more.
     """
-    model, experts, mode = config.model, config.experts, config.train.recompute
-    again_dense, again_attention = int(mode != "none"), int(mode == "block")
-    dense, gathers, scatters = model.depth - len(config.moe_blocks), 0, 0
-
-    def add(layers: int, columns: int, again: int) -> None:
-        nonlocal gathers, scatters
-        gathers += layers * (columns * (2 + again) + 1)
-        scatters += layers * (columns + 1)
-
-    add(model.depth, 1, again_attention)
-    scatters += again_attention * model.depth  # the gate behind attention needs its output
-    add(dense, 2 if model.activation == "swiglu" else 1, again_dense)
-    if experts is not None and experts.shared_experts:
-        add(len(config.moe_blocks), 2 if experts.shared_activation == "swiglu" else 1, again_dense)
+    model, mode, flow = config.model, config.train.recompute, GradientFlow(config)
+    gathers = scatters = captions = of_captions = 0
+    for block in range(model.depth):
+        for module, kind in _cut_modules(config, block).items():
+            again = int(mode == "block" if "attn" in module else mode != "none")
+            for layer in kind:
+                name = f"blocks.{block}.{module}.{layer}.weight"
+                into, trains = flow.into(name), name not in flow.frozen
+                if layer == "kv":
+                    captions += 1 + trains + again
+                    of_captions += int(into or trains)
+                elif layer in ("proj", "fc2", "down_proj"):
+                    # The gate behind attention needs its output.
+                    scatters += 1 + again * (module == "attn" and flow.modulates(block))
+                    gathers += into or trains
+                else:
+                    gathers += 1 + trains + again
+                    scatters += into or trains
     images = config.parallel.tensor * work.tokens * model.hidden_size * product_bytes(config)
-    captions = mask = 0
-    if model.condition == "text":
-        add(model.depth, 1, again_attention)
-        mask = config.parallel.tensor * work.images * model.text_max_length
-        captions = mask * model.hidden_size * product_bytes(config)
-    of_captions = model.depth * work.micro_steps
+    mask = config.parallel.tensor * work.images * (model.text_max_length if model.condition == "text" else 0)
+    text = mask * model.hidden_size * product_bytes(config)
+    lengths = model.depth * (1 + (mode == "block"))
     return [
         groups.all_gather(f"{CUT_LAYERS}: images", "tensor", images, gathers * work.micro_steps),
         groups.reduce_scatter(f"{CUT_LAYERS}: sums of images", "tensor", images, scatters * work.micro_steps),
-        groups.all_gather(f"{CUT_LAYERS}: captions", "tensor", captions, of_captions * (2 + again_attention)),
-        groups.reduce_scatter(f"{CUT_LAYERS}: sums of captions", "tensor", captions, of_captions),
-        groups.all_gather(f"{CUT_LAYERS}: lengths of captions", "tensor", mask, of_captions * (1 + again_attention)),
+        groups.all_gather(f"{CUT_LAYERS}: captions", "tensor", text, captions * work.micro_steps),
+        groups.reduce_scatter(f"{CUT_LAYERS}: sums of captions", "tensor", text, of_captions * work.micro_steps),
+        groups.all_gather(f"{CUT_LAYERS}: lengths of captions", "tensor", mask, lengths * work.micro_steps),
     ]
+
+
+def _cut_modules(config: Config, block: int) -> dict[str, tuple[str, ...]]:
+    """The modules of a block whose layers are cut, and those layers."""
+    experts = config.experts if block in config.moe_blocks else None
+    layers = {"gelu": ("fc1", "fc2"), "swiglu": ("gate_proj", "up_proj", "down_proj")}
+    modules: dict[str, tuple[str, ...]] = {"attn": ("qkv", "proj")}
+    if config.model.condition == "text":
+        modules["cross_attn"] = ("q", "kv", "proj")
+    if experts is None:
+        modules["mlp"] = layers[config.model.activation]
+    elif experts.shared_experts:
+        modules["mlp.shared"] = layers[experts.shared_activation]
+    return modules
 
 
 def _arrivals_are_known(config: Config, experts: RouterSettings, ranks: int, tokens: int) -> bool:

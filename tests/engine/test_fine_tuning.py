@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from diffmoe_dist import load_model
 from diffmoe_dist.engine.conversion import export_checkpoint
-from diffmoe_dist.engine.fine_tuning import tensors_anew, told
+from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.model.freezing import told
 from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import start

@@ -112,7 +112,7 @@ def experts_of_configs(rank: int, world_size: int, folder: Path, paths: list[Pat
         topology = create_topology(
             Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert, config.parallel.tensor
         )
-        engine = _build_engine(config, topology)
+        engine, _ = _build_engine(config, topology)
         experts = {name: p for name, p in engine.module.named_parameters() if ".experts.w" in name}
         addresses[str(path)] = [parameter.data_ptr() for parameter in experts.values()]
     return addresses

@@ -22,6 +22,12 @@ TOKEN_CHOICE = {"moe": {"router": "token_choice", "top_k": 2}, **SHARDED}
 # Without dropped labels the number of images without a condition is known, else it is an expectation.
 PROTOTYPE = {"moe": {"router": "prototype", "balance_loss_weight": 0.1}, "train": {"label_dropout": 0.0}, **SHARDED}
 PROTOTYPE_EXPERT_CHOICE = {**PROTOTYPE, "moe": {"router": "prototype", "variant": "expert_choice"}}
+# Of a model of two blocks: nothing before the second block trains; only what is new does; the experts alone.
+LAST_BLOCK = {"train": {"freeze": ["?_embedder.*", "blocks.0.*", "blocks.1.attn.proj.*", "blocks.1.adaLN*"]}}
+NO_ATTENTION = {"train": {"freeze": ["blocks.*.attn.*", "blocks.*.mlp.experts.w1"]}}
+NO_WEIGHTS = {"train": {"freeze": ["*.weight", "blocks.*.mlp.experts.w[12]"]}}
+NO_EXPERTS = {"train": {"freeze": ["blocks.*.mlp.experts.*"]}}
+EXPERTS_ALONE = {"train": {"freeze": ["?_embedder.*", "blocks.*.a*", "blocks.0.mlp.*", "*.router.*", "final_layer.*"]}}
 
 FLOWLESS = {"time_distribution": None, "time_scale": None}
 DDPM = {"objective": {"name": "ddpm", **FLOWLESS}, "model": {"learn_sigma": True}}

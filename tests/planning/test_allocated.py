@@ -29,6 +29,7 @@ LAYOUTS: dict[int, dict[str, Case]] = {
         "accumulated": {**SHARDED, "train": {"micro_batch_size": 2}},
         "recomputed": {**SHARDED, "train": {"recompute": "block"}},
         "cut and sharded": {"parallel": {"tensor": 2, "expert": 2}},
+        "half is frozen, bf16": {**SHARDED, "precision": "bf16", "train": {"freeze": ["?_e*", "*.[01].*", "*.attn.*"]}},
     },
     4: {
         "parameters larger than chunks": {**DENSE, "model": {"depth": 2, "mlp_ratio": 32.0}},

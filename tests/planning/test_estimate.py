@@ -23,7 +23,12 @@ from tests.planning.plans import (
     DDPM,
     DENSE,
     EXPERT_CHOICE,
+    EXPERTS_ALONE,
+    LAST_BLOCK,
     MIXED,
+    NO_ATTENTION,
+    NO_EXPERTS,
+    NO_WEIGHTS,
     PROTOTYPE,
     PROTOTYPE_EXPERT_CHOICE,
     SHARDED,
@@ -93,8 +98,9 @@ def _kind_of_sum(tensor: Tensor) -> str:
 def _persistent(trainer: Any) -> dict[str, int]:
     zero, state = trainer.engine.optimizer, trainer.state
     flats = {flat.untyped_storage().data_ptr() for flat in zero.bit16_groups_flat}
-    views = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
-    assert views == flats, "the model's parameters are views of ZeRO's flat groups, and nothing beside them"
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    views = {parameter.untyped_storage().data_ptr() for parameter in trained}
+    assert views == flats, "what trains is views of ZeRO's flat groups, and nothing beside them"
     adamw = [tensor for values in state.adamw.state.values() for tensor in values.values()]
     masters = [group["params"][0] for group in state.adamw.param_groups]
     return {
@@ -103,7 +109,16 @@ def _persistent(trainer: Any) -> dict[str, int]:
         "AdamW moments": sum(map(_bytes, adamw)),
         "EMA": sum(_bytes(flat) for kind, flats in state.flat.items() for flat in flats if kind.startswith("ema")),
         "buffers": sum(map(_bytes, trainer.model.buffers())),
+        **_frozen(trainer),
     }
+
+
+def _frozen(trainer: Any) -> dict[str, int]:
+    frozen = [parameter for parameter in trainer.model.parameters() if not parameter.requires_grad]
+    places = {parameter.untyped_storage().data_ptr() for parameter in frozen}
+    exact = [part.exact for part in trainer.state.frozen.parts if part.exact.untyped_storage().data_ptr() not in places]
+    kinds = {"frozen weights": sum(map(_bytes, frozen)), "fp32 frozen weights": sum(map(_bytes, exact))}
+    return kinds if frozen else {}
 
 
 def _gradients(trainer: Any) -> int:
@@ -146,12 +161,18 @@ ON_RANKS: dict[int, dict[str, Case]] = {
         "token choice": TOKEN_CHOICE,
         "prototype": PROTOTYPE,
         "prototype, expert choice": PROTOTYPE_EXPERT_CHOICE,
+        "frozen, bf16, ZeRO 2": {**BF16_ZERO_2, **NO_ATTENTION},
+        "frozen experts": {**SHARDED, **NO_EXPERTS},
+        "frozen up to the last block": {**SHARDED, **LAST_BLOCK},
+        "frozen weights, cut": {"parallel": {"tensor": 2}, **NO_WEIGHTS},
+        "frozen up to the last block, cut": {"parallel": {"tensor": 2}, **LAST_BLOCK},
     },
     4: {
         "two groups, one pool": SHARDED,
         "two groups, two levels": {"parallel": {"expert": 2, "score_exchange": "two_level"}},
         "two groups, two pools": {"moe": {"pool": "expert_parallel"}, **SHARDED},
         "cut over two, sharded over four": {"parallel": {"tensor": 2, "expert": 4}},
+        "experts alone": {**SHARDED, **EXPERTS_ALONE},
     },
 }
 CASES = [(ranks, name) for ranks, cases in ON_RANKS.items() for name in cases]

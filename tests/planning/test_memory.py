@@ -11,11 +11,12 @@ from benchmarks.measuring import saved_bytes
 from diffmoe_dist.config import for_world
 from diffmoe_dist.model.condition import Condition, TextCondition
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.freezing import freeze, frozen_parameters
 from diffmoe_dist.model.recompute import apply_recompute
 from diffmoe_dist.planning.memory import activation_bytes, persistent_bytes
 from diffmoe_dist.planning.workload import workload
 from tests.engine.runs import tiny_config
-from tests.planning.plans import DENSE, MIXED, Case, plan_of
+from tests.planning.plans import DENSE, MIXED, NO_ATTENTION, NO_WEIGHTS, Case, plan_of
 
 TEXT: Case = {
     "model": {
@@ -24,6 +25,8 @@ TEXT: Case = {
     "data": {"text": "unused"},
 }  # fmt: skip
 HEADS: Case = {"model": {"qk_norm": "layer", "head_dim": 24, "activation": "swiglu"}}
+
+HALF: Case = {"train": {"freeze": ["?_embedder.*", "blocks.[01].*", "blocks.3.attn.*"]}}
 
 CASES: dict[str, Case] = {
     "dense": DENSE,
@@ -43,6 +46,10 @@ CASES: dict[str, Case] = {
     "token choice, mixed": {"moe": {"router": "token_choice"}, **MIXED},
     "prototype, mixed": {"moe": {"router": "prototype"}, **MIXED},
     "text, mixed": {**TEXT, **MIXED},
+    "no attention, mixed": {**NO_ATTENTION, **MIXED},
+    "no weights, prototype, swiglu": {"moe": {"router": "prototype", "activation": "swiglu"}, **NO_WEIGHTS},
+    "half of the blocks, text": {**HALF, **TEXT},
+    "experts alone": {"train": {"freeze": ["?_embedder.*", "blocks.*.a*", "*.fc?.*", "*.router.*", "final_layer.*"]}},
 }
 
 
@@ -56,6 +63,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(case: str, reco
     work = workload(config, 1)
     model = DiT(config)
     initialize(model, 0)
+    freeze(model, frozen_parameters(config))
     if config.precision == "bf16":
         model.bfloat16()
     apply_recompute(model, config.train.recompute)
