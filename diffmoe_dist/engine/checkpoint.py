@@ -309,7 +309,8 @@ def stored_tensors(checkpoint: Path, model: DiT, kind: str, frozen: Collection[s
     found = buffers(model)
     names = [buffer.name.replace(BUFFER, EMA_BUFFER, 1) for buffer in found]
     both = zip(found, names, strict=True)
-    return weights(model, kind, frozen) + [replace(buffer, name=name) if name in own else buffer for buffer, name in both]
+    renamed = [replace(buffer, name=name) if name in own else buffer for buffer, name in both]
+    return weights(model, kind, frozen) + renamed
 
 
 def has_thresholds_of_average(checkpoint: Path) -> bool:
