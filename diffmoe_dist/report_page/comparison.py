@@ -24,6 +24,9 @@ from diffmoe_dist.report_page.scored_samples import FoundScore, higher_is_better
 TRAINING_LOSS, VALIDATION_LOSS, CAPACITY = "loss_diffusion", "loss_val", "capacity"
 COST, EXPERTS_PER_TOKEN = "Size and cost", "Experts per token"
 SMOOTHED_OVER = 20  # the mean is over this part of the longest run's steps
+_OF_SCORES = (
+    "fid.features", "fid.reference", "sample.steps", "sample.cfg_scale", "sample.time_shift", "sample.decoder",
+)  # fmt: skip
 _NOT_THERE, _CHANGE = "-", " until step "
 _NAMES_A_RUN = ("run_dir", "seed")
 Thing = TypeVar("Thing")
@@ -137,6 +140,13 @@ def why_not_comparable(runs: Sequence[Run]) -> str:
     )
 
 
+def made_otherwise(runs: Sequence[Run], name: str) -> str:
+    """The settings in which runs differ that measured a score of this name in training, and which decide what it is."""
+    having = [run for run in runs if len(run.history.curve(name))]
+    rows = {of: values for of, values in differing_settings(having).items() if of in _OF_SCORES}
+    return "; ".join(f"{of} {', '.join(dict.fromkeys(values))}" for of, values in rows.items())
+
+
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     """By its name in config.yaml, the value of each setting that is not the same in all runs, for each run."""
     names = dict.fromkeys(name for run in runs for name in flat_settings(run.config))
@@ -191,7 +201,8 @@ def results(comparison: Comparison) -> list[Result]:
     runs = comparison.runs
     found = [*_costs(runs), *_losses(comparison)]
     for name in comparison.measured():
-        found += _over_training(comparison, name, "max" if higher_is_better(name) else "min")
+        better = "max" if higher_is_better(name) else "min"
+        found += _over_training(comparison, name, better, ranked=not made_otherwise(runs, name))
     for name in dict.fromkeys([CAPACITY, *varying_capacities(runs)]):
         values = [comparison.smooth(run, name).at(math.inf) for run in runs]
         if any(value is not None for value in values):

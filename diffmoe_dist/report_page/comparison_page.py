@@ -22,6 +22,7 @@ from diffmoe_dist.report_page.comparison import (
     compare,
     curves_csv,
     differing_settings,
+    made_otherwise,
     over_seeds,
     results,
     table_csv,
@@ -270,6 +271,8 @@ def _score_charts(comparison: Comparison) -> list[str]:
     found = []
     for name in comparison.measured():
         text = f"{'Higher' if higher_is_better(name) else 'Lower'} is better."
+        if other := made_otherwise(comparison.runs, name):
+            text = f"These do not compare: they were made with other settings. {other}."
         found.append(_chart(comparison, name, comparison.runs, name, text))
     return [chart for chart in found if chart]
 

@@ -26,6 +26,7 @@ from diffmoe_dist.report_page.comparison import (
     compare,
     differing_settings,
     distinct_names,
+    made_otherwise,
     over_seeds,
     results,
 )
@@ -202,6 +203,14 @@ def test_losses_of_other_objectives_or_data_do_not_share_a_chart(comparison: Com
     assert not any(row.best for row in shown), "none is the best of losses that do not compare"
     (fid,) = [row for row in results(comparison) if row.about == "fid_1k" and row.best]
     assert (fid.quantity, fid.best) == ("at step 30", "min")
+
+
+def test_scores_in_training_that_were_made_in_other_ways_have_no_best(comparison: Comparison, tmp_path: Path) -> None:
+    guided = read_history(write_run(tmp_path / "guided", {"sample": {"cfg_scale": 2.0}}))
+    compared = compare([comparison.runs[0].history, guided], [])
+    assert made_otherwise(compared.runs, "fid_1k") == "sample.cfg_scale 1.0, 2.0"
+    assert not any(row.best for row in results(compared) if row.about == "fid_1k")
+    assert made_otherwise(comparison.runs, "fid_1k") == ""
 
 
 def test_a_smoothed_value_is_the_mean_over_the_steps_before(comparison: Comparison) -> None:
