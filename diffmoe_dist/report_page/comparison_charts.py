@@ -23,6 +23,7 @@ AXIS_LABELS = {
 }  # fmt: skip
 SIZE = (3.9, 2.9)  # inches: on a telephone about its own size, so that letters stay letters
 MOST_POINTS = 400  # of a line; more are thinned
+_FEW = 40
 _SKIPPED = 0.05  # of a curve's begin, which does not decide the range that is shown
 _GAP = 0.075  # between letters at the ends of lines, in heights of the chart
 
@@ -55,8 +56,9 @@ def line_chart(
     """
     Args:
         zero: a line at 0, for differences.
-        every_point: a marker on each, for curves of few; else on a few of each line.
+        every_point: a marker on each where they are few; else on some of each line.
     """
+    every_point = every_point and max(len(line.x_N) for line in lines) <= _FEW
 
     def draw(axes: Axes) -> None:
         if zero:
@@ -99,7 +101,8 @@ def _far(lines: Sequence[Line]) -> float:
 def _range(lines: Sequence[Line], every_point: bool, zero: bool) -> tuple[float, float]:
     """What the curves take up after their begin, which would else press the rest flat."""
     begin = 0.0 if every_point else _SKIPPED * _far(lines)
-    shown = [line.y_N[line.x_N >= min(begin, line.x_N[-1])] for line in lines]
+    drawn = [_thinned(line.x_N, line.y_N) for line in lines]
+    shown = [y_N[x_N >= min(begin, x_N[-1])] for x_N, y_N in drawn]
     low, high = min(float(y.min()) for y in shown), max(float(y.max()) for y in shown)
     low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
