@@ -168,7 +168,7 @@ def make_trainer(name: str, config: Config, folder: Path) -> Trainer:
 
     from benchmarks.other_layers import deepspeed_groups
     from diffmoe_dist.engine import build
-    from diffmoe_dist.engine.checkpoint import Progress
+    from diffmoe_dist.engine.progress import Progress
     from diffmoe_dist.engine.resume import Start
     from diffmoe_dist.parallel.expert_parallel import create_topology
 

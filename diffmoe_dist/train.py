@@ -62,22 +62,24 @@ def dry_run(config: Config, world_size: int) -> None:
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: choose at least 1")
 
-    from diffmoe_dist.config import for_world
+    from diffmoe_dist.config import for_ranks, wishes
+    from diffmoe_dist.engine.progress import earlier_ranks
 
-    config = for_world(config, world_size)
+    asked, config = wishes(config), for_ranks(config, world_size, earlier_ranks(Path(config.run_dir)))
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed need not look for a GPU
 
     from diffmoe_dist.engine.dry_run import build_on_meta
 
-    sys.stdout.write(build_on_meta(config, world_size))
+    sys.stdout.write(build_on_meta(config, world_size, asked))
 
 
 def train(config: Config, stop: StopSignals) -> int:
     """Returns the exit code."""
-    from diffmoe_dist.config import flat_settings, for_world
+    from diffmoe_dist.config import flat_settings, for_ranks, wishes
+    from diffmoe_dist.engine.progress import earlier_ranks
 
-    launch = detect_launch()
-    config = for_world(config, launch.world_size)
+    launch, earlier = detect_launch(), earlier_ranks(Path(config.run_dir))
+    asked, config = wishes(config), for_ranks(config, launch.world_size, earlier)
 
     # torch and deepspeed take seconds to import; a mistake in the settings ends the run before.
     device = open_device(config, launch)
@@ -95,6 +97,8 @@ def train(config: Config, stop: StopSignals) -> int:
 
     data = open_data(config, device)
     config = with_text_encoder(config, data)
+    if earlier is not None and earlier.ranks != launch.world_size:
+        config = fit_device(config, data, launch.world_size, device)
     periodic = open_periodic_jobs(config, data, device)
     prepare_run_dir(config)
     run_dir = Path(config.run_dir)
@@ -108,7 +112,7 @@ def train(config: Config, stop: StopSignals) -> int:
             "start all ranks with the same settings, code and data",
         )
         claim = claim_run_dir(run_dir)
-        start = from_first_rank(find_start(config, data, launch.world_size))
+        start = from_first_rank(find_start(config, data, launch.world_size, asked))
         topology = create_topology(launch, device, config.parallel.expert, config.parallel.tensor)
         trainer = build_trainer(config, topology, data, start, periodic, RunGuards(claim, stop.asked, watchdog))
         finished = trainer.train()
@@ -138,6 +142,24 @@ def open_device(config: Config, launch: Launch) -> torch.device:
 
         check_compiler(device)
     return device
+
+
+def fit_device(config: Config, data: TrainingData | StreamedData, ranks: int, device: torch.device) -> Config:
+    """The settings of a run that goes on with other ranks, with less memory where they would not fit a GPU.
+
+    Raises:
+        UserError: it fits in no way.
+    """
+    from diffmoe_dist.data.dataset import TrainingData
+    from diffmoe_dist.parallel.topology import device_memory
+    from diffmoe_dist.planning.fit import fit_to_memory
+
+    memory = device_memory(device)
+    if memory is None:
+        return config
+    if isinstance(data, TrainingData) and data.encoders is not None:
+        memory -= data.encoders.num_bytes
+    return fit_to_memory(config, ranks, memory)
 
 
 def open_periodic_jobs(config: Config, data: TrainingData | StreamedData, device: torch.device) -> list[Periodic]:

@@ -1,6 +1,7 @@
 """Every setting of a run: what it is called, its default, and which combinations are impossible. No torch here."""
 
 from diffmoe_dist.config.checks import check, for_world, pool_samples
+from diffmoe_dist.config.elastic import Earlier, for_nodes, for_ranks, wishes
 from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, load_config, router_names, save_config
 from diffmoe_dist.config.router import RouterSettings, expert_slots
 from diffmoe_dist.config.schedule import draw_schedule, learning_rate
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EMAConfig",
+    "Earlier",
     "MixtureConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -36,6 +38,8 @@ __all__ = [
     "draw_schedule",
     "expert_slots",
     "flat_settings",
+    "for_nodes",
+    "for_ranks",
     "for_world",
     "learning_rate",
     "load_config",
@@ -44,4 +48,5 @@ __all__ = [
     "pool_samples",
     "router_names",
     "save_config",
+    "wishes",
 ]

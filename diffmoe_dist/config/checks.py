@@ -392,19 +392,32 @@ def for_world(config: Config, world_size: int) -> Config:
     if not micro and batch % world_size:
         raise UserError(
             f"train.global_batch_size={batch} does not divide over {world_size} ranks; "
-            f"choose a multiple of {world_size}"
+            f"choose a multiple of {world_size}, or {_nearest_ranks(batch, world_size)}"
         )
     micro = micro or batch // world_size
     if batch % (micro * world_size):
+        more = "" if batch % micro else f", or {_nearest_ranks(batch // micro, world_size)}"
         raise UserError(
             f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {world_size} ranks;"
-            f" choose a multiple of {micro * world_size}"
+            f" choose a multiple of {micro * world_size}{more}"
         )
     fitted = replace(config, train=replace(config.train, micro_batch_size=micro))
     if config.experts is not None:
         samples = pool_samples(fitted, world_size) if config.experts.pool_kind() != "sample" else 1
         config.experts.check_pool(samples * config.tokens_per_sample)
     return fitted
+
+
+def _nearest_ranks(parts: int, world_size: int) -> str:
+    """The nearest numbers of ranks that so many equal parts divide over."""
+    below = next((ranks for ranks in range(world_size - 1, 0, -1) if parts % ranks == 0), None)
+    above = next((ranks for ranks in range(world_size + 1, parts + 1) if parts % ranks == 0), None)
+    return name_ranks([ranks for ranks in (below, above) if ranks])
+
+
+def name_ranks(numbers: list[int]) -> str:
+    """`2 or 4 ranks`."""
+    return f"{' or '.join(map(str, numbers))} rank{'' if numbers == [1] else 's'}"
 
 
 def pool_samples(config: Config, world_size: int) -> int:

@@ -15,11 +15,11 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import BatchLoader, TrainingLoader
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData, StreamLoader
-from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.ema import averages
 from diffmoe_dist.engine.fine_tuning import tensors_anew
 from diffmoe_dist.engine.fragment_io import load_fragments
-from diffmoe_dist.engine.resume import Start, changed_rate, changed_settings
+from diffmoe_dist.engine.progress import Progress
+from diffmoe_dist.engine.resume import SET_FOR_RANKS, Start, change_of_ranks, changed_rate, changed_settings
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.sharded_state import FrozenState, ShardedState, buffers
 from diffmoe_dist.engine.trainer import Periodic, RunGuards, Trainer
@@ -56,7 +56,7 @@ def build_trainer(
     _load(start, config, state)
     if topology.rank == 0:
         if start.checkpoint is not None:
-            _keep_changed_settings(start, config, run_dir)
+            _keep_changed_settings(start, config, topology.world_size)
         save_config(config, run_dir / "config.yaml")
     logger.info(_summary(config, topology, engine.module, start.progress))
     loader = _open_loader(config, topology, data, start.progress)
@@ -82,15 +82,21 @@ def _load(start: Start, config: Config, state: ShardedState) -> None:
         logger.info("started from the weights in %s; from the seed: %s", initial_weights, told(anew))
 
 
-def _keep_changed_settings(start: Start, config: Config, run_dir: Path) -> None:
+def _keep_changed_settings(start: Start, config: Config, ranks: int) -> None:
     """Say which settings a resume changes, and keep those until here as config-until-step-N.yaml."""
     checkpoint = start.checkpoint
     assert checkpoint is not None
     changed = changed_settings(checkpoint, config)
+    kept = Path(config.run_dir) / f"config-until-{checkpoint.name}.yaml"
     if changed:
-        kept = run_dir / f"config-until-{checkpoint.name}.yaml"
         write_atomically(kept, (checkpoint / "config.yaml").read_bytes())
-        logger.warning("settings change after %s: %s; the old ones stay in %s", checkpoint.name, changed, kept)
+    if of_ranks := change_of_ranks(checkpoint, config, start.progress, ranks):
+        old = f"; the old settings stay in {kept}" if changed else ""
+        logger.warning("the run goes on after %s %s%s", checkpoint.name, of_ranks, old)
+        changed = {name: change for name, change in changed.items() if name not in SET_FOR_RANKS}
+    if changed:
+        names = ", ".join(f"{name} {change}" for name, change in changed.items())
+        logger.warning("settings change after %s: %s; the old ones stay in %s", checkpoint.name, names, kept)
         if rate := changed_rate(checkpoint, start.progress.step + 1, config):
             logger.warning("%s", rate)
 

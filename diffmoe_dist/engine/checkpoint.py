@@ -14,11 +14,9 @@ the intervals it needs (`sharded_state`), without ever gathering a tensor.
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,35 +26,17 @@ from torch.distributed.checkpoint import CheckpointException
 from diffmoe_dist.config import CheckpointConfig, Config, EMAConfig, load_config, save_config
 from diffmoe_dist.data.class_names import NAMES_NAME, NO_NAMES, ClassNames
 from diffmoe_dist.engine.fragment_io import check_files, check_stored, load_fragments, stored_names, write_fragments
+from diffmoe_dist.engine.progress import SUMS, Progress, complete_checkpoints, read_sums
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import BUFFER, EMA, EMA_BUFFER, Fragment, buffers, weights
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, write_atomically, write_json
+from diffmoe_dist.files import file_sha256, flush_directory, write_atomically, write_json
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.freezing import frozen_parameters
 from diffmoe_dist.parallel.topology import from_first_rank, on_first_rank
 
 Spread = Callable[[DiT, Config], None]
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
-SUMS = "SHA256SUMS"
 _ROOM = 1.02  # of the tensors' bytes: names, metadata, what a file system keeps for itself
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, and what must not change between a checkpoint and its resume."""
-
-    step: int
-    images_seen: int
-    seed: int
-    data_fingerprint: str
-    pool_samples: int  # samples that compete in one token pool
-    micro_steps: int  # forward passes of an optimizer step, each with pools of its own
-    skipped: int = 0  # of the steps, those whose update was left out because something was not finite
-
-    @property
-    def updates(self) -> int:
-        return self.step - self.skipped
 
 
 class CheckpointError(Exception):
@@ -157,12 +137,6 @@ def checkpoints_to_delete(checkpoints: list[Path], settings: CheckpointConfig) -
     return [old for old in checkpoints[: -settings.keep] if not every or _step_of(old) % every]
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; unfinished ones do not count."""
-    found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(path for path in found if (path / "state.json").is_file())
-
-
 def newest_valid_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are as they were written, and what is wrong with newer ones.
 
@@ -217,12 +191,6 @@ def write_sums(folder: Path, sums: dict[str, str]) -> None:
     write_atomically(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """File name to SHA-256. Raises OSError and ValueError."""
-    lines = refuse_irregular(folder / SUMS).read_text().splitlines()
-    return {name: value for value, name in (line.split("  ", 1) for line in lines)}
-
-
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
@@ -240,31 +208,6 @@ def find_checkpoint(directory: str | Path) -> Path:
     if not found:
         raise UserError(f"checkpoint {directory}: no complete checkpoint there; give a run folder or a step-N folder")
     return found[-1]
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """What state.json holds. Raises UserError where that is damaged, or no progress of this checkpoint."""
-    try:
-        progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"checkpoint {checkpoint}: state.json is damaged ({error}); remove that folder") from None
-    for name, value in asdict(progress).items():
-        if name == "data_fingerprint":
-            accepted, rule = isinstance(value, str) and value != "", "text"
-        else:
-            least = 1 if name in ("pool_samples", "micro_steps") else 0
-            accepted, rule = type(value) is int and least <= value < 2**63, f"a whole number from {least}"
-        if not accepted:
-            raise UserError(
-                f"checkpoint {checkpoint}: state.json says {name} {value!r:.40}, not {rule}; remove that folder"
-            )
-    named = _STEP_FOLDER.fullmatch(checkpoint.name)
-    if progress.skipped > progress.step or (named and int(named[1]) != progress.step):
-        raise UserError(
-            f"checkpoint {checkpoint}: state.json says step {progress.step}, of which {progress.skipped} were skipped; "
-            "it is of another checkpoint; remove that folder"
-        )
-    return progress
 
 
 def read_checkpoint_model(

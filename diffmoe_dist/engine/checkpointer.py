@@ -22,7 +22,8 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.class_names import NO_NAMES, ClassNames
-from diffmoe_dist.engine.checkpoint import CheckpointError, Progress, save_checkpoint
+from diffmoe_dist.engine.checkpoint import CheckpointError, save_checkpoint
+from diffmoe_dist.engine.progress import Progress
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.sharded_state import Fragment
 from diffmoe_dist.errors import UserError

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.config.pool_choice import PoolChoiceSettings
-from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model, read_progress
+from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.engine.ema import stored_average
 from diffmoe_dist.engine.post_hoc import Fit, read_average
+from diffmoe_dist.engine.progress import read_progress
 from diffmoe_dist.engine.sharded_state import EMA, MASTER
 from diffmoe_dist.engine.weights import (
     CONFIG_NAME,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data, with_text_encoder
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.engine.checkpoint import Progress, complete_checkpoints
 from diffmoe_dist.engine.fine_tuning import tensors_anew
-from diffmoe_dist.engine.resume import progress_from
+from diffmoe_dist.engine.progress import Progress, complete_checkpoints
+from diffmoe_dist.engine.resume import change_of_ranks, progress_from
 from diffmoe_dist.files import format_bytes
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.model.condition import Condition, TextCondition
@@ -40,8 +40,11 @@ from diffmoe_dist.planning.memory import persistent_bytes
 META = torch.device("meta")
 
 
-def build_on_meta(config: Config, world_size: int) -> str:
-    """Build what a rank of `world_size` would build, check it, and return a report; config as `for_world` returns it.
+def build_on_meta(config: Config, world_size: int, asked: Mapping[str, int | str]) -> str:
+    """Build what a rank of `world_size` would build, check it, and return a report; config as `for_ranks` returns it.
+
+    Args:
+        asked: `wishes` before that.
 
     Raises:
         UserError: something does not fit together, or the data is not whole.
@@ -49,7 +52,7 @@ def build_on_meta(config: Config, world_size: int) -> str:
     data = open_data(config)
     config = with_text_encoder(config, data)
     found = complete_checkpoints(Path(config.run_dir) / "checkpoints")
-    progress = progress_from(found[-1] if found else None, config, data, world_size)
+    progress = progress_from(found[-1] if found else None, config, data, world_size, asked)
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         topology = create_topology(
@@ -187,6 +190,8 @@ def _report(
     )
     for number, line in enumerate(draw_schedule(config)):
         yield "" if number else "lr", line
+    if found and (fitted := change_of_ranks(found[-1], config, progress, ranks)):
+        yield "ranks", fitted
     yield "start", f"step {progress.step}" + (f", from {found[-1]}" if found else ", there is no checkpoint")
     if config.train.initial_weights and not found:
         yield "weights", f"of {config.train.initial_weights}; from the seed: {told(tensors_anew(config))}"

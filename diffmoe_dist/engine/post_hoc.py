@@ -17,8 +17,9 @@ import torch
 
 from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.config.checks import LONGEST_AVERAGE
-from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model, read_progress
+from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.engine.ema import exponent_of, stored_average
+from diffmoe_dist.engine.progress import complete_checkpoints, read_progress
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.freezing import frozen_parameters

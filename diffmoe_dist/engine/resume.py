@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffmoe_dist.config import Config, flat_settings, learning_rate, load_config, model_settings, pool_samples
+from diffmoe_dist.config import Config, flat_settings, learning_rate, load_config, model_settings, pool_samples, wishes
+from diffmoe_dist.config.checks import name_ranks
+from diffmoe_dist.config.elastic import FITTED
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.stream import StreamedData
-from diffmoe_dist.engine.checkpoint import Progress, newest_valid_checkpoint, read_progress
+from diffmoe_dist.engine.checkpoint import newest_valid_checkpoint
 from diffmoe_dist.engine.ema import averages
 from diffmoe_dist.engine.fine_tuning import tensors_anew
+from diffmoe_dist.engine.progress import Progress, read_progress
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.freezing import frozen_parameters
+
+SET_FOR_RANKS = (*FITTED, "parallel.score_exchange")  # what a change of ranks may change
 
 
 @dataclass(frozen=True)
@@ -24,20 +30,30 @@ class Start:
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
 
 
-def find_start(config: Config, data: TrainingData | StreamedData, world_size: int) -> Start:
+def find_start(
+    config: Config, data: TrainingData | StreamedData, world_size: int, asked: Mapping[str, int | str] | None = None
+) -> Start:
     """Look for the newest valid checkpoint in `run_dir` and check that this run continues it.
 
     Collective where a process group exists.
+
+    Args:
+        config: fitted to the ranks.
+        asked: `wishes` of the settings as they were given, if they were others.
 
     Raises:
         UserError: the checkpoint is of another model, seed, data set or pool size; or all checkpoints are damaged.
     """
     checkpoint, damaged = newest_valid_checkpoint(Path(config.run_dir) / "checkpoints")
-    return Start(checkpoint, progress_from(checkpoint, config, data, world_size), tuple(damaged))
+    return Start(checkpoint, progress_from(checkpoint, config, data, world_size, asked), tuple(damaged))
 
 
 def progress_from(
-    checkpoint: Path | None, config: Config, data: TrainingData | StreamedData, world_size: int
+    checkpoint: Path | None,
+    config: Config,
+    data: TrainingData | StreamedData,
+    world_size: int,
+    asked: Mapping[str, int | str] | None = None,
 ) -> Progress:
     """Where a run stands that continues a checkpoint, or begins.
 
@@ -54,6 +70,7 @@ def progress_from(
         data_fingerprint=data.fingerprint,
         pool_samples=pool_samples(config, world_size),
         micro_steps=config.train.global_batch_size // (micro_batch_size * world_size),
+        asked=dict(asked or wishes(config)),
     )
     now_frozen = frozen_parameters(config)
     if checkpoint is None:
@@ -68,12 +85,35 @@ def progress_from(
     return replace(fresh, step=saved.step, images_seen=saved.images_seen, skipped=saved.skipped)
 
 
-def changed_settings(checkpoint: Path, config: Config) -> str:
-    """What a run that continues a checkpoint changes in its settings: `optim.lr 0.001 -> 0.0005, ...`; else empty."""
+def changed_settings(checkpoint: Path, config: Config) -> dict[str, str]:
+    """What a run that continues a checkpoint changes in its settings: `0.001 -> 0.0005` by the name of each."""
     saved = flat_settings(load_config(checkpoint / "config.yaml", training=False))
     now = flat_settings(config)
     # Of one model, by `_check_same_model`: so both know the same settings.
-    return ", ".join(f"{name} {saved[name]} -> {value}" for name, value in now.items() if saved[name] != value)
+    return {name: f"{saved[name]} -> {value}" for name, value in now.items() if saved[name] != value}
+
+
+def change_of_ranks(checkpoint: Path, config: Config, progress: Progress, ranks: int) -> str:
+    """How a run that continues a checkpoint is fitted to the ranks there are; empty: as it was, and as was asked for.
+
+    Args:
+        progress: of this start.
+    """
+    saved = read_progress(checkpoint)
+    train = load_config(checkpoint / "config.yaml", training=False).train
+    before = train.global_batch_size // (train.micro_batch_size * saved.micro_steps)
+    others = {name: size for name, size in (progress.asked or {}).items() if size not in (0, wishes(config)[name])}
+    if ranks == before and not others:
+        return ""
+    changed, now, parts = changed_settings(checkpoint, config), flat_settings(config), []
+    for name in SET_FOR_RANKS:
+        if name in changed or name in others:
+            asked = f" (asked for: {others[name]})" if name in others else ""
+            parts.append(f"{name} {changed.get(name, now[name])}{asked}")
+    parts.append(f"{progress.micro_steps} micro-step{'s' * (progress.micro_steps > 1)} a step")
+    if saved.pool_samples == progress.pool_samples > 1:
+        parts.append(f"token pools of {saved.pool_samples} samples as before")
+    return f"on {name_ranks([ranks])}, after {before}: {', '.join(parts)}"
 
 
 def changed_rate(checkpoint: Path, step: int, config: Config) -> str:

@@ -21,13 +21,13 @@ from diffmoe_dist.config import Config, learning_rate, loss_weights
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.data.loader import BatchLoader
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.compiling import CompileClock
 from diffmoe_dist.engine.ema import WeightAverages
 from diffmoe_dist.engine.noising import noisy_inputs, with_one_time
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.profiling import Profiler, Timings
+from diffmoe_dist.engine.progress import Progress
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.run_log import Log, open_run_log
 from diffmoe_dist.engine.sharded_state import Fragment, ShardedState, buffers

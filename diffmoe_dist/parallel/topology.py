@@ -91,6 +91,13 @@ def choose_device(setting: str, launch: Launch, tf32: bool = False) -> torch.dev
     return torch.device("cuda", launch.local_rank)
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU, in whole GiB, so that equal boards agree; None: not known."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory) // 2**30 * 2**30
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the memory that it frees, where the C library is glibc.
 

@@ -11,10 +11,10 @@ from diffmoe_dist.config import Config, check, for_world, pool_samples
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.planning.accelerators import Accelerator
 from diffmoe_dist.planning.estimate import Plan, make_plan
+from diffmoe_dist.planning.fit import less_and_less_memory
 from diffmoe_dist.planning.workload import Cluster
 
 _PRECISIONS: tuple[Literal["fp32", "bf16_mixed", "bf16"], ...] = ("fp32", "bf16_mixed", "bf16")
-_RECOMPUTE: tuple[Literal["none", "mlp", "block"], ...] = ("none", "mlp", "block")
 _ROWS = 8  # of a table
 
 
@@ -37,7 +37,9 @@ def sweep(
 def plans_on(config: Config, cluster: Cluster, given: Collection[str] = ()) -> Iterator[Plan]:
     """The same on one number of nodes."""
     for candidate in _candidates(config, cluster, given):
-        plans = (make_plan(variant, cluster) for variant in _smaller_and_smaller(candidate, cluster.ranks, given))
+        if "train.recompute" not in given:
+            candidate = replace(candidate, train=replace(candidate.train, recompute="none"))
+        plans = (make_plan(variant, cluster) for variant in less_and_less_memory(candidate, cluster.ranks, given))
         plan = next((plan for plan in plans if plan.fits), None)
         if plan is not None:
             yield plan
@@ -60,16 +62,6 @@ def _candidates(config: Config, cluster: Cluster, given: Collection[str]) -> Ite
         except UserError:
             continue  # these sizes do not divide what they would have to
         yield fitted
-
-
-def _smaller_and_smaller(config: Config, ranks: int, given: Collection[str]) -> Iterator[Config]:
-    """The same run with less and less memory."""
-    micro_batches = [config.train.micro_batch_size]
-    if "train.micro_batch_size" not in given and pool_samples(config, ranks) == 1:
-        micro_batches = sorted(_divisors(config.train.micro_batch_size), reverse=True)
-    for mode in [config.train.recompute] if "train.recompute" in given else _RECOMPUTE:
-        for micro in micro_batches:
-            yield replace(config, train=replace(config.train, recompute=mode, micro_batch_size=micro))
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from diffmoe_dist.config import Config, load_config
-from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_progress
+from diffmoe_dist.engine.progress import complete_checkpoints, read_progress
 from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account

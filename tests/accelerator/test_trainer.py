@@ -17,8 +17,8 @@ from torch import Tensor
 from diffmoe_dist.config import loss_weights
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.engine.checkpoint import Progress
 from diffmoe_dist.engine.profiling import Timings
+from diffmoe_dist.engine.progress import Progress
 from diffmoe_dist.engine.run_folder import NoClaim
 from diffmoe_dist.engine.trainer import StepTimer, Trainer
 from diffmoe_dist.model.accounting import account

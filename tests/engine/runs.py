@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffmoe_dist.config import Config, build_config, for_world
+from diffmoe_dist.config import Config, build_config, for_ranks, wishes
 from diffmoe_dist.engine.fragment_io import load_fragments
 from diffmoe_dist.engine.sharded_state import Fragment, buffers
 from diffmoe_dist.launch import Launch
@@ -52,18 +52,19 @@ def train_one(rank: int, world_size: int, config: Config) -> None:
 def make_trainer(rank: int, world_size: int, config: Config) -> Trainer:
     from diffmoe_dist.data.open import open_data, with_text_encoder
     from diffmoe_dist.engine.build import build_trainer
+    from diffmoe_dist.engine.progress import earlier_ranks
     from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.parallel.expert_parallel import create_topology
     from diffmoe_dist.train import open_periodic_jobs
 
-    config = for_world(config, world_size)
+    asked, config = wishes(config), for_ranks(config, world_size, earlier_ranks(Path(config.run_dir)))
     cpu = torch.device("cpu")
     topology = create_topology(
         Launch(rank, world_size, rank, "environment"), cpu, config.parallel.expert, config.parallel.tensor
     )
     data = open_data(config)
     config = with_text_encoder(config, data)
-    start = find_start(config, data, world_size)
+    start = find_start(config, data, world_size, asked)
     return build_trainer(config, topology, data, start, open_periodic_jobs(config, data, cpu))
 
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffmoe_dist import load_model
-from diffmoe_dist.engine.checkpoint import complete_checkpoints
 from diffmoe_dist.engine.conversion import export_checkpoint
 from diffmoe_dist.engine.ema import exponent_of
 from diffmoe_dist.engine.post_hoc import Weighting, fit, of_updates, read_average
+from diffmoe_dist.engine.progress import complete_checkpoints
 from diffmoe_dist.engine.resume import progress_from
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256

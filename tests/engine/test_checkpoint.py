@@ -21,16 +21,9 @@ from diffmoe_dist import load_model
 from diffmoe_dist.config import CheckpointConfig, load_config
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data
-from diffmoe_dist.engine.checkpoint import (
-    checkpoints_to_delete,
-    complete_checkpoints,
-    find_checkpoint,
-    read_progress,
-    read_sums,
-    stored_tensors,
-    write_sums,
-)
+from diffmoe_dist.engine.checkpoint import checkpoints_to_delete, find_checkpoint, stored_tensors, write_sums
 from diffmoe_dist.engine.fragment_io import check_coverage, load_fragments, read_metadata
+from diffmoe_dist.engine.progress import complete_checkpoints, read_progress, read_sums
 from diffmoe_dist.engine.resume import find_start
 from diffmoe_dist.engine.sharded_state import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from diffmoe_dist.errors import UserError

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffmoe_dist import load_model
-from diffmoe_dist.engine.checkpoint import find_checkpoint, read_progress, read_sums, write_sums
+from diffmoe_dist.engine.checkpoint import find_checkpoint, write_sums
 from diffmoe_dist.engine.conversion import export_checkpoint
+from diffmoe_dist.engine.progress import read_progress, read_sums
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
 from tests.distributed import run_ranks

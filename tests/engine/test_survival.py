@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from diffmoe_dist.engine.checkpoint import complete_checkpoints
+from diffmoe_dist.engine.progress import complete_checkpoints
 from diffmoe_dist.engine.trainer import Trainer
 from diffmoe_dist.engine.watchdog import Watchdog
 from diffmoe_dist.errors import UserError

@@ -20,9 +20,10 @@ from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.loader import TrainingLoader
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.data.order import BatchSplit
-from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_checkpoint_model
+from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.engine.conversion import convert_published, export_checkpoint
 from diffmoe_dist.engine.fine_tuning import tensors_anew
+from diffmoe_dist.engine.progress import complete_checkpoints
 from diffmoe_dist.engine.sharded_state import EMA, MASTER, Fragment
 from diffmoe_dist.engine.trainer import THRESHOLD_STEPS
 from diffmoe_dist.engine.weights import _read, read_class_names, read_model
