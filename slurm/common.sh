@@ -27,10 +27,15 @@ say() {
     printf '%(%F %T)T %s, job %s, attempt %s: %s\n' -1 "$SLURMD_NODENAME" "$SLURM_JOB_ID" "$attempt" "$*"
 }
 
+gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+gpus=${gpus##*:} # of h100:8
+processes=${SLURM_NTASKS_PER_NODE:-$((gpus ? gpus : 1))} # of a node
+part=()                                                  # options of srun that say which nodes take part; else all do
+
 # Run a command as the job's tasks, one for each GPU, and return its exit code. Signals reach it through $step.
 launch() {
     # A rank that leaves must not have the others killed: they are about to leave too, with an exit code that counts.
-    srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label "${container[@]}" "$@" &
+    srun --export=ALL --kill-on-bad-exit=0 --wait=60 --label "${part[@]}" "${container[@]}" "$@" &
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || true # a trapped signal ends it early
@@ -75,7 +80,7 @@ connect() {
 
 # Train until the run is done; called by train.sh with the overrides. Does not return.
 train() {
-    local code=0 found experts precision
+    local code=0 found nodes experts precision override reason
     connect
     mkdir -p "$RUN_DIR/logs"
     rm -f "$RUN_DIR/STOP"
@@ -88,7 +93,12 @@ train() {
     say "nodes $SLURM_JOB_NODELIST, newest checkpoint: $(newest_checkpoint)"
     settle
     found=$(read_config "${settings[@]}" "$@") || leave $?
-    read -r experts precision <<<"$found"
+    { read -r nodes experts precision override; read -r reason || true; } <<<"$found"
+    if ((nodes < SLURM_NNODES)); then say "$nodes of $SLURM_NNODES nodes take part: $reason"; fi
+    part=(
+        --nodes="$nodes" --ntasks="$((nodes * processes))" --ntasks-per-node="$processes"
+        --nodelist="$(first_nodes "$nodes")"
+    )
     say "precision $precision, $experts GPUs share one set of experts"
     if [[ -n $LOCAL_SCRATCH ]]; then
         stage SHARDS
@@ -97,9 +107,14 @@ train() {
     fi
     # Either signal would kill a process that has yet to install its handlers.
     launch bash -c 'trap "" USR1 TERM; exec "$@"' _ "${interpreter[@]}" -m diffmoe_dist.train --config "$CONFIG" \
-        "${settings[@]}" parallel.expert="$experts" "$@" || code=$?
+        "${settings[@]}" ${override:+"$override"} "$@" || code=$?
     rm -f "$RUN_DIR/STOP"
     leave "$code"
+}
+
+# Of the job's nodes the first ones, separated by commas.
+first_nodes() {
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$1" | paste -sd ,
 }
 
 # The settings that the variables of the scripts stand for.
@@ -176,21 +191,33 @@ ask_slurm() {
     done
 }
 
-# What the settings make of the configuration: the most processes that can share out the experts evenly, for gradients of
-# experts that several groups hold travel between nodes, every step and whole; and the precision.
+# What the settings make of the configuration on the nodes there are, and in a second line why some are left out.
+#   How many nodes take part: the most that the batch, and the token pools of the run so far, divide over.
+#   How many processes share one set of experts, and the setting for it where the command line has none: as many as the
+#   configuration says, or that can share them out evenly. Gradients of experts that several groups hold travel between
+#   nodes, every step and whole.
+#   The precision.
 read_config() {
     python_once -c '
-import math, sys
+import sys
+from pathlib import Path
 from diffmoe_dist.command import run_command
-from diffmoe_dist.config import load_config
+from diffmoe_dist.config import for_nodes, is_given, load_config
+from diffmoe_dist.engine.progress import earlier_ranks
 
 def main():
-    config = load_config(sys.argv[1], sys.argv[3:])
-    experts = config.experts.num_experts if config.experts else 1
-    precision = config.precision + "+tf32" * config.tf32
-    sys.stdout.write(f"{math.gcd(int(sys.argv[2]), experts)} {precision}\n")
+    file, nodes, gpus, *overrides = sys.argv[1:]
+    config = load_config(file, overrides)
+    name = "parallel.expert"
+    ordered = is_given(name, overrides)
+    expert = "order" if ordered else "wish" if is_given(name, (), file) else "any"
+    earlier = earlier_ranks(Path(config.run_dir))
+    count, fitted, reason = for_nodes(config, int(nodes), int(gpus), expert, earlier)
+    precision = fitted.precision + "+tf32" * fitted.tf32
+    override = "" if ordered else f" {name}={fitted.parallel.expert}"
+    sys.stdout.write(f"{count} {fitted.parallel.expert} {precision}{override}\n{reason}\n")
 
-run_command(main)' "$CONFIG" "$((SLURM_NNODES * SLURM_NTASKS_PER_NODE))" "$@"
+run_command(main)' "$CONFIG" "$SLURM_NNODES" "$processes" "$@"
 }
 
 # Copy the folder of shards that a variable names to each node's own disk; a folder that has its name is complete.
@@ -200,7 +227,7 @@ stage() {
     copy=$LOCAL_SCRATCH/shards-$(sha256sum <"$folder/index.json" | cut -c 1-16)
     say "$1 on each node: $copy"
     # shellcheck disable=SC2016
-    srun --export=ALL --ntasks="$SLURM_NNODES" --ntasks-per-node=1 bash -euc '
+    srun --export=ALL "${part[@]}" --ntasks="$nodes" --ntasks-per-node=1 bash -euc '
         if [[ ! -d $2 ]]; then
             rm -rf "$2.part"
             cp -rL "$1" "$2.part"

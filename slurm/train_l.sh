@@ -7,8 +7,8 @@
 # the planner's: docs/cluster.md.
 #SBATCH --job-name=diffmoe-l
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8    # one process for each GPU
-#SBATCH --gpus-per-node=8      # of the node, not of a task: the processes of a node copy from GPU to GPU
+#SBATCH --exclusive            # whole nodes; docs/cluster.md says why not --ntasks-per-node
+#SBATCH --gpus-per-node=8      # one process for each; of the node, not of a task: they copy from GPU to GPU
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 ##SBATCH --partition=gpu

@@ -2,7 +2,7 @@
 
 from diffmoe_dist.config.checks import check, for_world, pool_samples
 from diffmoe_dist.config.elastic import Earlier, for_nodes, for_ranks, wishes
-from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, load_config, router_names, save_config
+from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, is_given, load_config, router_names, save_config
 from diffmoe_dist.config.router import RouterSettings, expert_slots
 from diffmoe_dist.config.schedule import draw_schedule, learning_rate
 from diffmoe_dist.config.schema import (
@@ -41,6 +41,7 @@ __all__ = [
     "for_nodes",
     "for_ranks",
     "for_world",
+    "is_given",
     "learning_rate",
     "load_config",
     "loss_weights",

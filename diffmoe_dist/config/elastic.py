@@ -66,8 +66,8 @@ def for_ranks(config: Config, world_size: int, earlier: Earlier | None) -> Confi
 
 def for_nodes(
     config: Config, nodes: int, gpus: int, expert: Literal["any", "wish", "order"], earlier: Earlier | None
-) -> tuple[int, Config]:
-    """The most of these nodes that can take part, and the configuration there.
+) -> tuple[int, Config, str]:
+    """The most of these nodes that can take part, the configuration there, and what keeps more from it, if any are.
 
     Args:
         gpus: of each node, a rank each.
@@ -84,7 +84,7 @@ def for_nodes(
             size = _divisors_below(most, count * gpus, config)[0]
             tried = replace(config, parallel=replace(config.parallel, expert=size))
         try:
-            return count, for_ranks(tried, count * gpus, earlier)
+            return count, for_ranks(tried, count * gpus, earlier), str(problems[0]) if problems else ""
         except UserError as error:
             problems.append(error)
     raise problems[0]

@@ -48,6 +48,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bo
     return build_config(read_yaml(path), overrides=overrides, training=training)
 
 
+def is_given(name: str, overrides: Sequence[str], path: str | Path | None = None) -> bool:
+    """Whether overrides, or a file, say what the setting `name` is.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    found: Any = apply_overrides({} if path is None else read_yaml(Path(path)), overrides, Config())
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found is not None
+
+
 def build_config(*layers: Mapping[str, Any], overrides: Sequence[str] = (), training: bool = True) -> Config:
     """Merge layers of settings over the defaults, later ones winning; derive what follows from them; check the result.
 

@@ -138,7 +138,8 @@ def test_what_memory_asked_for_stays_on_the_same_ranks_and_goes_with_them() -> N
 
 def test_the_nodes_take_part_that_the_batch_divides_over() -> None:
     def choose(config: Config, nodes: int, expert: Any, earlier: Earlier | None = None) -> tuple[int, int, int]:
-        taking_part, fitted = for_nodes(config, nodes, 2, expert, earlier)
+        taking_part, fitted, reason = for_nodes(config, nodes, 2, expert, earlier)
+        assert bool(reason) == (taking_part < nodes)
         return taking_part, fitted.train.micro_batch_size, fitted.parallel.expert
 
     assert choose(settings(POOL), 2, "any") == (2, 8, 4)

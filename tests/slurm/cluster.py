@@ -161,12 +161,12 @@ class Cluster:
             time.sleep(0.05)
         return value
 
-    def restart(self, number: str) -> None:
-        """Wait until a job is requeued for the first time, and shorten the pause that Slurm makes before it starts."""
+    def restart(self, number: str, times: int = 1) -> None:
+        """Wait until a job is requeued so many times, and shorten the pause that Slurm makes before it starts."""
 
         def requeued() -> bool:
             job = self.job(number)
-            return int(job["Restarts"]) > 0 and job["JobState"] != "COMPLETING"
+            return int(job["Restarts"]) >= times and job["JobState"] != "COMPLETING"
 
         self.wait_until(requeued, f"job {number} is requeued")
         try:  # not at once: in the very second of its end a node would refuse it
@@ -190,6 +190,10 @@ class Cluster:
 
     def declare_down(self, name: str) -> None:
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+
+    def drain(self, name: str) -> None:
+        """Give a node no more jobs; one that is declared down comes back by itself."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
 
     def cut(self, name: str, link: str = "down") -> None:
         """Pull the network cable of a node, or put it back (`up`)."""

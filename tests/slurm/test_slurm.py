@@ -39,6 +39,7 @@ class Run:
         folder: Path,
         shards: Path,
         *options: str,
+        nodes: Sequence[str] = CPU_NODES,
         script: Sequence[str] = ("slurm/train_xl.sh",),
         steps: int = ENDLESS,
         overrides: Sequence[str] = (),
@@ -50,7 +51,7 @@ class Run:
         self.config = folder.with_suffix(".yaml")
         self.set_steps(steps)
         self.job = cluster.submit(
-            *CPU_NODES, f"--output={self.output}", *options, *script, "checkpoint.every=10", "log.every=1", *overrides,
+            *nodes, f"--output={self.output}", *options, *script, "checkpoint.every=10", "log.every=1", *overrides,
             DEVICE="cpu", CONFIG=self.config, RUN_DIR=folder, SHARDS=shards, PYTHON=sys.executable,
             LOCAL_SCRATCH=scratch, LATENTS="",
         )  # fmt: skip
@@ -184,6 +185,44 @@ def test_a_run_goes_on_elsewhere_after_the_loss_of_the_node(
     assert run.end() == ("COMPLETED", 1), run.log()
     assert node not in cluster.nodes_of(run.job)
     assert run.curve() == undisturbed.curve(), run.log()
+
+
+def test_a_run_that_loses_a_node_for_good_goes_on_with_one_and_with_two_again(
+    cluster: Cluster, undisturbed: Run, tmp_path: Path, digits: Path
+) -> None:
+    # The batch's half is the pool, so that the micro-batch that the command names fits two ranks only.
+    half, last = ("train.micro_batch_size=8",), 40
+    expected = Run(cluster, tmp_path / "whole", digits, overrides=half, steps=last)
+    assert expected.end() == ("COMPLETED", 0), expected.log()
+    run = Run(
+        cluster,
+        tmp_path / "run",
+        digits,
+        nodes=("--nodes=1-2", "--cpus-per-task=1", "--gpus-per-node=0"),
+        overrides=half,
+    )
+    run.wait_for_log(f"step 12/{ENDLESS} ")
+    first, lost = cluster.nodes_of(run.job)
+    [spare] = {*cluster.names} - {first, lost}
+    cluster.drain(spare)
+    cluster.power_off(lost)
+    cluster.restart(run.job)
+    run.wait_for_log(
+        "on 1 rank, after 2: train.micro_batch_size 8 -> 16 (asked for: 8), parallel.expert 2 -> 1, 2 micro"
+    )
+    run.wait_for_log(f"step {run.steps()[-1] + 3}/")
+    assert cluster.nodes_of(run.job) == [first]
+    cluster.run("scontrol", "update", f"NodeName={spare}", "State=RESUME")
+    cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+    run.wait_for_log("requeued after exit code 75")
+    run.set_steps(last)
+    cluster.restart(run.job, times=2)
+    assert run.end() == ("COMPLETED", 2), run.log()
+    assert cluster.nodes_of(run.job) == sorted([first, spare])
+    assert "on 2 ranks, after 1: train.micro_batch_size 16 -> 8, parallel.expert 1 -> 2, 2 micro" in run.log()
+    steps, losses = zip(*run.curve()[:last], strict=True)
+    expected_steps, expected_losses = zip(*expected.curve(), strict=True)
+    assert steps == expected_steps and losses == pytest.approx(expected_losses, abs=1e-6), run.log()
 
 
 def test_a_cancelled_job_stays_cancelled_and_has_saved(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
