@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffmoe_dist.engine.checkpoint import read_progress
+from diffmoe_dist.engine.progress import read_progress
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.comparison import EXPERTS_PER_TOKEN, Result, Run, digits
 from diffmoe_dist.report_page.html import section

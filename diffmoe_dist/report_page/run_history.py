@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffmoe_dist.config import Config, flat_settings, load_config
-from diffmoe_dist.engine.checkpoint import complete_checkpoints, read_progress
+from diffmoe_dist.engine.progress import complete_checkpoints, read_progress
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import refuse_irregular
 from diffmoe_dist.model.accounting import account
