@@ -40,11 +40,11 @@ from diffmoe_dist.planning.memory import persistent_bytes
 META = torch.device("meta")
 
 
-def build_on_meta(config: Config, world_size: int, asked: Mapping[str, int | str]) -> str:
+def build_on_meta(config: Config, world_size: int, asked: Mapping[str, int | str] | None = None) -> str:
     """Build what a rank of `world_size` would build, check it, and return a report; config as `for_ranks` returns it.
 
     Args:
-        asked: `wishes` before that.
+        asked: `wishes` before that, if they were others.
 
     Raises:
         UserError: something does not fit together, or the data is not whole.
