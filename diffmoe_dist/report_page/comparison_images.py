@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffmoe_dist.data.class_names import NO_NAMES
 from diffmoe_dist.engine.progress import read_progress
+from diffmoe_dist.engine.weights import read_class_names
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.comparison import EXPERTS_PER_TOKEN, Result, Run, digits
 from diffmoe_dist.report_page.html import section
 from diffmoe_dist.report_page.samples import sample_for_page
 from diffmoe_dist.report_page.scored_samples import ScoredSamples
+from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 LARGEST = 192  # pixels of a side; larger images are made smaller for the page
@@ -85,7 +88,10 @@ def _finished(runs: Sequence[Run], finished: Sequence[ScoredSamples]) -> list[Ru
             continue
         newest = max(own, key=lambda samples: samples.step)
         images, labels = newest.images(FINISHED_IMAGES)
-        names = [newest.prompt(number) or f"class {label}" for number, label in enumerate(labels)]
+        checkpoints = run.history.checkpoints
+        class_names = read_class_names(checkpoints[-1]) if checkpoints else NO_NAMES
+        of_class = ClassLabels(labels, run.config.model.num_classes, class_names).name
+        names = [newest.prompt(number) or of_class(label) for number, label in enumerate(labels)]
         job = newest.sampling
         told = {name: job.get(name) for name in ("sampler", "steps", "cfg_scale", "inference", "seed", "recalibrate")}
         found.append(RunImages(run, newest.step, images, names, told, job.get("seed"), job.get("capacity")))

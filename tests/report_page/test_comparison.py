@@ -31,7 +31,9 @@ from diffmoe_dist.report_page.comparison import (
     results,
 )
 from diffmoe_dist.report_page.comparison_charts import COLOURS, Style, spread_apart
+from diffmoe_dist.report_page.comparison_images import images_section
 from diffmoe_dist.report_page.comparison_page import write_comparison
+from diffmoe_dist.report_page.figures import image_uri
 from diffmoe_dist.report_page.run_history import Curve, read_history
 from diffmoe_dist.report_page.scored_samples import is_score, read_scored_samples
 from tests.engine.runs import TINY
@@ -267,6 +269,33 @@ def test_scores_of_finished_samples_stand_at_the_step_of_their_checkpoint(folder
     assert [is_score(name) for name in ("fid_2k", "fd_dinov2_50k", "loss_val_t0", "step", "expert_load_max")] == [
         True, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_images_of_finished_samples_are_shown_as_they_are(
+    comparison: Comparison, folders: list[Path], tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 1), dtype=np.uint8)
+    for number in (0, 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checkpoint = str(folders[number] / "checkpoints/step-00000020")
+        job = {"checkpoint": checkpoint, "sampler": "heun", "seed": number, "capacity": 0.9}
+        (folder / "sampling.json").write_text(json.dumps(job))
+        np.savez(folder / "samples.npz", arr_0=images[number], arr_1=np.array([4, 2, 4]))
+    finished = [read_scored_samples(tmp_path / str(number), folders) for number in (0, 1)]
+
+    text, rows = images_section(comparison.runs, None, finished, CPU)
+
+    shown = re.findall(r'<img src="([^"]*)" alt="(class \d), (A\d)">', text)
+    assert [(label, letter) for _, label, letter in shown] == [
+        (f"class {label}", letter) for label in (4, 2, 4) for letter in ("A1", "A2")
+    ]
+    assert [uri for uri, _, letter in shown if letter == "A2"] == [image_uri(image) for image in images[1]]
+    assert "They start from other noise: another seed" in text and "No checkpoint or samples yet: B, C." in text
+    assert rows[0].values == [0.9, 0.9, None, None]
+    (tmp_path / "1" / "samples.npz").write_bytes(b"no npz")
+    with pytest.raises(UserError, match=r"1/samples\.npz: not an npz file"):
+        images_section(comparison.runs, None, finished, CPU)
 
 
 @pytest.mark.parametrize(
