@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ class EncoderChoice:
     max_length: int | None  # tokens of a caption at most, start and end included; None: the usual number
     layer: int | None  # of transformers' hidden_states, 0 the embeddings, -1 the last; None: last_hidden_state
     named: str  # by the user, in an error
+    beside: bool = False  # its vectors stand beside those of the encoder before, token by token; else after them
 
     @property
     def kind(self) -> str:
@@ -82,7 +84,7 @@ def choose_encoders(
 
     Args:
         path: a folder, or a file with a list of {"folder", "tokenizer", "max_length", "layer"}, of which only the
-            first must be given; its paths are relative to the file.
+            first must be given; its paths are relative to the file. A list in that list is of encoders side by side.
         tokenizer: of the encoder in a folder, where it lies elsewhere.
         max_length: of all encoders together; None: what they say, or the usual number.
         setting: how the user named the path.
@@ -96,10 +98,20 @@ def choose_encoders(
         return (choice,)
     if tokenizer is not None:
         raise UserError(f"{named}: names tokenizers itself, but one is given ({tokenizer}); leave that out")
-    choices = tuple(_choice(entry, path.parent, named) for entry in _read_list(path, named))
+    choices = tuple(
+        replace(_choice(entry, path.parent, named), beside=place > 0)
+        for group in _read_list(path, named)
+        for place, entry in enumerate(group if isinstance(group, list) else [group])
+    )
+    for first, second in itertools.pairwise(choices):
+        if second.beside and second.length != first.length:
+            raise UserError(
+                f"{second.named}: stands beside {first.folder.name} with {second.length} tokens, not {first.length}; "
+                "give both the same max_length"
+            )
     if len(choices) == 1 and choices[0].max_length is None:
         return (replace(choices[0], max_length=max_length),)
-    together = sum(choice.length for choice in choices)
+    together = sum(choice.length for choice in choices if not choice.beside)
     if max_length not in (None, together):
         raise UserError(f"{named}: its captions have {together} tokens together, not {max_length}; set that")
     return choices
@@ -109,11 +121,16 @@ def choices_sha256(choices: Sequence[EncoderChoice]) -> str:
     """The fingerprint of all; of one its own. How many tokens each has is part of it where there are several."""
     if len(choices) == 1:
         return choices[0].sha256
-    return text_sha256(part for choice in choices for part in (choice.sha256, str(choice.length)))
+    return text_sha256(
+        part
+        for choice in choices
+        for part in (choice.sha256, str(choice.length), *(["beside"] if choice.beside else []))
+    )
 
 
 def choices_kind(choices: Sequence[EncoderChoice]) -> str:
-    return "+".join(choice.kind for choice in choices)
+    """`clip+t5` of encoders whose tokens follow each other, `clip|clip+t5` where the first two stand side by side."""
+    return "".join(f"{'|' if choice.beside else '+'}{choice.kind}" for choice in choices)[1:]
 
 
 def _read_list(path: Path, named: str) -> list[Any]:
@@ -123,6 +140,8 @@ def _read_list(path: Path, named: str) -> list[Any]:
         raise UserError(f"{named}: cannot be read as JSON ({error}); write a list of encoders") from None
     if not isinstance(found, list) or not found:
         raise UserError(f'{named}: holds no list of encoders; write [{{"folder": "DIR"}}]')
+    if [] in found:
+        raise UserError(f'{named}: holds a list without encoders; write [{{"folder": "DIR"}}]')
     return found
 
 

@@ -69,7 +69,11 @@ class TextEncoder:
 
         Raises UserError for folders that hold no such thing, and for more tokens or layers than the encoder has.
         """
-        encoders = [_open(choice, device) for choice in choose_encoders(folder, tokenizer, max_length, setting)]
+        groups: list[list[TextEncoder]] = []
+        for choice in choose_encoders(folder, tokenizer, max_length, setting):
+            groups += [] if choice.beside else [[]]
+            groups[-1].append(_open(choice, device))
+        encoders = [group[0] if len(group) == 1 else TextEncodersBeside(group) for group in groups]
         return encoders[0] if len(encoders) == 1 else JoinedTextEncoder(encoders)
 
     @cached_property
@@ -151,6 +155,36 @@ class JoinedTextEncoder(TextEncoder):
             padded = [np.pad(part.tokens_TD, ((0, 0), width)) for part, width in zip(parts, widths, strict=True)]
             pooled = [part.pooled_P for part in parts if part.pooled_P is not None]
             yield EncodedText(np.concatenate(padded), np.concatenate(pooled) if pooled else None, parts[0].is_null)
+
+
+class TextEncodersBeside(TextEncoder):
+    """Encoders that split a caption into equal tokens: the vectors of a token side by side, as of SD3's two CLIPs."""
+
+    def __init__(self, encoders: Sequence[TextEncoder]) -> None:
+        self.encoders = encoders
+        self.module = nn.ModuleList([encoder.module for encoder in encoders])
+        self.kind = "|".join(encoder.kind for encoder in encoders)
+        self.max_length = encoders[0].max_length
+        self.hidden_size = sum(encoder.hidden_size for encoder in encoders)
+        self.pooled_size = sum(encoder.pooled_size for encoder in encoders)
+        self._choices = tuple(choice for encoder in encoders for choice in encoder._choices)
+
+    def num_tokens(self, captions: Sequence[str]) -> list[int]:
+        return self.encoders[0].num_tokens(captions)
+
+    def _encode_batch(self, captions: Sequence[str]) -> Iterator[EncodedText]:
+        encoded = zip(*(encoder._encode_batch(captions) for encoder in self.encoders), strict=True)
+        for caption, parts in zip(captions, encoded, strict=True):
+            lengths = [len(part.tokens_TD) for part in parts]
+            if len(set(lengths)) > 1:
+                names = " and ".join(encoder._name for encoder in self.encoders)
+                raise UserError(
+                    f"{names} make {' and '.join(map(str, lengths))} tokens of {caption!r:.60}; only encoders with "
+                    "the same tokens stand side by side"
+                )
+            pooled = [part.pooled_P for part in parts if part.pooled_P is not None]
+            tokens_TD = np.concatenate([part.tokens_TD for part in parts], axis=1)
+            yield EncodedText(tokens_TD, np.concatenate(pooled) if pooled else None, parts[0].is_null)
 
 
 def _open(choice: EncoderChoice, device: torch.device | str) -> TextEncoder:

@@ -64,7 +64,7 @@ def _save(folder: Path, kind: str) -> Path:
     return folder
 
 
-def _file(path: Path, *entries: dict[str, Any]) -> Path:
+def _file(path: Path, *entries: Any) -> Path:
     path.write_text(json.dumps(entries))
     return path
 
@@ -158,6 +158,40 @@ def test_two_encoders_follow_each_other_and_the_narrower_is_filled_up_with_zeros
         np.testing.assert_allclose(found.pooled_P, output.text_embeds[0], atol=2e-3)
 
 
+def test_the_vectors_of_two_encoders_stand_side_by_side_before_those_of_a_third(joined: Path) -> None:
+    """SD3's three: CLIP-L and CLIP-G in width, T5 after them; pooled vectors of both CLIPs."""
+    second = save_encoder(joined.parent / "text_encoder_2", "clip")
+    clip, t5 = json.loads(joined.read_text())
+    other = {"folder": "text_encoder_2", "max_length": 8, "layer": 1}
+    file = _file(joined.parent / "three.json", [clip, other], t5)
+    encoder = _open(file)
+    assert (encoder.kind, encoder.max_length) == ("clip|clip+t5", 20)
+    assert (encoder.hidden_size, encoder.pooled_size) == (24 + 16, 10 + 16)
+    for text in TEXTS:
+        left, pooled = _hidden(joined.parent / "text_encoder", text, 8, -2, "CLIPTextModelWithProjection")
+        right, pooled_2 = _hidden(second, text, 8, 1, "CLIPTextModel")
+        after, _ = _hidden(joined.parent / "text_encoder_3", text, 12, None, "T5EncoderModel")
+        found = encoder.encode_alone(text)
+        expected = np.concatenate([np.concatenate([left, right], axis=1), np.pad(after, ((0, 0), (0, 24)))])
+        np.testing.assert_allclose(found.tokens_TD, expected, atol=2e-3)
+        assert found.pooled_P is not None
+        np.testing.assert_allclose(
+            found.pooled_P, np.concatenate([pooled.text_embeds[0], pooled_2.pooler_output[0]]), atol=2e-3
+        )
+    assert [encoder.num_tokens(TEXTS[:1]), encoder.cuts(["green " * 40])] == [[5 + 4], [(43, 8)]]
+    flat = _open(_file(joined.parent / "after.json", clip, other, t5))
+    assert flat.sha256 != encoder.sha256 and flat.max_length == 28
+
+
+def test_encoders_that_do_not_split_a_caption_alike_do_not_stand_side_by_side(joined: Path) -> None:
+    clip, t5 = json.loads(joined.read_text())
+    beside = _open(_file(joined.parent / "beside.json", [clip, {**t5, "max_length": 8}]))
+    with pytest.raises(UserError, match=r"make 5 and 4 tokens of 'a red square'; only encoders with the same tokens"):
+        beside.encode_alone("a red square")
+    with pytest.raises(UserError, match=r"stands beside text_encoder with 12 tokens, not 8; give both the same max_l"):
+        _open(_file(joined.parent / "lengths.json", [clip, t5]))
+
+
 def test_side_folder_prompts_and_sampling_of_two_encoders_are_one_encoders(
     joined: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,6 +231,8 @@ def test_the_lengths_of_two_encoders_are_part_of_their_fingerprint(joined: Path)
         ("[", "cannot be read as JSON"),
         ("{}", "holds no list of encoders"),
         ("[]", "holds no list of encoders"),
+        ("[[]]", "holds a list without encoders"),
+        ('[[{"layer": 1}]]', "is no encoder; write"),
         ('["clip"]', '"clip" is no encoder; write'),
         ('[{"layer": 1}]', "is no encoder; write"),
         ('[{"folder": "clip", "depth": 1}]', "depth is not known of an encoder; there are folder, tokenizer, layer"),
