@@ -148,7 +148,7 @@ def test_no_bytes_in_the_place_of_a_file_end_in_a_traceback(checkpoint: Path, we
     [
         ("step", "1"), ("step", 1.0), ("step", True), ("step", 7), ("step", -1), ("images_seen", None), ("seed", -1),
         ("data_fingerprint", 12), ("data_fingerprint", ""), ("pool_samples", 0), ("micro_steps", [1]), ("skipped", 2),
-        ("seed", 2**63),
+        ("seed", 2**63), ("asked", {}), ("asked", "none"), ("asked", 4),
     ],
 )  # fmt: skip
 def test_a_progress_of_another_type_or_range_is_named(checkpoint: Path, entry: str, value: Any) -> None:
