@@ -25,6 +25,8 @@ SIZE = (3.9, 2.9)  # inches: on a telephone about its own size, so that letters 
 MOST_POINTS = 400  # of a line; more are thinned
 _FEW = 40
 _SKIPPED = 0.05  # of a curve's begin, which does not decide the range that is shown
+_BESIDE = 0.08  # of the chart's width: letters that are closer must not have one height
+_LOWEST = 0.04
 _GAP = 0.075  # between letters at the ends of lines, in heights of the chart
 
 
@@ -151,7 +153,7 @@ def spread_apart(points: Sequence[tuple[float, float]]) -> list[float]:
         moved = False
         for at, lower in enumerate(order):
             for upper in order[at + 1 :]:
-                if abs(points[lower][0] - points[upper][0]) > 0.08:
+                if abs(points[lower][0] - points[upper][0]) > _BESIDE:
                     continue
                 lacking = _GAP - (heights[upper] - heights[lower])
                 if lacking > 1e-3:
@@ -160,6 +162,9 @@ def spread_apart(points: Sequence[tuple[float, float]]) -> list[float]:
                     moved = True
         if not moved:
             break
+    for at, place in enumerate(order):  # not below the axis, where numbers stand
+        beside = [low for low in order[:at] if abs(points[low][0] - points[place][0]) <= _BESIDE]
+        heights[place] = max([heights[place], _LOWEST, *(heights[low] + _GAP for low in beside)])
     return heights
 
 

@@ -16,7 +16,7 @@ from diffmoe_dist.data.class_names import NO_NAMES
 from diffmoe_dist.engine.progress import read_progress
 from diffmoe_dist.engine.weights import read_class_names
 from diffmoe_dist.report_page import figures
-from diffmoe_dist.report_page.comparison import EXPERTS_PER_TOKEN, Result, Run, digits
+from diffmoe_dist.report_page.comparison import EXPERTS_PER_TOKEN, Result, Run, digits, together
 from diffmoe_dist.report_page.html import section
 from diffmoe_dist.report_page.samples import sample_for_page
 from diffmoe_dist.report_page.scored_samples import ScoredSamples
@@ -134,12 +134,13 @@ def _about(runs: Sequence[Run], found: Sequence[RunImages]) -> str:
         text += " The images of a box start from one noise."
     else:
         text += " They start from other noise: another seed, or another size."
-    settings = [{name: value for name, value in each.settings.items()} for each in found]
+    settings = [each.settings for each in found]
     common = {name: value for name, value in settings[0].items() if all(s.get(name) == value for s in settings)}
     text += " Sampled with " + ", ".join(f"{name} {value}" for name, value in common.items()) + "."
-    for each, own in zip(found, settings, strict=True):
-        if other := {name: value for name, value in own.items() if name not in common}:
-            text += f" {each.run.letter}: {', '.join(f'{name} {value}' for name, value in other.items())}."
+    others = [", ".join(f"{name} {value}" for name, value in own.items() if name not in common) for own in settings]
+    for members in together(range(len(found)), lambda place: others[place]):
+        letters = ", ".join(found[place].run.letter for place in members)
+        text += f" {letters}: {others[members[0]]}." if others[members[0]] else ""
     having = {each.run.letter for each in found}
     if without := [run.letter for run in runs if run.letter not in having]:
         text += f" No checkpoint or samples yet: {', '.join(without)}."

@@ -334,6 +334,8 @@ def test_lines_are_told_apart_without_colours_and_colours_can_be_read_on_white()
         assert 1.05 / (luminance + 0.05) >= 3, f"{colour}: WCAG 2.2, 1.4.11"
     heights = spread_apart([(1.0, 0.5), (1.0, 0.51), (1.0, 0.52), (0.3, 0.5)])
     assert np.diff(sorted(heights[:3])).min() > 0.07 and heights[3] == 0.5
+    low = spread_apart([(1.0, 0.02), (1.0, 0.03), (1.0, 0.02)])
+    assert min(low) > 0.03 and np.diff(sorted(low)).min() > 0.07
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: chromium)")
