@@ -8,8 +8,8 @@ its memory is its own and a part that fails loses its rows alone. A row is a pre
   of these.
 - layer: forward and backward of the mixture-of-experts layer, and of the dense MLP with the same arithmetic.
 - step: `Trainer.train_step` without reading data; its MFU; memory held between steps, and at the peak of a step.
-- sampling: the Euler sampler without guidance. The prediction is the arithmetic of the forward passes at the fraction
-  of the peak that the planner assumes for training.
+- sampling: the Euler sampler without guidance. The prediction is a third of what the planner says of a training step's
+  forward and backward pass: on the device or, where that is slower, on the host.
 
     python -m benchmarks.gpu --out runs/gpu
     python -m benchmarks.gpu --device cpu --accelerator H100-80 --sizes tiny --images 4 --out /tmp/gpu
@@ -42,7 +42,7 @@ from benchmarks.train_step import EXPERTS, SIZES, config_for, make_trainer, toke
 from diffmoe_dist.config import Config
 from diffmoe_dist.planning.accelerators import ACCELERATORS, Accelerator, matmul_format, model_flop_utilization
 from diffmoe_dist.planning.estimate import Plan, make_plan
-from diffmoe_dist.planning.step_time import COMPUTE_FRACTION
+from diffmoe_dist.planning.step_time import COMPUTE_FRACTION, LAUNCH, device_seconds, launches
 from diffmoe_dist.planning.workload import Cluster
 
 TOLERANCE = 0.1  # of a prediction
@@ -178,10 +178,9 @@ def sampling_rows(setting: Setting, size: str, rule: str) -> list[Row]:
         capacity = sampling.sample(model, config, setting.images, steps).capacity or 1.0
 
     seconds = setting.seconds(sample, warm_up=1)
-    plan = plan_of(config, setting)
-    kind = matmul_format(config)
-    flops = setting.images * steps * plan.accounting.training_flops(capacity) / 3  # forward alone
-    predicted = flops / (setting.accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind])
+    plan = make_plan(config, Cluster(1, 1, setting.accelerator), capacity)
+    on_device = sum(device_seconds(config, setting.accelerator, plan.accounting, plan.work).values())
+    predicted = steps * max(on_device, LAUNCH * launches(config, plan.work, 1)) / 3  # forward alone
     rate = setting.images * steps
     return [Row("sampling", f"{size}, {rule}", "evaluations/s", rate / predicted, rate / seconds)]
 

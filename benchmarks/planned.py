@@ -21,7 +21,7 @@ from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.planning import table
 from diffmoe_dist.planning.accelerators import ACCELERATORS
 from diffmoe_dist.planning.estimate import Plan, make_plan
-from diffmoe_dist.planning.step_time import transfer_seconds
+from diffmoe_dist.planning.step_time import HOST, transfer_seconds
 from diffmoe_dist.planning.sweep import by_speed, choose, days, gpu_hours, plans_on, sweep
 from diffmoe_dist.planning.workload import Cluster
 
@@ -30,7 +30,7 @@ UNUSED = ("run_dir=unused", "data.shards=unused")
 
 SIZES = ("s", "b", "l", "xl")
 SCRIPTS = {f"slurm/train_{size}.sh": f"configs/imagenet256/global_pool_{size}.yaml" for size in SIZES}
-DAYS = 1  # of a job's time limit: the scripts take the fewest GPU-hours that end in it
+DAYS = 2  # the scripts take the fewest GPU-hours that end in it: two jobs of 24 hours
 
 
 def plans_up_to(nodes: int, path: str) -> list[Plan]:
@@ -166,8 +166,8 @@ def pools() -> list[str]:
 
 def parts() -> list[str]:
     """Where the milliseconds of a step go: XL-E16, 4,096 images."""
-    lines, names = [], ("arithmetic", "token exchange", "other routing and report", "gradients beyond backward",
-                        "parameter gather", "optimizer")  # fmt: skip
+    names = ("arithmetic", "activations", "token exchange", "other routing and report", "gradients beyond backward",
+             "parameter gather", "optimizer", HOST)  # fmt: skip
     lines = [f"| GPUs | {' | '.join(names)} | step |", f"|{'---|' * (2 + len(names))}"]
     for nodes in NODES[3:]:
         plan = best(config_of((), 4096), nodes)

@@ -6,7 +6,7 @@
 # Settings of the job stand here, those of the run in train.sh, those of the cluster in site.sh. The number of nodes is
 # the planner's: docs/cluster.md.
 #SBATCH --job-name=diffmoe-xl
-#SBATCH --nodes=2
+#SBATCH --nodes=1
 #SBATCH --exclusive            # whole nodes; docs/cluster.md says why not --ntasks-per-node
 #SBATCH --gpus-per-node=8      # one process for each; of the node, not of a task: they copy from GPU to GPU
 #SBATCH --cpus-per-task=8

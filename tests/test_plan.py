@@ -44,7 +44,7 @@ def test_a_plan_as_json_has_the_unit_in_each_name(
     assert tokens["across_nodes_bytes"] == 0
     step = found["step"]
     assert step["seconds"] == pytest.approx(sum(step["parts_seconds"].values()))
-    assert step["bound_by"] in ("compute", "wire", "memory")
+    assert step["bound_by"] in ("compute", "wire", "memory", "host")
 
 
 def test_a_plan_as_text_says_what_is_exact_and_what_is_an_estimate(

@@ -13,12 +13,17 @@ from diffmoe_dist.config import Config, for_world
 from diffmoe_dist.model.accounting import Accounting, account
 from diffmoe_dist.planning.accelerators import matmul_format, model_flop_utilization
 from diffmoe_dist.planning.memory import USABLE_MEMORY, peak_bytes, persistent_bytes
-from diffmoe_dist.planning.step_time import step_seconds
+from diffmoe_dist.planning.step_time import HOST, step_seconds
 from diffmoe_dist.planning.traffic import Transfer, all_transfers
 from diffmoe_dist.planning.workload import Cluster, Workload, workload
 
-Resource = Literal["compute", "memory", "communication"]
-_RESOURCE: dict[str, Resource] = {"arithmetic": "compute", "activations": "memory", "optimizer": "memory"}
+Resource = Literal["compute", "memory", "host", "communication"]
+_RESOURCE: dict[str, Resource] = {
+    "arithmetic": "compute",
+    "activations": "memory",
+    "optimizer": "memory",
+    HOST: "host",
+}
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,14 @@ class Plan:
 
     @property
     def bound_by(self) -> Resource:
-        """What takes the largest part of a step; memory is its bandwidth."""
-        parts: dict[Resource, float] = {"compute": 0.0, "memory": 0.0, "communication": 0.0}
+        """What takes the largest part of a step; memory is its bandwidth.
+
+        Where the GPU waits for its host to start kernels, all that is not communication takes as long as the host.
+        """
+        parts: dict[Resource, float] = dict.fromkeys(("compute", "memory", "host", "communication"), 0.0)
         for name, seconds in self.seconds.items():
-            parts[_RESOURCE.get(name, "communication")] += seconds
+            resource = _RESOURCE.get(name, "communication")
+            parts["host" if self.seconds[HOST] and resource != "communication" else resource] += seconds
         return max(parts, key=lambda name: parts[name])
 
     @property

@@ -198,7 +198,7 @@ def activation_bytes(config: Config, work: Workload) -> float:
     modulates = flow.trains("t_embedder.", "y_embedder.", "final_layer.adaLN_modulation.")
     stream = flow.before(config.model.depth, "attn")
     last = work.tokens * (stream * r + modulates * r + flow.trains("final_layer.linear.") * e) * D
-    return kept + last + _rounded_weight_bytes(config, flow)
+    return kept + last + rounded_weight_bytes(config, flow)
 
 
 def _block_bytes(config: Config, work: Workload, flow: GradientFlow, block: int) -> float:
@@ -269,10 +269,19 @@ def _head_bytes(config: Config, tensors: int, normed: int) -> float:
     return model.num_heads * (tensors * model.head_dim * e + normed * of_norm)
 
 
-def _rounded_weight_bytes(config: Config, flow: GradientFlow) -> float:
+def mixture_activation_bytes(config: Config, work: Workload) -> float:
+    """Of that, what all mixture-of-experts layers save, with their inputs."""
+    experts, flow = config.experts, GradientFlow(config)
+    if experts is None:
+        return 0.0
+    return sum(_moe_activation_bytes(config, experts, work, flow, block) for block in config.moe_blocks)
+
+
+def rounded_weight_bytes(config: Config, flow: GradientFlow | None = None) -> float:
     """The copies of a rank's fp32 weights that mixed precision makes in each forward pass, and backward needs again."""
     if product_bytes(config) == weight_bytes(config):
         return 0
+    flow = flow or GradientFlow(config)
     again = RECOMPUTED_PARTS[config.train.recompute]
     return product_bytes(config) * sum(
         parameter.numel() // _holders(config, name)

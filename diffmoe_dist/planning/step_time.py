@@ -1,27 +1,52 @@
-"""Seconds of a step, from what a GPU is assumed to achieve of its data sheet's numbers: estimates."""
+"""Seconds of a step, from what one GPU achieved of its data sheet's numbers: estimates.
+
+The device computes, moves activations and state through its memory, one after the other; a host starts the kernels.
+The slower of the two decides. Collectives come on top.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.model.accounting import Accounting
+from diffmoe_dist.model.on_meta import meta_model
 from diffmoe_dist.planning.accelerators import Accelerator, matmul_format
-from diffmoe_dist.planning.memory import activation_bytes, weight_bytes, wire_bytes, zero_groups
+from diffmoe_dist.planning.memory import (
+    activation_bytes,
+    mixture_activation_bytes,
+    rounded_weight_bytes,
+    weight_bytes,
+    wire_bytes,
+    zero_groups,
+)
 from diffmoe_dist.planning.traffic import CUT_LAYERS, GRADIENTS, PARAMETERS, ROW_GRADIENTS, ROWS, Transfer
 from diffmoe_dist.planning.workload import Workload
 
-# Fractions of the data sheet's numbers. ProMoE's Dense-L at 213 images a second on an A800 (from its Table 14) is 33 %
-# of the bf16 peak.
-COMPUTE_FRACTION = {"bf16": 0.35, "tf32": 0.35, "fp32": 0.7}
+# Fractions of the data sheet's numbers, and times that saved activations cross the memory bus, with their gradients and
+# what is not saved: of one H200 in bf16, 2026-11-26, sizes B and L (docs/performance.md, "On a GPU"). TF32 is assumed
+# to be like bf16; fp32 is an assumption.
+COMPUTE_FRACTION = {"bf16": 0.68, "tf32": 0.68, "fp32": 0.7}
 MEMORY_FRACTION = 0.8
+OPTIMIZER_FRACTION = 0.54  # of the bandwidth, as torch's AdamW and ours: 2.6 of 4.8 TB/s
+ACTIVATION_PASSES = 11
+MIXTURE_PASSES = 14  # more, of what mixture-of-experts layers save
+ROUNDING_PASSES = 3  # of the copies of fp32 weights in mixed precision: read in fp32, written in bf16
+# Kernels that a step launches, counted there, and what one costs the host with all the Python around it.
+LAUNCH = 29e-6
+BLOCK_LAUNCHES, MIXTURE_LAUNCHES = 60, 95  # forward and backward of a block; more, of one with experts
+SPREAD_LAUNCHES = 50  # more, of a mixture whose experts or pool are on several ranks
+PARAMETER_LAUNCHES = 2.2  # norm, AdamW, average
+ROUNDING_LAUNCHES = 1.2  # more, of each parameter in mixed precision
+RECOMPUTED_LAUNCHES = 30  # of a part of a block that is computed again
 LINK_FRACTION = 0.75
 CALL_LATENCY = 30e-6  # seconds of a collective beside its bytes
 # Seconds of a step of a collective (`Transfer.steps`): NCCL's own figures for rings with its protocol LL128. A message
 # of an all-to-all is an assumption: several travel at once.
 NVLINK_HOP, NETWORK_HOP, MESSAGE = 1.9e-6, 4e-6, 1e-6
-ACTIVATION_PASSES = 4  # times that a saved activation crosses the memory bus, with its gradient and what is not saved
+HOST = "waiting for the host"
 
 
 def step_seconds(
@@ -37,28 +62,72 @@ def step_seconds(
     Gradients are reduced while the backward pass computes the next ones, so of their reduction only the time beyond
     the backward pass is a part of the step.
     """
-    kind = matmul_format(config)
-    of_image = accounting.training_flops(work.capacity) + recomputed_flops(config, accounting, work.capacity)
-    flops = work.images * work.micro_steps * of_image
-    arithmetic = flops / (accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind])
-    bandwidth = accelerator.memory_bandwidth * MEMORY_FRACTION
-    moved = ACTIVATION_PASSES * activation_bytes(config, work) * work.micro_steps / bandwidth
-    optimizer = sum(state_traffic(config, ranks).values()) / bandwidth
+    device = device_seconds(config, accelerator, accounting, work)
+    optimizer = optimizer_seconds(config, accelerator, ranks)
+    waiting = max(0.0, LAUNCH * launches(config, work, ranks) - sum(device.values()) - optimizer)
+    backward = 2 / 3 * (sum(device.values()) + waiting)
     collectives = {transfer.name: transfer_seconds(transfer, accelerator) for transfer in transfers}
     reduction = sum(seconds for name, seconds in collectives.items() if name.startswith(GRADIENTS))
     gather = sum(seconds for name, seconds in collectives.items() if name.startswith(PARAMETERS))
     tokens = sum(collectives.get(name, 0.0) for name in (ROWS, ROW_GRADIENTS))
     cut = sum(seconds for name, seconds in collectives.items() if name.startswith(CUT_LAYERS))
-    compute = {"arithmetic": arithmetic} if arithmetic >= moved else {"activations": moved}
     return {
-        **compute,
+        **device,
         "token exchange": tokens,
         **({"cut layers": cut} if config.parallel.tensor > 1 else {}),
         "other routing and report": sum(collectives.values()) - tokens - reduction - gather - cut,
-        "gradients beyond backward": max(0.0, reduction - 2 / 3 * max(arithmetic, moved)),
+        "gradients beyond backward": max(0.0, reduction - backward),
         "parameter gather": gather,
         "optimizer": optimizer,
+        HOST: waiting,
     }
+
+
+def device_seconds(
+    config: Config, accelerator: Accelerator, accounting: Accounting, work: Workload
+) -> dict[str, float]:
+    """Of forward and backward of all micro-steps, where no kernel waits for the host or for other ranks."""
+    kind = matmul_format(config)
+    of_image = accounting.training_flops(work.capacity) + recomputed_flops(config, accounting, work.capacity)
+    flops = work.images * work.micro_steps * of_image
+    once = replace(config, train=replace(config.train, recompute="none"))  # forward and backward without any more
+    whole = replace(once, train=replace(once.train, freeze=[]))
+
+    def saved(of: Config) -> float:
+        return activation_bytes(of, work) - rounded_weight_bytes(of)
+
+    # A third of the passes is the forward one: of what backward leaves out, and of what it computes again.
+    moved = ACTIVATION_PASSES * (saved(once) + (saved(whole) - saved(config)) / 3)
+    moved += MIXTURE_PASSES * mixture_activation_bytes(once, work) + ROUNDING_PASSES * rounded_weight_bytes(once)
+    return {
+        "arithmetic": flops / (accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind]),
+        "activations": moved * work.micro_steps / (accelerator.memory_bandwidth * MEMORY_FRACTION),
+    }
+
+
+def optimizer_seconds(config: Config, accelerator: Accelerator, ranks: int) -> float:
+    """From the gradients of the last backward pass to the average, collectives apart."""
+    traffic = state_traffic(config, ranks)
+    adamw = sum(traffic.get(name, 0) for name in ("fp32 gradients", "AdamW", "model's weights"))
+    others = sum(traffic.values()) - adamw
+    return (adamw / OPTIMIZER_FRACTION + others / MEMORY_FRACTION) / accelerator.memory_bandwidth
+
+
+def launches(config: Config, work: Workload, ranks: int) -> float:
+    """Kernels of a step, and what else its host does in numbers of them; without `train.compile`."""
+    layers, mixtures, recompute = config.model.depth, len(config.moe_blocks), config.train.recompute
+    parameters = sum(1 for _ in meta_model(config).parameters())
+    of_mixture = MIXTURE_LAUNCHES
+    if config.parallel.expert > 1 or (
+        config.experts is not None and ranks > 1 and config.experts.pool_kind() == "global"
+    ):
+        of_mixture += SPREAD_LAUNCHES
+    micro_step: float = layers * BLOCK_LAUNCHES + mixtures * of_mixture
+    if recompute != "none":
+        micro_step += RECOMPUTED_LAUNCHES * (layers + mixtures + (layers if recompute == "block" else 0))
+    if config.precision == "bf16_mixed":
+        micro_step += ROUNDING_LAUNCHES * parameters
+    return work.micro_steps * micro_step + PARAMETER_LAUNCHES * parameters
 
 
 def recomputed_flops(config: Config, accounting: Accounting, capacity: float) -> float:

@@ -11,10 +11,12 @@ from diffmoe_dist.planning.estimate import Plan
 from diffmoe_dist.planning.step_time import (
     CALL_LATENCY,
     COMPUTE_FRACTION,
+    LAUNCH,
     LINK_FRACTION,
     MEMORY_FRACTION,
     NETWORK_HOP,
     NVLINK_HOP,
+    OPTIMIZER_FRACTION,
 )
 from diffmoe_dist.planning.traffic import Transfer
 
@@ -244,10 +246,15 @@ def _assumptions(plan: Plan) -> list[str]:
         f"ASSUMPTIONS: {COMPUTE_FRACTION[kind]:.0%} of {accelerator.peak_flops[kind] / 1e12:g} TFLOP/s ({kind});"
         f" {LINK_FRACTION:.0%} of {accelerator.nvlink / 1e9:g} GB/s NVLink and {accelerator.network / 1e9:g}"
         f" GB/s network a GPU;",
-        f"  {MEMORY_FRACTION:.0%} of {accelerator.memory_bandwidth / 1e12:g} TB/s memory;"
-        f" {CALL_LATENCY * 1e6:g} us for each collective, and {NVLINK_HOP * 1e6:g} or {NETWORK_HOP * 1e6:g} a hop;"
+        f"  {MEMORY_FRACTION:.0%} of {accelerator.memory_bandwidth / 1e12:g} TB/s memory, {OPTIMIZER_FRACTION:.0%} in"
+        f" AdamW; {LAUNCH * 1e6:g} us of the host for each kernel;",
+        f"  {CALL_LATENCY * 1e6:g} us for each collective, and {NVLINK_HOP * 1e6:g} or {NETWORK_HOP * 1e6:g} a hop;"
         " ranks fill nodes in order;",
-        *(["  train.compile=true is not counted: it keeps and moves less;"] if plan.config.train.compile else []),
+        *(
+            ["  train.compile=true is not counted: it keeps, moves and starts less;"]
+            if plan.config.train.compile
+            else []
+        ),
         "  docs/planning.md has the formulas.",
     ]
 
