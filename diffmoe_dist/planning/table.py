@@ -236,7 +236,7 @@ def _step(plan: Plan) -> list[str]:
         *(_row(name, f"{seconds / size:.1f}") for name, seconds in plan.seconds.items() if seconds),
         _row("step", f"{plan.step_seconds / size:.1f}", f"bound by {plan.bound_by}; {speed}"),
         _row("model FLOP utilization", f"{plan.mfu:.0%}", "of the peak"),
-        _row(f"{steps} steps", f"{duration / duration_size:.1f}", duration_unit),
+        _row(f"{steps} steps", f"{duration / duration_size:{'.1f' if duration >= 0.1 else '.2g'}}", duration_unit),
     ]
 
 

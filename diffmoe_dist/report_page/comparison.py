@@ -257,10 +257,16 @@ def _losses(comparison: Comparison) -> list[Result]:
     found = [_plain("Training loss", "at the end", last)]
     common = min(run.history.last_step for run in runs)
     at_common = [comparison.smooth(run, TRAINING_LOSS).at(common) for run in runs]
-    alike = len(comparable(runs, TRAINING_LOSS)) == 1
-    found.append(_plain("Training loss", f"at step {common:,}", at_common, "min" if alike else ""))
-    alike = len(comparable(runs, VALIDATION_LOSS)) == 1
+    found.append(
+        _plain("Training loss", f"at step {common:,}", at_common, "min" if _ranked(runs, TRAINING_LOSS) else "")
+    )
+    alike = _ranked(runs, VALIDATION_LOSS)
     return found + _over_training(comparison, VALIDATION_LOSS, "min", "Validation loss", ranked=alike)
+
+
+def _ranked(runs: Sequence[Run], name: str) -> bool:
+    """Whether one loss is better than another: another seed is also other noise, in validation too."""
+    return len(comparable(runs, name)) == 1 and len({run.config.seed for run in runs}) == 1
 
 
 def _over_training(

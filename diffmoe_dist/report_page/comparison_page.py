@@ -165,9 +165,9 @@ def _result_table(runs: Sequence[Run], rows: Sequence[Result]) -> str:
         ]
         cells.append((row.about, row.quantity, shown))
     text = (
-        "* the best of a row where all runs compare. The training loss is smoothed. Training FLOPs: forward and "
-        "backward of all images seen, at the capacity C that was measured. Device-hours: training steps alone, times "
-        "ranks; a rank is a GPU, or a process on CPUs."
+        "* the best of a row where all runs compare, losses only with one seed. The training loss is smoothed. "
+        "Training FLOPs: forward and backward of all images seen, at the capacity C that was measured. Device-hours: "
+        "training steps alone, times ranks; a rank is a GPU, or a process on CPUs."
     )
     return _table("", _heads(runs), cells, text)
 
