@@ -19,12 +19,16 @@ SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "data")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that pip has installed a wheel into."""
+    """A folder that pip has installed a wheel into, of the files that the Dockerfile copies."""
     source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
-    for name in ("diffmoe_dist", "data_tools"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    for line in (ROOT / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY "):
+            *names, place = line.split()[1:]
+            for name in names:
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, source / place, ignore=shutil.ignore_patterns("__pycache__"))
+                else:
+                    shutil.copy(ROOT / name, source / place)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheel = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
     subprocess.run([*pip, *wheel], check=True)
@@ -71,6 +75,33 @@ def test_a_console_script_ends_on_a_mistake_as_the_command_does(installed: Path,
 
     assert refused.returncode == 2
     assert re.fullmatch(r"error: .*none\.yaml.*\n", refused.stderr)
+
+
+def test_the_recipes_of_containers_run_the_pip_commands_of_the_installation_page() -> None:
+    """What pip is given there is what a reader is told to give it; a fresh environment was made of it by hand."""
+    page = (ROOT / "docs/install.md").read_text()
+    (told,) = re.findall(r"## With pip\n\n```sh\n(.*?)```", page, re.DOTALL)
+    docker, apptainer = ((ROOT / name).read_text() for name in ("Dockerfile", "diffmoe.def"))
+
+    assert re.findall(r"(?m)^RUN (pip install .*)$", docker) == told.splitlines()
+    assert re.findall(r"(?m)^ +(pip install .*)$", apptainer) == told.splitlines()
+    torch = re.findall(r"(?m)^torch==.*$", (ROOT / "requirements.txt").read_text())
+    assert told.splitlines()[0] == f"pip install {torch[0]}"
+
+
+def test_the_recipes_of_containers_have_one_image_the_same_packages_and_the_same_files() -> None:
+    docker = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
+    apptainer = (ROOT / "diffmoe.def").read_text()
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+
+    assert re.findall(r"(?m)^FROM (\S+)$", docker) == re.findall(r"(?m)^From: (\S+)$", apptainer)
+    assert re.findall(r"apt-get install ([^&\n]*?) *(?:&&|$)", docker, re.MULTILINE) == re.findall(
+        r"apt-get install (.*)$", apptainer, re.MULTILINE
+    )
+    copied = [name for line in re.findall(r"(?m)^COPY (.*)$", docker) for name in line.split()[:-1]]
+    assert copied == re.findall(r"(?m)^    (\S+) /opt/diffmoe_dist/\1$", apptainer)
+    assert [f"!{name}" for name in copied] == [line for line in ignored if line.startswith("!")]
+    assert re.findall(r"(?m)^USER (\S+)$", docker) == ["diffmoe"]
 
 
 def test_the_citation_names_the_version() -> None:
