@@ -3,6 +3,7 @@
 # make test         every test, on CPU
 # make test-fast    those that are neither marked slow nor slurm, under three minutes on two cores
 # make lint         formatting, lint rules, types, pages and their links
+# make site         the pages as a site in build/site; a broken link or a page outside its contents is an error
 # make bench        measure layer, training step and scaling, for under ten minutes on two cores, and write the results
 #                   into docs/performance.md
 # make gpu          on a machine with a GPU: the tests of what only happens there, then its numbers beside the planner's
@@ -18,7 +19,7 @@ GPU_OUT ?= runs/gpu
 # other's way.
 export OMP_NUM_THREADS = 1
 
-.PHONY: venv demo demo-text test test-fast bench gpu lint
+.PHONY: venv demo demo-text test test-fast bench gpu lint site
 
 venv: .venv/ready
 
@@ -83,3 +84,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/rumdl check --quiet .
 	$(BIN)/mypy
+
+# MkDocs wants the pages below a folder of their own: the links there keep theirs to each other and to sources.
+site: .venv/ready
+	rm -rf build/site-source && mkdir -p build/site-source
+	ln -s $(addprefix $(CURDIR)/,README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE Dockerfile diffmoe.def \
+		docs slurm diffmoe_dist) build/site-source
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
