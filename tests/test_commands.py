@@ -60,15 +60,24 @@ def test_the_run_folder_holds_what_the_contract_says(runs: Path) -> None:
         "images_per_second", "step_seconds", "capacity", "expert_load_max", "expert_load_min", "bad_samples",
         "peak_memory_bytes", "skipped_steps", "failed_checkpoints", "failed_log_writes", "seconds_data",
         "seconds_forward", "seconds_backward", "seconds_all_to_all", "seconds_optimizer", "seconds_checkpoint",
+        "gate_entropy", "dead_experts", "predictor_capacity", "predictor_agreement", "predictor_load_max",
+        "predictor_load_min", *(f"capacity_at_noise_{noise}" for noise in (0.1, 0.3, 0.5, 0.7, 0.9)),
+        *(f"expert_load_max_at_noise_{noise}" for noise in (0.1, 0.3, 0.5, 0.7, 0.9)),
     }  # fmt: skip
     assert (line["step"], line["images_seen"], line["capacity"]) == (STEPS, STEPS * 32, 1.0)
     loads = json.loads((run_dir / "expert_load.jsonl").read_text().splitlines()[-1])
     assert loads == {"step": STEPS, "capacity": [1.0, 1.0], "load": [[1.0] * 8] * 2}
     events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    assert {tag for tag in events.Tags()["images"] if tag.startswith("experts/")} == {
-        "experts/capacity_over_steps", "experts/capacity_by_class", "experts/expert_load", "experts/experts_and_steps",
-        "experts/experts_and_classes", "experts/count_and_threshold",
+    assert set(events.Tags()["images"]) == {
+        "samples", "moe/capacity_over_steps", "moe/capacity_by_class", "moe/expert_load", "moe/experts_and_steps",
+        "moe/experts_and_classes", "moe/count_and_threshold",
     }  # fmt: skip
+    # Capacity and load are constant in training, and nothing has failed.
+    assert {tag.split("/")[0] for tag in events.Tags()["scalars"]} == {"loss", "perf", "moe", "optim"}
+    assert not {"moe/capacity", "moe/expert_load_max"} & set(events.Tags()["scalars"])
+    assert {"moe/load_by_predictor/block_1", "moe/gates/block_3"} <= set(events.Tags()["histograms"])
+    texts = {tag: events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0] for tag in ("config", "command")}
+    assert b"router: global_pool" in texts["config"] and b"-m diffmoe_dist.train --config" in texts["command"]
     assert (run_dir / "config.yaml").is_file()
     assert f"step {STEPS}/{STEPS}" in (run_dir / "logs/rank-0.log").read_text()
     assert (run_dir / f"checkpoints/step-{STEPS:08d}/state.json").is_file()

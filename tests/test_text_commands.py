@@ -62,7 +62,7 @@ def test_a_run_validates_scores_and_samples_from_captions(folder: Path) -> None:
     ]  # fmt: skip
     assert (folder / "run/samples/step-00000004.png").is_file()
     events = EventAccumulator(str(folder / "run/tensorboard")).Reload()
-    assert {"experts/capacity_by_caption", "experts/experts_and_captions"} <= set(events.Tags()["images"])
+    assert {"moe/capacity_by_caption", "moe/experts_and_captions"} <= set(events.Tags()["images"])
 
 
 def test_a_dry_run_builds_a_text_model(folder: Path) -> None:

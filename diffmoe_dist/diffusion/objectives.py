@@ -54,6 +54,10 @@ class RectifiedFlow:
             uniform = uniform + config.mode_scale * ((math.pi / 2 * uniform).cos().square() - 1 + uniform)
         return self.shifted(uniform, config.time_shift).float()
 
+    def noise_level(self, t: Tensor) -> Tensor:
+        """(N,) from 0, the data, to 1, noise alone."""
+        return (t - self.data_time).abs()
+
     def shifted(self, t: Tensor, shift: float) -> Tensor:
         """Times at which noise over data is `shift` times that of the times t: SD3, eq. 23, in either direction."""
         if shift == 1.0:
@@ -113,6 +117,10 @@ class DDPM:
     def times(self, uniform: Tensor) -> Tensor:
         """(N,) uniform numbers in (0, 1), fp64, to (N,) training times 0..999, int64."""
         return (uniform * DDPM_STEPS).long()
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """(N,) from 0, the data, to 1, noise alone: the part of the steps."""
+        return t / (DDPM_STEPS - 1)
 
     def model_time(self, t: Tensor) -> Tensor:
         """What the model is conditioned on, (N,) fp32."""

@@ -11,15 +11,24 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import image, scalar
+from torch.utils.tensorboard.summary import histogram_raw, image, scalar, text
 
 from diffmoe_dist.files import AppendedFile
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts, and the edges between them, one more."""
+
+    counts: list[float]
+    edges: list[float]
 
 
 class EventFile:
@@ -45,6 +54,13 @@ class EventFile:
     def add_images(self, images_HWC: Mapping[str, np.ndarray], step: int) -> None:
         self._add([image(name, image_HWC, dataformats="HWC") for name, image_HWC in images_HWC.items()], step)
 
+    def add_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Text in Markdown."""
+        self._add([text(name, value) for name, value in texts.items()], step)
+
+    def add_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None:
+        self._add([_summary(name, histogram) for name, histogram in histograms.items()], step)
+
     def close(self) -> None:
         self._file.close()
 
@@ -56,3 +72,13 @@ class EventFile:
         for event in events:
             RecordWriter(buffer).write(event.SerializeToString())
         self._file.append(buffer.getvalue())
+
+
+def _summary(name: str, histogram: Histogram) -> Summary:
+    counts, edges = np.array(histogram.counts), np.array(histogram.edges)
+    middles = (edges[1:] + edges[:-1]) / 2
+    # TensorBoard's buckets have upper ends alone, and the first one begins at the least value.
+    return histogram_raw(
+        name, edges[0], edges[-1], counts.sum(), (counts * middles).sum(), (counts * middles**2).sum(),
+        edges.tolist(), [0.0, *counts.tolist()],
+    )  # fmt: skip

@@ -7,17 +7,21 @@ The first rank has a `RunLog`; the others have a `NullRunLog`, whose methods do 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from omegaconf import OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
-from diffmoe_dist.engine.event_file import EventFile
+from diffmoe_dist.config import Config
+from diffmoe_dist.engine.charts import Charts
+from diffmoe_dist.engine.event_file import EventFile, Histogram
 from diffmoe_dist.files import AppendedFile, atomic_file, write_atomically
 from diffmoe_dist.logs import failed_log_lines, logger
 
@@ -41,23 +45,47 @@ class Log(Protocol):
 
     def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None: ...
 
+    def histograms(self, found: dict[str, Histogram], step: int) -> None:
+        """By `what/layer`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Tracker(Protocol):
+    """What charts a run: TensorBoard's file of events, or Weights & Biases. Its methods raise OSError."""
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def add_images(self, images_HWC: Mapping[str, np.ndarray], step: int) -> None: ...
+
+    def add_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None: ...
+
+    def add_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """In Markdown."""
+        ...
+
     def close(self) -> None: ...
 
 
 class RunLog:
     """A line, event or picture that cannot be written is counted and left out: training goes on."""
 
-    def __init__(self, run_dir: Path, first_step: int, steps: int) -> None:
-        self.run_dir = run_dir
+    def __init__(self, config: Config, first_step: int) -> None:
+        self.run_dir = run_dir = Path(config.run_dir)
+        self.charts = Charts(config)
         self.jsonl = {name: _continue_jsonl(run_dir / name, first_step) for name in (METRICS, LOAD)}
-        self.tensorboard = EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
+        self.trackers: dict[str, Tracker] = {
+            "tensorboard": EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
+        }
         self.failed = 0  # writes
         self.failing: set[str] = set()  # what could not be written the last time
         self.watched = sys.stderr.isatty()
+        self.steps = steps = config.train.steps
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
-        self.steps = steps
         self.samples = run_dir / "samples"
         self.samples.mkdir(exist_ok=True)
+        self._track(lambda tracker: tracker.add_texts(_about(config), first_step))
 
     def step(self, step: int) -> None:
         self.bar.update(1)
@@ -65,10 +93,8 @@ class RunLog:
     def metrics(self, values: dict[str, Any]) -> None:
         values = {**values, "failed_log_writes": self.failed + failed_log_lines()}
         self._append(METRICS, values)
-        no_chart = ("step", "ranks")
-        scalars = {name: value for name, value in values.items() if name not in no_chart and value is not None}
-        with self._counted("tensorboard"):
-            self.tensorboard.add_scalars(scalars, values["step"])
+        scalars = self.charts.of(values)
+        self._track(lambda tracker: tracker.add_scalars(scalars, values["step"]))
         self.bar.set_postfix(loss=f"{values['loss']:.4f}")
         left = (self.steps - values["step"]) * values["step_seconds"]
         logger.info(
@@ -81,24 +107,33 @@ class RunLog:
         self._append(LOAD, values)
 
     def image(self, grid_HWC: np.ndarray, step: int) -> None:
-        with self._counted("tensorboard"):
-            self.tensorboard.add_images({"samples": grid_HWC}, step)
+        self._track(lambda tracker: tracker.add_images({"samples": grid_HWC}, step))
         with self._counted("samples"), atomic_file(self.samples / f"step-{step:08d}.png") as file:
             Image.fromarray(grid_HWC.squeeze()).save(file, "PNG")
 
     def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None:
-        with self._counted("tensorboard"):
-            self.tensorboard.add_images({f"experts/{name}": figure for name, figure in figures_HWC.items()}, step)
+        figures = {f"moe/{name}": figure for name, figure in figures_HWC.items()}
+        self._track(lambda tracker: tracker.add_images(figures, step))
+
+    def histograms(self, found: dict[str, Histogram], step: int) -> None:
+        hidden = "load/" if self.charts.load_is_constant() else ()
+        shown = {f"moe/{name}": histogram for name, histogram in found.items() if not name.startswith(hidden)}
+        self._track(lambda tracker: tracker.add_histograms(shown, step))
 
     def close(self) -> None:
         self.bar.close()
-        files: dict[str, AppendedFile | EventFile] = {**self.jsonl, "tensorboard": self.tensorboard}
+        files: dict[str, AppendedFile | Tracker] = {**self.jsonl, **self.trackers}
         for name, file in files.items():
             with self._counted(name):
                 file.close()
         failed = self.failed + failed_log_lines()
         if failed:
             logger.warning("%d writes of metrics, pictures and log lines failed; what they held is lost", failed)
+
+    def _track(self, add: Callable[[Tracker], None]) -> None:
+        for name, tracker in self.trackers.items():
+            with self._counted(name):
+                add(tracker)
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with self._counted(name):
@@ -131,12 +166,21 @@ class NullRunLog:
 
     def figures(self, figures_HWC: dict[str, np.ndarray], step: int) -> None: ...
 
+    def histograms(self, found: dict[str, Histogram], step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
-def open_run_log(run_dir: Path, rank: int, first_step: int, steps: int) -> Log:
+def open_run_log(config: Config, rank: int, first_step: int) -> Log:
     """The log of a rank. Lines of steps after `first_step`, which are about to be taken again, are removed."""
-    return RunLog(run_dir, first_step, steps) if rank == 0 else NullRunLog()
+    return RunLog(config, first_step) if rank == 0 else NullRunLog()
+
+
+def _about(config: Config) -> dict[str, str]:
+    """The settings and the command, in Markdown."""
+    settings = OmegaConf.to_yaml(OmegaConf.structured(config))
+    command = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+    return {name: f"```\n{text.strip()}\n```" for name, text in {"config": settings, "command": command}.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,12 @@ from diffmoe_dist.diffusion.objectives import build_objective
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.compiling import CompileClock
 from diffmoe_dist.engine.ema import WeightAverages
+from diffmoe_dist.engine.event_file import Histogram
 from diffmoe_dist.engine.noising import noisy_inputs, with_one_time
 from diffmoe_dist.engine.non_finite import find_origin, keep_sample_ids
 from diffmoe_dist.engine.profiling import Profiler, Timings
 from diffmoe_dist.engine.progress import Progress
+from diffmoe_dist.engine.routing_stats import GATE_BUCKETS, PREFIX, Observed, observed, relative_load, routing_metrics
 from diffmoe_dist.engine.run_folder import Claim
 from diffmoe_dist.engine.run_log import Log, open_run_log
 from diffmoe_dist.engine.sharded_state import Fragment, ShardedState, buffers
@@ -53,6 +56,7 @@ class StepReport:
     thresholds_LN: Tensor | None  # proposals, mean over pools, of routers that propose some; on the device
     load_LN: Tensor  # assignments a micro-step and rank; on the host
     capacity_L: Tensor  # C of DiffMoE eq. 8-9; on the host
+    routing: dict[str, Tensor]  # what else is known of the routers, in a step that is logged; on the host
     bad_samples: int  # did not decode and were passed over
     stop_asked: bool  # of any rank
 
@@ -118,7 +122,7 @@ class Trainer:
         self.guards = guards
         self.set_deadline = guards.watchdog.set_deadline
         self.run_dir = Path(config.run_dir)
-        self.log = open_run_log(self.run_dir, topology.rank, progress.step, config.train.steps)
+        self.log = open_run_log(config, topology.rank, progress.step)
         self.loss_weights = loss_weights(config)
         self.timer = StepTimer()
         self.accounting = account(config)
@@ -280,19 +284,30 @@ class Trainer:
         self.log.metrics(self._metrics(report) | measured)
         if len(report.load_LN):
             self.log.load(self._load(report))
+            self.log.histograms(self._histograms(report), self.progress.step)
 
     def _forward_backward(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-step. Returns what is to be averaged over micro-steps and ranks, detached."""
-        with self.timings.part("forward"):
+        with self.timings.part("forward"), self._observed(batch) as of_routers:
             losses, stats = self._losses(batch, self.engine)
         with self.timings.part("backward"):
             self.engine.backward(losses["loss"])
         proposals = [s.proposed_threshold for s in stats if s.proposed_threshold is not None]
         tables = {"threshold": proposals, "load": [s.tokens_per_expert for s in stats]}
         tables |= {"capacity": [s.capacity for s in stats]}
-        values = {**losses, "bad": batch.bad.sum()}
+        values = {**losses, "bad": batch.bad.sum(), **({} if of_routers is None else of_routers.sums())}
         values |= {name: torch.stack(layers) for name, layers in tables.items() if layers}
         return {name: value.detach() for name, value in values.items()}
+
+    def _observed(self, batch: Batch) -> AbstractContextManager[Observed | None]:
+        """The routers are observed in the steps that are logged."""
+        step = self.progress.step + 1
+        is_logged = step == self.config.train.steps or _due(step, self.config.log.every)
+        if not is_logged or not self.model.moe_layers:
+            return nullcontext()
+        has_thresholds = self.progress.updates > 0 or self.config.train.initial_weights is not None
+        noise_B = self.objective.noise_level(self.objective.times(batch.time_uniform))
+        return observed(self.model, noise_B, has_thresholds)
 
     def _losses(self, batch: Batch, model: Callable[..., DiTOutput]) -> tuple[dict[str, Tensor], list[RoutingStats]]:
         """`loss`, then its parts, unweighted; and the statistics of the layers."""
@@ -332,6 +347,7 @@ class Trainer:
             thresholds_LN=here["threshold"].float() if "threshold" in here else None,
             load_LN=means.get("load", nothing),
             capacity_L=means.get("capacity", nothing),
+            routing={name: value for name, value in means.items() if name.startswith(PREFIX)},
             bad_samples=round(float(means["bad"]) * self.topology.world_size * self.progress.micro_steps),
             stop_asked=bool(means["stop"] > 0),
         )
@@ -372,7 +388,7 @@ class Trainer:
         bad_samples, self.bad_samples = self.bad_samples, 0
         if len(load_LN):
             capacity = float(report.capacity_L.mean())
-            relative_LN = _relative(load_LN)
+            relative_LN = relative_load(load_LN)
             load_max, load_min = float(relative_LN.max()), float(relative_LN.min())
         images_per_second = self.config.train.global_batch_size / seconds
         mfu = {}
@@ -392,6 +408,7 @@ class Trainer:
             "capacity": capacity,
             "expert_load_max": load_max,
             "expert_load_min": load_min,
+            **(routing_metrics(report.routing, load_LN) if report.routing else {}),
             "bad_samples": bad_samples,
             "peak_memory_bytes": _peak_memory(self.topology.device),
             "skipped_steps": self.progress.skipped,
@@ -399,19 +416,30 @@ class Trainer:
             **self.timings.mean_since_last(steps),
         }
 
+    def _histograms(self, report: StepReport) -> dict[str, Histogram]:
+        """By layer: the load of each expert, and the gates of the tokens that were chosen."""
+        loads = {"load": report.load_LN, "load_by_predictor": report.routing.get(f"{PREFIX}predicted")}
+        gates_LH = report.routing.get(f"{PREFIX}gates")
+        found = {}
+        for layer, block in enumerate(self.config.moe_blocks):
+            for name, load_LN in loads.items():
+                if load_LN is not None:
+                    experts = range(load_LN.shape[1] + 1)
+                    found[f"{name}/block_{block}"] = Histogram(load_LN[layer].tolist(), [n - 0.5 for n in experts])
+            if gates_LH is not None:
+                edges = [bucket / GATE_BUCKETS for bucket in range(GATE_BUCKETS + 1)]
+                found[f"gates/block_{block}"] = Histogram(gates_LH[layer].tolist(), edges)
+        return found
+
     def _load(self, report: StepReport) -> dict[str, Any]:
         """Of each layer the capacity, and of each of its experts the tokens over the layer's mean."""
-        relative = [[round(value, 4) for value in layer] for layer in _relative(report.load_LN).tolist()]
+        relative = [[round(value, 4) for value in layer] for layer in relative_load(report.load_LN).tolist()]
         return {"step": self.progress.step, "capacity": report.capacity_L.tolist(), "load": relative}
 
 
 def _split(flat: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     parts = flat.split([math.prod(shape) for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
-def _relative(load_LN: Tensor) -> Tensor:
-    return load_LN / load_LN.mean(dim=1, keepdim=True).clamp_min(1e-9)  # no token had a condition
 
 
 class StepTimer:

@@ -5,6 +5,8 @@ Shape legend: T local tokens, D width, N experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +79,8 @@ class PoolChoice(Router):
         assert selection.kth_largest is not None
         threshold_GN = selection.kth_largest.sigmoid()  # which has the same order as the logits; eq. 17
         threshold = threshold_GN.mean(dim=0) if len(threshold_GN) > 1 else threshold_GN[0]
-        return route(scores_TN, selection, losses, proposed_threshold=threshold)
+        routing = route(scores_TN, selection, losses, proposed_threshold=threshold)
+        return replace(routing, predicted_TN=logits_TN.detach())
 
     @torch.no_grad()
     def update_threshold(self, proposal: Tensor) -> None:

@@ -40,6 +40,7 @@ class Routing:
     losses: dict[str, Tensor]  # named, unweighted fp32 scalars
     stats: RoutingStats
     pool: Selection  # which tokens the pool chose; tells dispatchers the row counts that are known in advance
+    predicted_TN: Tensor | None = None  # fp32 logits of a capacity predictor, in training, detached
 
     def assignments(self, number: int | None = None) -> tuple[Tensor, Tensor]:
         """(A,) the token of each assignment, a row of (T, D), and (A,) its gate: ordered by expert, then by token.

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffmoe_dist.sampling.conditions import ClassLabels, Conditions
 
 CELL_PIXELS = 64  # images smaller than this are enlarged in a grid
-_GAP = 2  # pixels around an image, before it is enlarged with it
+_GAP = 2  # pixels around an image
 _LINES = 2  # of a name
 _MOST = 100  # images of a job's grid
 
@@ -33,9 +33,8 @@ def image_grid(
     places = lay_out(len(images_NHWC), labels)
     _, height, _, channels = images_NHWC.shape
     scale = max(1, CELL_PIXELS // height)
-    padded = np.pad(images_NHWC, ((0, 1), (_GAP, _GAP), (_GAP, _GAP), (0, 0)))  # the last one is an empty place
-    padded[-1] = 0
-    cells = padded.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = images_NHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+    cells = np.pad(cells, ((0, 1), (_GAP, _GAP), (_GAP, _GAP), (0, 0)))  # the last one is an empty place
     rows = [np.concatenate(cells[row], axis=1) for row in places]
     if labels is None or name is None:
         return np.concatenate(rows)

@@ -107,7 +107,11 @@ def test_a_disk_that_is_full_for_a_while_costs_lines_of_the_logs_and_not_the_run
     of_metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     of_loads = [json.loads(line)["step"] for line in (tmp_path / "expert_load.jsonl").read_text().splitlines()]
     lost = 0
-    for steps in ([line["step"] for line in of_metrics], of_loads, [event.step for event in events.Scalars("loss")]):
+    for steps in (
+        [line["step"] for line in of_metrics],
+        of_loads,
+        [event.step for event in events.Scalars("loss/loss")],
+    ):
         assert steps[:2] == [1, 2] and steps[-3:] == [60, 61, 62], "it is written again once there is space"
         assert steps == sorted(set(steps)) and len(steps) < 62
         lost += 62 - len(steps)

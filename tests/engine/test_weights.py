@@ -79,6 +79,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path, folder: Path) -
 def test_a_run_from_initial_weights_has_one_curve_on_any_ranks(runs: Path) -> None:
     alone = curve(runs / "alone")
     assert curve(runs / "split")[:5] == pytest.approx(alone, abs=1e-6, rel=0)  # fp32 sums in another order
+    for name in ("gate_entropy", "predictor_capacity", "predictor_agreement", "dead_experts", "capacity_at_noise_0.5"):
+        of_one, of_two = curve(runs / "alone", name), curve(runs / "split", name)
+        assert of_two[:5] == pytest.approx(of_one, abs=1e-6), f"{name} is of the global batch"
     assert abs(alone[0] - curve(runs / "fresh")[0]) > 0.1, "the weights are not those of the seed"
 
 
