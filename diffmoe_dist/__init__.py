@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from diffmoe_dist.library.model import Label, LoadedModel
+    from diffmoe_dist.library.pipeline import DiffMoEPipeline as DiffMoEPipeline
     from diffmoe_dist.library.sampling import SampleOptions, Samples
     from diffmoe_dist.model.condition import TextCondition
 
@@ -29,6 +30,19 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    """`DiffMoEPipeline`, a `diffusers.DiffusionPipeline`: diffusers is imported when it is asked for."""
+    if name != "DiffMoEPipeline":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from diffmoe_dist.errors import UserError
+
+    try:
+        from diffmoe_dist.library.pipeline import DiffMoEPipeline
+    except (ImportError, RuntimeError) as error:  # RuntimeError: beside a torchvision of another torch
+        raise UserError(f"DiffMoEPipeline needs diffusers, which does not import ({error}); install it") from error
+    return DiffMoEPipeline
 
 
 def load_model(
@@ -58,7 +72,7 @@ def load_model(
 
     folder = find_model(directory)
     model, config = read_model(folder, device, ["precision=fp32"], ema_decay=ema_decay, ema_length=ema_length)
-    return LoadedModel.of(model, config, read_class_names(folder).shown)
+    return LoadedModel.of(model, config, read_class_names(folder))
 
 
 def sample(

@@ -23,6 +23,8 @@ of our own. load_model, diffmoe_dist.sample --checkpoint and train.initial_weigh
   python -m diffmoe_dist.convert --to safetensors --checkpoint runs/demo --out weights/demo
   python -m diffmoe_dist.convert --to diffmoe --checkpoint runs/demo --out demo.pt
   python -m diffmoe_dist.convert --to safetensors --checkpoint runs/demo --ema-length 0.13 --out weights/demo-0.13
+  python -m diffmoe_dist.convert --to diffusers --checkpoint runs/demo --samples samples/demo --out pipelines/demo
+  python -m diffmoe_dist.convert --from diffusers pipelines/demo --out weights/demo
 
 --from says whose names the file uses: dit (DiT, SiT), diffmoe (DiffMoE and its dense, TC-DiT and EC-DiT baselines,
 those that ProMoE's code trains too) or promoe. --config FILE [key=value ...] says which model it holds. Every tensor
@@ -41,6 +43,11 @@ they do not show is marked, with what it is taken from.
 --to dit, diffmoe or promoe writes a file that the published code loads, of a checkpoint or of a folder of weights; a
 model that the code cannot build is refused.
 
+--to diffusers writes a folder for diffmoe_dist.DiffMoEPipeline.from_pretrained, with the autoencoder (--decoder, or the
+run's own), the text encoder (--encoder), and a model card that has measured C and scores from the --samples of
+diffmoe_dist.sample and evaluate. A dense model of latents that DDPM has trained is one of diffusers' own DiTPipeline.
+--from diffusers DIR reads such a folder, and published DiT pipelines; it has its settings, and needs no --config.
+
 --upcycle starts a mixture of experts from a dense model: --from dit FILE --config MOE_CONFIG. The experts of a layer
 are all copies of that block's feed-forward layer, the shared and the unconditional one too; the routers start as the
 seed says. Where a token's gates do not add up to 1, as they do with token_choice and top_k=num_experts, the start is
@@ -54,6 +61,13 @@ was asked for is told; beyond 10 % it is refused: checkpoint.keep_every keeps mo
 
 Files are read without executing anything in them.
 """
+TARGETS = ("safetensors", "dit", "diffmoe", "promoe", "diffusers")
+OF_DIFFUSERS = {
+    "decoder": "the autoencoder of a model of latents (default: the run's own)",
+    "encoder": "the text encoder that the model was trained with",
+    "tokenizer": "and its tokenizer, where it lies elsewhere",
+    "samples": "images that diffmoe_dist.sample has made, and evaluate's scores.json beside them, for the model card",
+}
 
 
 def main() -> None:
@@ -70,13 +84,17 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = CommandParser(prog="diffmoe_dist.convert", description=DESCRIPTION)
     parser.add_argument(
-        "--from", dest="published", nargs=2, metavar=("LAYOUT", "FILE"), help="dit, diffmoe or promoe, and the file"
+        "--from",
+        dest="published",
+        nargs=2,
+        metavar=("LAYOUT", "FILE"),
+        help="dit, diffmoe, promoe or diffusers, and the file or folder",
     )
     parser.add_argument("--config", metavar="FILE", help="with --from: YAML settings of the model; configs/ has some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     parser.add_argument("--upcycle", action="store_true", help="with --from dit: make the experts of dense layers")
     parser.add_argument("--inspect", metavar="FILE", help="print the configuration of the model that a file holds")
-    parser.add_argument("--to", choices=["safetensors", "dit", "diffmoe", "promoe"], help="export weights of our own")
+    parser.add_argument("--to", choices=TARGETS, help="export weights of our own")
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -92,15 +110,20 @@ def _parse() -> argparse.Namespace:
         metavar="L",
         help="with --to safetensors: an average of any length, of a run with ema.lengths",
     )
+    for name, what in OF_DIFFUSERS.items():
+        parser.add_argument(f"--{name}", metavar="DIR", help=f"with --to diffusers: {what}")
     parser.add_argument(
         "--out", metavar="DIR", help="a folder that does not exist yet, or an empty one; with --to dit and such, a file"
     )
     arguments = parser.parse_intermixed_args()
     if sum(given is not None for given in (arguments.published, arguments.to, arguments.inspect)) != 1:
         raise UserError(
-            "give one of --from {dit,diffmoe,promoe} FILE, --to {safetensors,dit,diffmoe,promoe} and --inspect FILE; "
-            "see diffmoe_dist.convert --help"
+            f"give one of --from {{dit,diffmoe,promoe,diffusers}} FILE, --to {{{','.join(TARGETS)}}} and --inspect "
+            "FILE; see diffmoe_dist.convert --help"
         )
+    for name in OF_DIFFUSERS:
+        if getattr(arguments, name) is not None and arguments.to != "diffusers":
+            raise UserError(f"--{name} has no effect without --to diffusers; leave it out")
     if arguments.inspect is None and arguments.out is None:
         raise UserError("--out is not set; give where to write")
     return arguments
@@ -138,7 +161,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is None:
         raise UserError(f"--to {arguments.to} needs --checkpoint DIR, a run folder or a step folder")
 
-    from diffmoe_dist.engine.conversion import export_checkpoint, export_published
+    from diffmoe_dist.engine.conversion import export_checkpoint
 
     what = arguments.weights or "ema"
     out, decay, length = Path(arguments.out), arguments.ema_decay, arguments.ema_length
@@ -148,14 +171,29 @@ def _export(arguments: argparse.Namespace) -> None:
             what = f"average with decay {decay:g}"
         if made is not None:
             what = f"average of length {length:g}, of {len(made.sources)} stored ones, {made.error:.2%} apart from it"
-    elif decay is not None or length is not None:
+    else:
+        source, opens = _export_elsewhere(arguments, out, given)
+        what += opens
+    sys.stdout.write(f"{source} ({what}) is now in {arguments.out}\n")
+
+
+def _export_elsewhere(arguments: argparse.Namespace, out: Path, given: list[str]) -> tuple[Path, str]:
+    """The folder that was read, and what opens what was written, for the message."""
+    if given and given != ["weights"]:
         raise UserError(
             f"--{given[0].replace('_', '-')} has no effect with --to {arguments.to}; make a folder of that average by "
             "--to safetensors, and give it as --checkpoint"
         )
-    else:
-        source = export_published(arguments.to, arguments.checkpoint, out, arguments.weights)
-    sys.stdout.write(f"{source} ({what}) is now in {arguments.out}\n")
+    if arguments.to == "diffusers":
+        from diffmoe_dist.library.export import Parts, export_pipeline
+
+        parts = Parts(**{name: getattr(arguments, name) for name in OF_DIFFUSERS})
+        source, opens = export_pipeline(arguments.checkpoint, out, arguments.weights, parts)
+        return source, f", for {opens}"
+
+    from diffmoe_dist.engine.conversion import export_published
+
+    return export_published(arguments.to, arguments.checkpoint, out, arguments.weights), ""
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -164,6 +202,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} has no effect with --from, which names its file; leave it out")
+    if layout == "diffusers":
+        _convert_diffusers(arguments, Path(file))
+        return
     if arguments.config is None:
         raise UserError(f"--from {layout} needs --config FILE, the settings of the model that {file} holds")
     config = load_config(arguments.config, arguments.overrides, training=False)
@@ -172,6 +213,23 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     taken = convert_published(layout, Path(file), config, Path(arguments.out), arguments.weights, arguments.upcycle)
     sys.stdout.write(f"{file}{'' if taken == 'only' else f' ({taken})'} is now in {arguments.out}\n")
+
+
+def _convert_diffusers(arguments: argparse.Namespace, folder: Path) -> None:
+    config = None
+    if arguments.upcycle:
+        if arguments.config is None:
+            raise UserError("--upcycle needs --config FILE, the mixture of experts that the model is to become")
+        config = load_config(arguments.config, arguments.overrides, training=False)
+    elif arguments.config or arguments.overrides or arguments.weights:
+        given = "--config" if arguments.config else f"--weights {arguments.weights}"
+        given = arguments.overrides[0] if arguments.overrides else given
+        raise UserError(f"{given} has no effect with --from diffusers, whose folder has its settings; leave it out")
+
+    from diffmoe_dist.engine.conversion import convert_diffusers
+
+    convert_diffusers(folder, config, Path(arguments.out))
+    sys.stdout.write(f"{folder} is now in {arguments.out}\n")
 
 
 def run() -> NoReturn:

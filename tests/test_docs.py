@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffmoe_dist.library.export import Parts, export_pipeline
 from tests.commands import Command, start
 from tests.machine import ROOT
 
@@ -130,6 +131,7 @@ COMMANDS: dict[str, How] = {
     r"python -m diffmoe_dist\.report --run runs/dense .*": Refuses(r"runs/dense/metrics\.jsonl: no such file"),
     r"python -m diffmoe_dist\.report --run 'runs/\*-seed\?' .*": Refuses(r"fits no training run"),
     r"python -m diffmoe_dist\.interval_search .*": Runs(("--num", "4", "--steps", "2", "--device", "cpu")),
+    r"python -m diffmoe_dist\.convert --(to|from) diffusers .*": Runs(),
     r"python -m diffmoe_dist\.convert --to safetensors --checkpoint RUN .*": Elsewhere(
         "tests/engine/test_averages.py::test_an_average_of_any_length_is_made_of_the_stored_ones"
     ),
@@ -292,10 +294,20 @@ def test_the_python_example_of_the_text_page_samples_two_prompts(clone: Path, mo
     assert z.shape == (2, 3, 16, 16) and z.isfinite().all() and not torch.equal(z[0], z[1])
 
 
+def test_the_python_example_of_the_diffusers_page_samples_three_digits(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    if not Path("pipelines/demo").exists():  # the page's own command has not been run
+        export_pipeline("runs/demo", Path("pipelines/demo"), None, Parts())
+    made = names_after("docs/diffusers.md")["made"]
+    assert len(made.images) == 3 and Image.open(clone / "zero.png").size == (8, 8)
+
+
 def test_every_python_example_of_the_pages_is_run() -> None:
     """The router of docs/architecture.md: test_own_router.py; the reader of docs/data.md: test_readers.py."""
     with_examples = {str(page.relative_to(ROOT)) for page in PAGES if examples(str(page.relative_to(ROOT)))}
-    run_here = {"README.md", "docs/sampling.md", "docs/text.md"}
+    run_here = {"README.md", "docs/sampling.md", "docs/text.md", "docs/diffusers.md"}
     assert with_examples == run_here | {"docs/architecture.md", "docs/data.md"}
 
 

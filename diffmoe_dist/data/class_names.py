@@ -102,9 +102,10 @@ class ClassNames:
                 raise UserError(f"{option} {part}: this model knows the classes 0 to {num_classes - 1}")
         if len(found) == 1:
             return found[0]
-        raise UserError(f"{option} {part}: {self._why_not(found, part, num_classes)}")
+        raise UserError(f"{option} {part}: {self.why_not(found, part, num_classes)}")
 
-    def _why_not(self, found: Sequence[int], name: str, num_classes: int) -> str:
+    def why_not(self, found: Sequence[int], name: str, num_classes: int) -> str:
+        """Why a name means no class, where `find` has found none or several, for a message."""
         if not self:
             return f"the names of this model's classes are not known; give numbers, 0 to {num_classes - 1}"
         if found:
@@ -174,6 +175,20 @@ def names_of_data(class_names: Sequence[str], folder: Path) -> ClassNames:
         shown = f"{first} ({name})" if times[first] > 1 else first
         named.append(tuple(dict.fromkeys(one for one in (shown, name, whole, *of_class, *_parts(name)) if one)))
     return ClassNames(tuple(named))
+
+
+def label_texts(names: ClassNames, num_classes: int) -> list[str]:
+    """The names of each class with commas between them, as diffusers' DiT has them; `class N` where it has none."""
+    if not names:
+        return [f"class {label}" for label in range(num_classes)]
+    return [", ".join(dict.fromkeys(part for name in of_class for part in _parts(name))) for of_class in names.of_class]
+
+
+def names_of_texts(texts: Sequence[str]) -> ClassNames:
+    """What `label_texts` undoes."""
+    if list(texts) == label_texts(NO_NAMES, len(texts)):
+        return NO_NAMES
+    return ClassNames(tuple(tuple(_parts(text)) or (f"class {label}",) for label, text in enumerate(texts)))
 
 
 def read_names_file(folder: Path) -> ClassNames:

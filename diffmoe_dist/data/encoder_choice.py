@@ -46,7 +46,7 @@ class EncoderChoice:
         if model_type not in _KINDS:
             _check_class(self.named, model_type)
         check_model_folder(self.folder, self.named, "a text encoder", (model_type,))
-        return _KINDS.get(model_type, model_type)
+        return kind_of(model_type)
 
     @property
     def class_name(self) -> str:
@@ -75,6 +75,11 @@ class EncoderChoice:
             *([] if self.layer is None else [f"layer {self.layer}"]),
         ]
         return text_sha256(iter([files, *chosen])) if chosen else files
+
+
+def kind_of(model_type: str) -> str:
+    """What kind of encoder a model of transformers is: `clip`, `t5`, or another one by its own name."""
+    return _KINDS.get(model_type, model_type)
 
 
 def choose_encoders(

@@ -151,6 +151,11 @@ class Autoencoder:
         module = load_in_fp32(architecture, folder, named, torch_dtype=torch.float32, low_cpu_mem_usage=False)
         return cls(module.to(device), *_scaling(dict(module.config)), parametrisation or _DEFAULT[kind])
 
+    @classmethod
+    def of(cls, module: Any) -> Autoencoder:
+        """One that is open already."""
+        return cls(module, *_scaling(dict(module.config)), _DEFAULT.get(type(module).__name__, MEAN))
+
     @property
     def image_channels(self) -> int:
         return int(self.module.config.in_channels)
@@ -190,9 +195,8 @@ class Autoencoder:
     def decode(self, latents_NChw: Tensor) -> Tensor:
         """Images (N, C, H, W), about [-1, 1], of scaled latents; a few at a time, for decoding needs much memory."""
         scale, shift = (latents_NChw.new_tensor(values)[:, None, None] for values in (self.scale, self.shift))
-        return torch.cat(
-            [self.module.decode(z).sample for z in (latents_NChw / scale + shift).split(_DECODED_TOGETHER)]
-        )
+        z_NChw = (latents_NChw / scale + shift).to(self.module.dtype)
+        return torch.cat([self.module.decode(z).sample.float() for z in z_NChw.split(_DECODED_TOGETHER)])
 
 
 def _scaling(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -26,6 +26,7 @@ from diffmoe_dist.data.encoder_choice import (
     choices_sha256,
     choose_encoders,
     import_transformers,
+    kind_of,
 )
 from diffmoe_dist.data.encoding import load_in_fp32, one_line, reproducible_arithmetic, to_fp16
 from diffmoe_dist.data.model_folder import refuse_pointers
@@ -36,19 +37,20 @@ from diffmoe_dist.errors import UserError
 class TextEncoder:
     """A text encoder and its tokenizer, in fp32. The vectors are the last layer's, after its norm, or another's.
 
-    Made by `TextEncoder.open`.
+    Made by `TextEncoder.open`, or of a model and a tokenizer that are open already.
     """
 
-    def __init__(self, module: Any, tokenizer: Any, choice: EncoderChoice):
-        config = module.config.get_text_config() if choice.kind not in (CLIP, T5) else module.config
-        self.module, self.tokenizer, self.layer = module, tokenizer, choice.layer
-        self.kind, self.max_length = choice.kind, choice.length  # "clip", "t5" or a model_type; tokens
+    def __init__(self, module: Any, tokenizer: Any, max_length: int, layer: int | None, named: str):
+        self.kind = kind_of(module.config.model_type)  # "clip", "t5" or a model_type
+        config = module.config.get_text_config() if self.kind not in (CLIP, T5) else module.config
+        self.module, self.tokenizer, self.layer = module, tokenizer, layer
+        self.max_length = max_length  # tokens
         self.hidden_size = int(config.hidden_size)  # D
-        projected = choice.class_name.endswith("WithProjection")
+        projected = type(module).__name__.endswith("WithProjection")
         self._pooled = ("text_embeds" if projected else "pooler_output") if self.kind == CLIP else None
         self.pooled_size = 0 if self._pooled is None else int(config.projection_dim if projected else self.hidden_size)
-        self._choices: tuple[EncoderChoice, ...] = (choice,)
-        self._name = choice.named  # in an error
+        self._choices: tuple[EncoderChoice, ...] = ()
+        self._name = named  # in an error
 
     @classmethod
     def open(
@@ -69,16 +71,12 @@ class TextEncoder:
 
         Raises UserError for folders that hold no such thing, and for more tokens or layers than the encoder has.
         """
-        groups: list[list[TextEncoder]] = []
-        for choice in choose_encoders(folder, tokenizer, max_length, setting):
-            groups += [] if choice.beside else [[]]
-            groups[-1].append(_open(choice, device))
-        encoders = [group[0] if len(group) == 1 else TextEncodersBeside(group) for group in groups]
-        return encoders[0] if len(encoders) == 1 else JoinedTextEncoder(encoders)
+        choices = choose_encoders(folder, tokenizer, max_length, setting)
+        return joined_encoder([_open(choice, device) for choice in choices], [choice.beside for choice in choices])
 
     @cached_property
     def sha256(self) -> str:
-        """The fingerprint of the encoder's and the tokenizer's files, which are read for it."""
+        """The fingerprint of the encoder's and the tokenizer's files, which are read for it; of `open`."""
         return choices_sha256(self._choices)
 
     def encode(self, captions: Sequence[str], batch_size: int = 32) -> Iterator[EncodedText]:
@@ -118,8 +116,8 @@ class TextEncoder:
                 output_hidden_states=self.layer is not None,
             )
         hidden_BLD = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
-        pooled_BP = None if self._pooled is None else to_fp16(output[self._pooled].cpu().numpy(), self._name)
-        tokens_BLD, valid_BL = to_fp16(hidden_BLD.cpu().numpy(), self._name), mask_BL.numpy().astype(bool)
+        pooled_BP = None if self._pooled is None else to_fp16(output[self._pooled].float().cpu().numpy(), self._name)
+        tokens_BLD, valid_BL = to_fp16(hidden_BLD.float().cpu().numpy(), self._name), mask_BL.numpy().astype(bool)
         for row, text in enumerate(texts):
             tokens_TD = tokens_BLD[row, valid_BL[row]]
             yield EncodedText(tokens_TD, None if pooled_BP is None else pooled_BP[row], is_null=not text)
@@ -187,6 +185,29 @@ class TextEncodersBeside(TextEncoder):
             yield EncodedText(tokens_TD, np.concatenate(pooled) if pooled else None, parts[0].is_null)
 
 
+def joined_encoder(encoders: Sequence[TextEncoder], beside: Sequence[bool]) -> TextEncoder:
+    """The one encoder, or several as one.
+
+    Args:
+        beside: whether its vectors stand beside those of the encoder before it.
+    """
+    groups: list[list[TextEncoder]] = []
+    for encoder, is_beside in zip(encoders, beside, strict=True):
+        groups += [] if is_beside else [[]]
+        groups[-1].append(encoder)
+    joined = [group[0] if len(group) == 1 else TextEncodersBeside(group) for group in groups]
+    return joined[0] if len(joined) == 1 else JoinedTextEncoder(joined)
+
+
+def parts_of(encoder: TextEncoder) -> list[tuple[TextEncoder, bool]]:
+    """What `joined_encoder` has made one: each encoder, and whether it is beside the one before it."""
+    if isinstance(encoder, JoinedTextEncoder):
+        return [part for of_group in encoder.encoders for part in parts_of(of_group)]
+    if isinstance(encoder, TextEncodersBeside):
+        return [(part, number > 0) for number, part in enumerate(encoder.encoders)]
+    return [(encoder, False)]
+
+
 def _open(choice: EncoderChoice, device: torch.device | str) -> TextEncoder:
     module = _load_module(choice).to(device)
     known = choice.kind in (CLIP, T5)
@@ -202,7 +223,9 @@ def _open(choice: EncoderChoice, device: torch.device | str) -> TextEncoder:
         raise UserError(
             f"{choice.named}: has layers 0 (embeddings) to {layers}, or -{layers + 1} to -1, not {choice.layer}"
         )
-    return TextEncoder(module, tokenizer, choice)
+    opened = TextEncoder(module, tokenizer, choice.length, choice.layer, choice.named)
+    opened._choices = (choice,)
+    return opened
 
 
 def _load_module(choice: EncoderChoice) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from diffmoe_dist.config import Config, build_config
 from diffmoe_dist.config.pool_choice import PoolChoiceSettings
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames, names_of_texts
 from diffmoe_dist.engine.checkpoint import find_checkpoint, read_checkpoint_model
 from diffmoe_dist.engine.ema import stored_average
 from diffmoe_dist.engine.post_hoc import Fit, read_average
@@ -32,12 +34,14 @@ from diffmoe_dist.engine.weights import (
     is_weights_folder,
     read_class_names,
     read_model,
+    read_record,
     read_settings,
     write_weights,
 )
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import atomic_file, file_sha256, refuse_pointer
+from diffmoe_dist.files import atomic_file, file_sha256, refuse_irregular, refuse_pointer
 from diffmoe_dist.logs import logger
+from diffmoe_dist.model.diffusers_names import from_diffusers, settings_of
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.published import (
     Part,
@@ -52,6 +56,7 @@ from diffmoe_dist.model.recognise import Recognised, recognise
 
 # Where the code bases keep the two sets of weights in a training checkpoint.
 _KEYS = {"ema": ("ema", "ema_model_state_dict"), "model": ("model", "model_state_dict")}
+OUR_TRANSFORMER = "DiffMoETransformer2DModel"  # in a pipeline of diffusers
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _COUNT = "n_averaged"  # that torch's AveragedModel keeps beside the weights
 
@@ -77,8 +82,92 @@ def convert_published(
     check_out(out)
     config = _with_text_encoder(config, file)
     published, taken = read_state_dict(file, weights)
-    parts = _parts(layout, config, published, upcycle)
     _refuse_other_layout(layout, published, file)
+    source = {"layout": layout, "file": file.name, "sha256": file_sha256(file), "weights": taken, "upcycled": upcycle}
+    _write_converted(layout, published, config, out, source, file)
+    return taken
+
+
+def convert_diffusers(folder: Path, config: Config | None, out: Path) -> None:
+    """Write the model of a pipeline of diffusers, a DiT or one of ours, as a folder of ours.
+
+    Args:
+        folder: of a pipeline, or of its transformer.
+        config: of the mixture of experts that a dense model is to become; None: it stays what it is.
+
+    Raises:
+        UserError: the folder is not as it should be; nothing is written then.
+    """
+    check_out(out)
+    index = _read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    transformer = folder / "transformer" if index else folder
+    described = _read_json(transformer / "config.json")
+    tensors = _diffusers_tensors(transformer)
+    source = {"layout": "diffusers", "file": folder.name, "upcycled": config is not None}
+    if described.get("_class_name") == OUR_TRANSFORMER:
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        if config is not None:
+            raise UserError(f"--upcycle starts from a dense model of diffusers' DiT; {folder} is a model of ours")
+        _write_ours(tensors, described, out, source, folder)
+        return
+    texts = index.get("id2label") or {}
+    num_classes = len(texts) or None
+    settings = settings_of(described, num_classes, str(transformer))
+    published = from_diffusers(tensors, described, num_classes, str(transformer))
+    source["upcycled"] = config is not None
+    names = names_of_texts([str(texts.get(str(label), "")) for label in range(len(texts))])
+    _write_converted("dit", published, config or build_config(settings, training=False), out, source, folder, names)
+
+
+def _write_ours(
+    tensors: dict[str, Tensor], described: dict[str, Any], out: Path, source: dict[str, Any], folder: Path
+) -> None:
+    if not isinstance(described.get("settings"), dict):
+        raise UserError(f"{folder}: config.json of its transformer has no settings; export it again")
+    config = build_config(described["settings"], training=False)
+    with torch.device("meta"):
+        needed = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = next((name for name in {**needed, **found} if needed.get(name) != found.get(name)), None)
+    if wrong is not None:
+        raise UserError(f"{folder}: {wrong} is not as its settings need it; export it again")
+    _refuse_non_finite(tensors, f"{folder}")
+    try:
+        names = ClassNames.from_json({name: value for name, value in described.items() if value is not None})
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; export it again") from None
+    write_weights(out, {name: tensors[name] for name in needed}, config, source, names)
+
+
+def _diffusers_tensors(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    if files:
+        return {name: tensor for file in files for name, tensor in read_state_dict(file)[0].items()}
+    return read_state_dict(folder / "diffusion_pytorch_model.bin")[0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(refuse_irregular(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}); give the folder of a pipeline of diffusers") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no object; give the folder of a pipeline of diffusers")
+    return found
+
+
+def _write_converted(
+    layout: str,
+    published: Mapping[str, Tensor],
+    config: Config,
+    out: Path,
+    source: dict[str, Any],
+    file: Path,
+    names: ClassNames = NO_NAMES,
+) -> None:
+    upcycle = source["upcycled"]
+    parts = _parts(layout, config, published, upcycle)
     check_tensors(parts, published, str(file))
     _refuse_non_finite(published, f"{file}")
     decay = threshold_decay(parts, published, str(file))
@@ -91,9 +180,7 @@ def convert_published(
     if upcycle:
         initialize(model, config.seed)  # the routers; everything else is overwritten
     fill(model.state_dict(), parts, published)
-    source = {"layout": layout, "file": file.name, "sha256": file_sha256(file), "weights": taken, "upcycled": upcycle}
-    write_weights(out, model.state_dict(), config, source)
-    return taken
+    write_weights(out, model.state_dict(), config, source, names)
 
 
 def inspect_published(file: Path, weights: str | None = None) -> str:
@@ -238,20 +325,13 @@ def export_published(layout: str, directory: str | Path, out: Path, weights: str
     """
     if out.exists():
         raise UserError(f"--out {out}: exists; choose another or remove it")
-    source = find_model(directory)
-    if is_weights_folder(source):
-        if weights is not None:
-            raise UserError(f"--weights {weights}: {source} holds one set of weights; leave it out")
-        model, config = read_model(source, "cpu")
-    else:
-        model, config = read_checkpoint_model(source, "cpu", {"ema": EMA, "model": MASTER}[weights or "ema"])
+    source, model, config, _ = read_weights(directory, weights)
     check_buildable(layout, config)
     if layout == "promoe" and config.model.num_classes != 1000 and config.experts is not None:
         logger.warning(
             "ProMoE's code takes label 1000 for the null label; of this model it is %d; edit it there",
             config.model.num_classes,
         )
-    _refuse_non_finite(model.state_dict(), f"{source}")
     tensors = as_published(model.state_dict(), _parts(layout, config, {}), getattr(config.moe, "threshold_decay", None))
     # ProMoE's sampler asks for this key; DiT's and DiffMoE's take a state dict as it is.
     key = "model_state_dict" if weights == "model" else "ema_model_state_dict"
@@ -262,6 +342,31 @@ def export_published(layout: str, directory: str | Path, out: Path, weights: str
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another") from None
     return source
+
+
+def read_weights(directory: str | Path, weights: str | None) -> tuple[Path, DiT, Config, dict[str, Any]]:
+    """The folder that was read, the model of a checkpoint or of a folder of weights, its settings, and what is known of
+    its training: `step`, `images_seen`, `weights`.
+
+    Args:
+        weights: "ema" (default) or "model", of a checkpoint.
+
+    Raises:
+        UserError: there are no weights, or they are not all finite.
+    """
+    source = find_model(directory)
+    if is_weights_folder(source):
+        if weights is not None:
+            raise UserError(f"--weights {weights}: {source} holds one set of weights; leave it out")
+        model, config = read_model(source, "cpu")
+        record = read_record(source)["source"]
+        facts = {name: record[name] for name in ("step", "images_seen", "weights") if name in record}
+    else:
+        model, config = read_checkpoint_model(source, "cpu", {"ema": EMA, "model": MASTER}[weights or "ema"])
+        progress = read_progress(source)
+        facts = {"step": progress.step, "images_seen": progress.images_seen, "weights": weights or "ema"}
+    _refuse_non_finite(model.state_dict(), f"{source}")
+    return source, model, config, facts
 
 
 def read_state_dict(path: Path, weights: str | None = None) -> tuple[dict[str, Tensor], str]:

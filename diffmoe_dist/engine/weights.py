@@ -104,7 +104,7 @@ def read_class_names(folder: Path) -> ClassNames:
     if not is_weights_folder(folder):
         return read_names_file(folder)
     try:
-        return ClassNames.from_json(_read_record(folder))
+        return ClassNames.from_json(read_record(folder))
     except ValueError as error:
         raise UserError(f"{folder / CONFIG_NAME}: {error}; convert the weights again") from None
 
@@ -136,6 +136,17 @@ def write_weights(
     Raises:
         UserError: `out` holds something already, or cannot be written.
     """
+    with complete_folder(out) as folder:
+        _write_files(folder, tensors, config, source, class_names)
+
+
+@contextmanager
+def complete_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which has the name `out` when all is written, and is gone where something fails.
+
+    Raises:
+        UserError: `out` holds something already, or cannot be written.
+    """
     check_out(out)
     out = out.resolve()
     unfinished = out.with_name(f".unfinished-{out.name}")
@@ -143,7 +154,7 @@ def write_weights(
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
         unfinished.mkdir()
-        _write_files(unfinished, tensors, config, source, class_names)
+        yield unfinished
         os.rename(unfinished, out)
         flush_directory(out.parent)
     except (OSError, SafetensorError) as error:
@@ -175,21 +186,26 @@ def _write_files(
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, weights)
     with weights.open("rb") as file:
         os.fsync(file.fileno())
-    settings: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    settings["run_dir"] = settings["train"]["initial_weights"] = settings["sample"]["decoder"] = None
-    for section in ("data", "validation", "fid"):
-        del settings[section]
     record = {
         "format": FORMAT,
         "version": VERSION,
         "sha256": {WEIGHTS_NAME: file_sha256(weights)},
         "source": dict(source),
         **(class_names.to_json() if class_names else {}),
-        "settings": settings,
+        "settings": portable_settings(config),
     }
     write_json(folder / CONFIG_NAME, record)
     shutil.copymode(folder / CONFIG_NAME, weights)  # safetensors leaves it to its owner alone
     flush_directory(folder)
+
+
+def portable_settings(config: Config) -> dict[str, Any]:
+    """The resolved settings but for places of this machine."""
+    settings: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    settings["run_dir"] = settings["train"]["initial_weights"] = settings["sample"]["decoder"] = None
+    for section in ("data", "validation", "fid"):
+        del settings[section]
+    return settings
 
 
 def is_weights_folder(folder: Path) -> bool:
@@ -201,7 +217,7 @@ def _read_weights(folder: Path, device: str | torch.device, overrides: Sequence[
     with torch.device("meta"):
         model = DiT(config)
     with open_tensors(folder, model.state_dict()) as file:
-        expected, found = _read_record(folder)["sha256"][WEIGHTS_NAME], file_sha256(folder / WEIGHTS_NAME)
+        expected, found = read_record(folder)["sha256"][WEIGHTS_NAME], file_sha256(folder / WEIGHTS_NAME)
         if found != expected:
             raise UserError(
                 f"{folder / WEIGHTS_NAME} has SHA-256 {found[:12]}..., {CONFIG_NAME} records {str(expected)[:12]}...; "
@@ -213,7 +229,7 @@ def _read_weights(folder: Path, device: str | torch.device, overrides: Sequence[
     return model.to(device).eval().requires_grad_(False), config
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
         record = json.loads(refuse_irregular(path).read_text())
@@ -232,7 +248,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    settings = _read_record(folder)["settings"]
+    settings = read_record(folder)["settings"]
     if not isinstance(settings, dict):
         raise UserError(f"{folder / CONFIG_NAME}: settings is no mapping; convert the weights again")
     try:

@@ -5,7 +5,6 @@ Shape legend: N images, C channels, H = W input size.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, TypeAlias
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.condition import Condition, TextCondition, on_device
@@ -28,18 +28,18 @@ class LoadedModel(DiT):
 
     Attributes:
         config: its settings, among them `objective`, which says what its times mean, and `model`.
-        class_names: of a model that is conditioned on classes, in order; empty where they are not known.
+        names: what its classes are called; none where that is not known, or it has no classes.
     """
 
     config: Config
-    class_names: list[str]
+    names: ClassNames
 
     @classmethod
-    def of(cls, model: DiT, config: Config, class_names: Sequence[str] = ()) -> LoadedModel:
+    def of(cls, model: DiT, config: Config, names: ClassNames = NO_NAMES) -> LoadedModel:
         """The model with these settings; it shares its modules and tensors."""
         loaded = cls.__new__(cls)
         vars(loaded).update(vars(model))
-        loaded.config, loaded.class_names = config, list(class_names)
+        loaded.config, loaded.names = config, names
         return loaded
 
     def unchecked(self) -> DiT:
@@ -47,6 +47,11 @@ class LoadedModel(DiT):
         plain = DiT.__new__(DiT)
         vars(plain).update(vars(self))
         return plain
+
+    @property
+    def class_names(self) -> list[str]:
+        """In the order of their numbers; empty where they are not known."""
+        return self.names.shown
 
     @property
     def device(self) -> torch.device:
@@ -164,25 +169,14 @@ def label_numbers(model: LoadedModel, given: Any, named: str, null: bool = False
 
 def _label_number(model: LoadedModel, label: Any, named: str, null: bool) -> int:
     if isinstance(label, str):
-        return _named_class(model, label, named)
+        found = model.names.find(label)
+        if len(found) != 1:
+            raise UserError(f"{named}: {label!r}: {model.names.why_not(found, label, model.num_classes)}")
+        return found[0]
     if not isinstance(label, Integral) or isinstance(label, bool):
         raise UserError(f"{named}: {label!r} is {_kind(label)}; a label is a whole number, or the name of a class")
     _check_label(model, int(label), named, null)
     return int(label)
-
-
-def _named_class(model: LoadedModel, name: str, named: str) -> int:
-    names = model.class_names
-    found = [number for number, known in enumerate(names) if known == name]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{named}: classes {', '.join(map(str, found))} are all called {name!r}; give the number")
-    if not names:
-        raise UserError(f"{named}: {name!r}: the names of this model's classes are not known; give numbers")
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(map(repr, names[:5]))} ..."
-    raise UserError(f"{named}: this model has no class {name!r}; {hint}")
 
 
 def _check_label(model: LoadedModel, label: int, named: str, null: bool) -> None:

@@ -166,7 +166,7 @@ def _asked_of_classes(
         raise UserError("--cfg-scale has no effect with this model, which was trained without classes; leave it out")
     settings = SamplingSettings("", **{"num": len(labels), **plain})
     settings.check()
-    return settings, ClassLabels(labels, model.num_classes)
+    return settings, ClassLabels(labels, model.num_classes, model.names)
 
 
 def _asked_of_encoded(

@@ -608,7 +608,7 @@ def test_upcycling_copies_the_dense_layer_to_every_expert_and_starts_the_router_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "o"], "give one of --from {dit,diffmoe,promoe} FILE, --to {safetensors,dit,diffmoe,promoe} and"),
+        (["--out", "o"], "give one of --from {dit,diffmoe,promoe,diffusers} FILE, --to {safetensors,dit,"),
         (["--inspect", "f", "--from", "dit", "f", "--out", "o"], "give one of --from"),
         (["--inspect", "f", "--out", "o"], "--out has no effect with --inspect"),
         (["--inspect", "f", "a=b"], "a=b has no effect with --inspect"),

@@ -15,6 +15,7 @@ import torch
 
 import diffmoe_dist
 from diffmoe_dist import load_model
+from diffmoe_dist.data.class_names import ClassNames
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
 from diffmoe_dist.library.model import LoadedModel
@@ -23,13 +24,16 @@ from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.distributed import run_ranks
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "eight"]
+OTHERS = [["nought", "nil"], *[[]] * 9]
 
 
 @pytest.fixture(scope="module")
 def model(trained: Path) -> LoadedModel:
-    model = load_model(trained)
-    model.class_names = NAMES
-    return model
+    loaded = load_model(trained)
+    assert loaded.class_names == [str(digit) for digit in range(10)]  # as the data call them
+    return LoadedModel.of(
+        loaded, loaded.config, ClassNames.from_json({"class_names": NAMES, "other_class_names": OTHERS})
+    )
 
 
 X = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -44,6 +48,7 @@ def test_a_time_may_be_one_number_for_all_images_or_one_for_each(model: LoadedMo
 
     for t in (500, 500.0, np.float32(500), torch.tensor(500), torch.tensor([500.0]), torch.full((3,), 500).double()):
         assert torch.equal(predict(model, t, torch.tensor([3, 3, 3])), expected)
+    assert torch.equal(predict(model, 500.0, "Nil"), predict(model, 500.0, 0))
     for y in (3, "three", ["three", 3, np.int64(3)], torch.tensor(3), torch.tensor([3, 3, 3], dtype=torch.int32)):
         assert torch.equal(predict(model, 500.0, y), expected)
     assert model.config.objective.time_scale == 1000.0 and model.config.precision == "fp32"
@@ -67,8 +72,8 @@ def test_a_time_may_be_one_number_for_all_images_or_one_for_each(model: LoadedMo
         (X, 5, torch.tensor([0.0, 1.0, 2.0]), r"y is of type torch.float32; labels are whole numbers: y.long()"),
         (X, 5, [0, 1], r"y has shape (2,); give one label, or one for each of 3 images"),
         (X, 5, 1.5, r"y: 1.5 is a float; a label is a whole number, or the name of a class"),
-        (X, 5, "sven", r"y: this model has no class 'sven'; did you mean 'seven'?"),
-        (X, 5, "eight", r"y: classes 8, 9 are all called 'eight'; give the number"),
+        (X, 5, "sven", r"y: 'sven': this model has no class of that name; the nearest are 'seven'"),
+        (X, 5, "eight", r"y: 'eight': several classes are called so: 8 (eight), 9 (eight); give the n"),
     ],
 )
 def test_what_a_model_does_not_take_is_said_in_words(model: LoadedModel, x: Any, t: Any, y: Any, message: str) -> None:
