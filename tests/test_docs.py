@@ -311,6 +311,15 @@ def test_every_python_example_of_the_pages_is_run() -> None:
     assert with_examples == run_here | {"docs/architecture.md", "docs/data.md"}
 
 
+def test_every_page_is_in_the_contents_of_the_site_and_of_the_readme() -> None:
+    """Whether the site's links hold, `make site` says."""
+    pages = {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")}
+    assert pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md"} == set(
+        re.findall(r"(?m)^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text())
+    )
+    assert pages <= set(re.findall(r"\((docs/\w+\.md)\)", (ROOT / "README.md").read_text()))
+
+
 # GenEval's, a run's, and the router that the reader may write
 NOT_OURS = re.compile(r"evaluation/evaluate_images\.py|config(-until-step-N)?\.yaml|(.*/)?(NAME|by_place)\.py")
 
