@@ -22,8 +22,14 @@ from diffmoe_dist.report_page.run_history import AXES, Curve, RunHistory, value_
 from diffmoe_dist.report_page.scored_samples import FoundScore, higher_is_better, is_score
 
 TRAINING_LOSS, VALIDATION_LOSS, CAPACITY = "loss_diffusion", "loss_val", "capacity"
-COST, EXPERTS_PER_TOKEN = "Size and cost", "Experts per token"
+COST, EXPERTS = "Size and cost", "Experts"
 SMOOTHED_OVER = 20  # the mean is over this part of the longest run's steps
+_OF_EXPERTS = {
+    CAPACITY: "C in training", "predictor_capacity": "C of the predictor",
+    **{f"capacity_at_noise_{noise}": f"C at noise {noise}" for noise in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    "predictor_agreement": "predictor's agreement", "dead_experts": "dead experts", "gate_entropy": "entropy of gates",
+}  # fmt: skip
+_CAPACITIES = (CAPACITY, "predictor_capacity")
 _OF_SCORES = (
     "fid.features", "fid.reference", "sample.steps", "sample.cfg_scale", "sample.time_shift", "sample.decoder",
 )  # fmt: skip
@@ -203,19 +209,18 @@ def results(comparison: Comparison) -> list[Result]:
     for name in comparison.measured():
         better = "max" if higher_is_better(name) else "min"
         found += _over_training(comparison, name, better, ranked=not made_otherwise(runs, name))
-    for name in dict.fromkeys([CAPACITY, *varying_capacities(runs)]):
+    for name, title in _OF_EXPERTS.items():
         values = [comparison.smooth(run, name).at(math.inf) for run in runs]
         if any(value is not None for value in values):
-            found.append(_plain(EXPERTS_PER_TOKEN, "C in training" if name == CAPACITY else name, values))
+            found.append(_plain(EXPERTS, title, values))
     return found
 
 
-def varying_capacities(runs: Sequence[Run]) -> list[str]:
-    """What says how many experts a token has, of that which varies in any run."""
-    names = dict.fromkeys(name for run in runs for name in run.history.names() if CAPACITY in name.split("_"))
-    names.pop("loss_capacity", None)
-    curves = {name: [run.history.curve(name).values_N for run in runs] for name in names}
-    return [name for name, values in curves.items() if any(len(v) and np.ptp(v) > 1e-6 for v in values)]
+def varying_capacities(runs: Sequence[Run]) -> dict[str, str]:
+    """What says how many experts a token has, and its title; of that what varies in any run."""
+    of_runs = {name: [run.history.curve(name).values_N for run in runs] for name in _CAPACITIES}
+    varying = [name for name, values in of_runs.items() if any(len(v) and np.ptp(v) > 1e-6 for v in values)]
+    return {name: _OF_EXPERTS[name] for name in varying}
 
 
 def _costs(runs: Sequence[Run]) -> list[Result]:

@@ -16,7 +16,7 @@ from diffmoe_dist.data.class_names import NO_NAMES
 from diffmoe_dist.engine.progress import read_progress
 from diffmoe_dist.engine.weights import read_class_names
 from diffmoe_dist.report_page import figures
-from diffmoe_dist.report_page.comparison import EXPERTS_PER_TOKEN, Result, Run, digits, together
+from diffmoe_dist.report_page.comparison import EXPERTS, Result, Run, digits, together
 from diffmoe_dist.report_page.html import section
 from diffmoe_dist.report_page.samples import sample_for_page
 from diffmoe_dist.report_page.scored_samples import ScoredSamples
@@ -54,7 +54,7 @@ def images_section(
     text = section("Samples", _about(runs, found), []).removesuffix("</section>")
     capacities = {each.run.letter: each.capacity for each in found}
     values = [capacities.get(run.letter) for run in runs]
-    rows = [Result(EXPERTS_PER_TOKEN, "C in sampling", values, [digits(value) for value in values])]
+    rows = [Result(EXPERTS, "C in sampling", values, [digits(value) for value in values])]
     return f"{text}{body}</section>", rows if any(value is not None for value in values) else []
 
 

@@ -13,6 +13,7 @@ import torch
 from diffmoe_dist.files import write_atomically
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.comparison import (
+    CAPACITY,
     TRAINING_LOSS,
     VALIDATION_LOSS,
     Comparison,
@@ -279,12 +280,15 @@ def _score_charts(comparison: Comparison) -> list[str]:
 
 def _capacity_charts(comparison: Comparison) -> list[str]:
     varying = varying_capacities(comparison.runs)
-    charts = [_chart(comparison, name, comparison.runs, name, "Experts per token.", smoothed=True) for name in varying]
-    if varying:
+    charts = [
+        _chart(comparison, title, comparison.runs, name, f"{name}: experts per token.", smoothed=True)
+        for name, title in varying.items()
+    ]
+    if CAPACITY in varying:
         return charts
-    constant = {run.letter: run.history.curve("capacity").at(np.inf) for run in comparison.runs}
+    constant = {run.letter: run.history.curve(CAPACITY).at(np.inf) for run in comparison.runs}
     told = ", ".join(f"{letter} {'dense' if value is None else f'{value:.3g}'}" for letter, value in constant.items())
-    return [note("Capacity in training", f"Constant, experts per token: {told}.")]
+    return [*charts, note("C in training", f"Constant, experts per token: {told}.")]
 
 
 def _chart(
@@ -312,9 +316,11 @@ def _against_first(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
     """Smoothed losses over that of the first run, at the same place of each axis."""
     by_axis, letters = {}, set()
     for axis in AXES:
-        lines, window = [], comparison.window * (1 if axis in _PAIRED else _APART)
+        lines = []
         for run in runs:
             base = _reference(run, runs)
+            is_paired = axis in _PAIRED and base.config.seed == run.config.seed
+            window = comparison.window * (1 if is_paired else _APART)
             own, other = (comparison.curve(each, TRAINING_LOSS).smoothed(window) for each in (run, base))
             if base is not run and (line := _relative(run, own, base, other, axis)):
                 lines.append(line)
@@ -325,7 +331,7 @@ def _against_first(comparison: Comparison, runs: Sequence[Run]) -> list[str]:
     caption = (
         f"Smoothed loss over that of {first}, at the same place on the axis; below 0 is better. Where seed and data "
         "are one, both have seen the same images, noise and times by a step, so little of the difference is chance; "
-        f"against FLOPs and device-hours, where that is not so, means are over {_APART * comparison.window:,} steps."
+        f"of two seeds, and against FLOPs and device-hours, means are over {_APART * comparison.window:,} steps."
     )
     chart = _figure(f"Training loss against {first}", shown, by_axis, "percent", caption, zero=True)
     return [chart] if chart else []
