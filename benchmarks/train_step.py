@@ -56,6 +56,7 @@ from benchmarks.measuring import (
 )
 from diffmoe_dist.config import Config, build_config, for_world, pool_samples
 from diffmoe_dist.data.batch import Batch
+from diffmoe_dist.data.class_names import NO_NAMES
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.model.accounting import account
 
@@ -134,6 +135,8 @@ def random_batch(config: Config) -> Batch:
 
 class SameBatch:
     """In the place of a loader."""
+
+    class_names = NO_NAMES
 
     def __init__(self, config: Config) -> None:
         self.batch = random_batch(config)
