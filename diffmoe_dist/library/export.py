@@ -18,7 +18,7 @@ from diffmoe_dist.engine.weights import complete_folder, portable_settings, read
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import refuse_irregular, write_atomically, write_json
 from diffmoe_dist.library.model import LoadedModel
-from diffmoe_dist.library.model_card import CARD_NAME, GRID_NAME, RECIPE, Facts, model_card
+from diffmoe_dist.library.model_card import CARD_NAME, GRID_NAME, SAMPLED, Facts, model_card
 from diffmoe_dist.library.pipeline import ENCODERS, TOKENIZERS, DiffMoEPipeline, build_scheduler
 from diffmoe_dist.library.transformer import DiffMoETransformer2DModel
 from diffmoe_dist.logs import logger
@@ -52,7 +52,6 @@ def export_pipeline(directory: str | Path, out: Path, weights: str | None, parts
         UserError: there are no weights, a part is not the model's, or `out` is not empty.
     """
     source, model, config, facts = read_weights(directory, weights)
-    facts |= {"settings": {name: portable_settings(config)[name] for name in RECIPE}}
     loaded = LoadedModel.of(model, config, read_class_names(source))
     vae = _decoder(config, parts)
     facts |= _facts_of_samples(parts.samples, loaded)
@@ -67,7 +66,7 @@ def export_pipeline(directory: str | Path, out: Path, weights: str | None, parts
             _pipeline(loaded, vae, facts, parts).save_pretrained(folder)
         if facts.get("grid"):
             shutil.copyfile(Path(str(parts.samples)) / "grid.png", folder / GRID_NAME)
-        write_atomically(folder / CARD_NAME, model_card(loaded, facts, kind))
+        write_atomically(folder / CARD_NAME, model_card(loaded, portable_settings(config), facts, kind))
     return source, kind
 
 
@@ -153,7 +152,8 @@ def _facts_of_samples(folder: str | None, model: LoadedModel) -> Facts:
         raise UserError(f"--samples {folder}: its images are of other weights than these; sample from them first")
     scores = Path(folder) / "scores.json"
     found = _read(scores, folder).get("scores", {}) if scores.is_file() else {}
-    return {"samples": record, "scores": found, "grid": (Path(folder) / "grid.png").is_file()}
+    told = {name: record[name] for name in (*SAMPLED, "capacity", "activated_parameters") if name in record}
+    return {"samples": told, "scores": found, "grid": (Path(folder) / "grid.png").is_file()}
 
 
 def _read(path: Path, folder: str) -> dict[str, Any]:

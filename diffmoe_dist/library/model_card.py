@@ -14,14 +14,15 @@ from diffmoe_dist.model.accounting import account
 CARD_NAME = "README.md"
 GRID_NAME = "samples.png"
 RECIPE = ("seed", "precision", "model", "moe", "objective", "train", "optim", "ema")  # settings that are shown
-Facts = dict[str, Any]  # JSON: of the training `step`, `images_seen`, `weights`, `settings`; `samples`, `scores`
-_SAMPLED = ("num", "sampler", "steps", "cfg_scale", "time_shift", "inference", "precision", "nfe")
+Facts = dict[str, Any]  # JSON: `step`, `images_seen` and `weights` of the training; `samples`, `scores`, `grid`
+SAMPLED = ("num", "sampler", "steps", "cfg_scale", "time_shift", "inference", "precision", "nfe")
 
 
-def model_card(model: LoadedModel, facts: Facts, pipeline: str) -> str:
+def model_card(model: LoadedModel, settings: dict[str, Any], facts: Facts, pipeline: str) -> str:
     """The text of README.md.
 
     Args:
+        settings: of the run, as a folder of weights has them.
         facts: what is known of the training and of samples; what is missing is said.
         pipeline: the class that opens the folder.
     """
@@ -43,7 +44,7 @@ def model_card(model: LoadedModel, facts: Facts, pipeline: str) -> str:
         "## Scores",
         _scores(facts.get("scores") or {}, samples),
         "## Recipe",
-        _recipe(config, facts),
+        _recipe(settings, facts),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -63,7 +64,7 @@ def _described(model: LoadedModel) -> str:
     sizes = f"{counts.total / 1e6:.4g} M parameters"
     if config.experts is not None:
         sizes += f", {counts.activated() / 1e6:.4g} M of them activated at C = {counts.nominal_capacity:g}"
-    return f"{sizes}; {size} x {size} {kind} of {channels} channels, conditioned on {condition}."
+    return f"{sizes}; {kind} of {channels} x {size} x {size}, conditioned on {condition}."
 
 
 def _capacity(config: Config, samples: dict[str, Any]) -> list[str]:
@@ -89,17 +90,17 @@ def _use(config: Config, pipeline: str) -> str:
 
 
 def _scores(scores: dict[str, Any], samples: dict[str, Any]) -> str:
-    how = ", ".join(f"{name} {samples[name]}" for name in _SAMPLED if samples.get(name) is not None)
+    how = ", ".join(f"{name} {samples[name]}" for name in SAMPLED if samples.get(name) is not None)
     if not scores:
         return f"None were given.{f' Samples: {how}.' if how else ''}"
     rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
     return "\n".join(["| score | value |", "|---|---|", *rows]) + f"\n\nOf samples: {how or 'not recorded how'}."
 
 
-def _recipe(config: Config, facts: Facts) -> str:
+def _recipe(settings: dict[str, Any], facts: Facts) -> str:
     seen = [f"{facts[name]:,} {what}" for name, what in (("step", "steps"), ("images_seen", "images")) if name in facts]
-    begin = f"{' and '.join(seen)}; weights: {facts.get('weights', 'averaged')}." if seen else "Converted weights."
-    settings = facts.get("settings") or {"objective": vars(config.objective)}
+    kind = "as trained, not averaged" if facts.get("weights") == "model" else "averaged (EMA)"
+    begin = f"{' and '.join(seen)}; weights {kind}." if seen else "Converted weights."
     ordered = {name: settings[name] for name in RECIPE if name in settings}
     shown = {name: dict(sorted(value.items())) if isinstance(value, dict) else value for name, value in ordered.items()}
     return f"{begin}\n\n```yaml\n{yaml.safe_dump(json.loads(json.dumps(shown)), sort_keys=False)}```"

@@ -33,6 +33,7 @@ from diffmoe_dist.data.text_encoder import TextEncoder, joined_encoder
 from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE, DDPM_STEPS
 from diffmoe_dist.diffusion.samplers import Guidance, Prediction, ddpm_chain, with_guidance
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import write_atomically
 from diffmoe_dist.library.model import Label, label_numbers
 from diffmoe_dist.library.model_card import CARD_NAME, GRID_NAME, model_card
 from diffmoe_dist.library.transformer import DiffMoETransformer2DModel
@@ -282,7 +283,8 @@ class DiffMoEPipeline(DiffusionPipeline):
         card = Path(save_directory) / CARD_NAME
         if not card.exists():
             facts = {**self.config.facts, "grid": card.with_name(GRID_NAME).exists()}
-            card.write_text(model_card(self.transformer.model, facts, type(self).__name__))
+            text = model_card(self.transformer.model, self.transformer.config["settings"], facts, type(self).__name__)
+            write_atomically(card, text)
         if push_to_hub:
             self._push(Path(save_directory), **{"repo_id": Path(save_directory).name, **to_hub})
 
