@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from diffmoe_dist.library.model import LoadedModel
 from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.distributed import run_ranks
+from tests.machine import ROOT
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "eight"]
 OTHERS = [["nought", "nil"], *[[]] * 9]
@@ -147,3 +149,21 @@ def test_sample_is_the_function_also_where_the_command_of_that_name_is_imported(
     program = "import diffmoe_dist.sample as s; import diffmoe_dist; assert s is diffmoe_dist.sample and callable(s)"
     assert callable(diffmoe_dist.sample) and "diffmoe_dist.sample" in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((ROOT / "docs/tour.ipynb").read_text())
+    names: dict[str, Any] = {}
+
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None, "a notebook is kept without its outputs"
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+
+    assert names["made"].images.shape == (10, 1, 8, 8) and len(names["capacities"]) == 20
+    assert "t=2000: the times of this model go from 0 (noise)" in capsys.readouterr().out
