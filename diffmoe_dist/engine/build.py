@@ -188,7 +188,7 @@ def _summary(config: Config, topology: Topology, model: nn.Module, progress: Pro
     work = f"{sum(counts.macs().values()) / 1e9:.4g} GMAC an image forward"
     where = f"{topology.world_size} x {topology.device.type}, {config.precision}, ZeRO {config.parallel.zero_stage}"
     if still:
-        where += f", {still:.2f} M parameters of this rank frozen: {told(frozen_parameters(config))}"
+        where += f", {still:.2f} M parameters of this rank frozen by train.freeze={config.train.freeze}"
     if topology.tensor > 1:
         where += f", layers cut over {topology.tensor} ranks"
     experts = config.experts

@@ -153,8 +153,8 @@ def _report(
     held = sum(parameter.numel() for parameter in model.parameters())
     yield "model", f"{total / 1e6:,.2f} M parameters, {held / 1e6:,.2f} M of them on a rank"
     if frozen := frozen_parameters(config):
-        still = sum(whole.get_parameter(name).numel() for name in frozen)
-        yield "frozen", f"{still / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters: {told(frozen)}"
+        still = {name: parameter.numel() for name, parameter in whole.named_parameters() if name in frozen}
+        yield "frozen", f"{sum(still.values()) / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters: {told(still)}"
     if config.experts is not None:
         yield (
             "experts",
