@@ -153,8 +153,8 @@ def _report(
     held = sum(parameter.numel() for parameter in model.parameters())
     yield "model", f"{total / 1e6:,.2f} M parameters, {held / 1e6:,.2f} M of them on a rank"
     if frozen := frozen_parameters(config):
-        still = {name: parameter.numel() for name, parameter in whole.named_parameters() if name in frozen}
-        yield "frozen", f"{sum(still.values()) / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters: {told(still)}"
+        sizes_of = {name: parameter.numel() for name, parameter in whole.named_parameters() if name in frozen}
+        yield "frozen", f"{sum(sizes_of.values()) / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters: {told(sizes_of)}"
     if config.experts is not None:
         yield (
             "experts",

@@ -63,8 +63,10 @@ def _without_match(pattern: str, model: nn.Module) -> str:
     names = _once(name for name, _ in model.named_parameters())
     if close := [name for name in names if pattern.rstrip(".*") in name]:
         return f"matches no parameter; did you mean *{pattern.strip('.*')}*, for one {close[0]}?"
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-    return f"matches no parameter; names are {', '.join(close)} and such"
+    words = sorted({word for name in names for word in name.split(".")})
+    meant = [near for word in re.findall(r"\w+", pattern) for near in difflib.get_close_matches(word, words, n=1)]
+    close = [name for name in names if meant and set(meant) <= set(name.split("."))] or names
+    return f"matches no parameter; names are {', '.join(close[:3])} and such"
 
 
 class GradientFlow:

@@ -155,7 +155,9 @@ def test_a_resume_does_not_change_what_is_frozen(runs: Path, digits: Path, freez
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("atn", "atn matches no parameter; names are "),
+        ("blocks.*.atn.*", r"names are blocks\.\*\.attn\.qkv\.weight, "),
+        ("x", r"x matches no parameter; did you mean \*x\*, for one x_embedder"),
+        ("nonsense", "nonsense matches no parameter; names are x_embedder"),
         ("attn", r"attn matches no parameter; did you mean \*attn\*, for one blocks\.\*\.attn\.qkv\.weight\?"),
         ("y_embedder", r"did you mean \*y_embedder\*, for one y_embedder\.embedding_table\.weight"),
         ("blocks.*.threshold", "is no parameter: thresholds and the position table are not trained"),
