@@ -85,6 +85,17 @@ COMMANDS: dict[str, How] = {
     r"tensorboard .*|tail -n 1 .*": NotRun("they look at what a run of the reader's writes"),
     # data
     r"python -m data_tools pack digits .*": Runs(),
+    # docs/finetuning.md, all of it
+    r"cat > .*": Runs(),
+    r"python -m write_digits": Runs(),
+    r"python -m data_tools pack digits/\S+ .*": Runs(),
+    r"python -m data_tools (random-encoder|encode-text) shards/ten.*": Runs(),
+    r"python -m diffmoe_dist\.train --config (small|captions)\.yaml .*": Runs(
+        ("train.steps=1", "train.global_batch_size=8", "validation.every=1", "validation.images=8", "device=cpu")
+    ),
+    r"python -m diffmoe_dist\.sample --checkpoint runs/(ten|three|captions|plain) .*": Runs(
+        ("--num", "2", "--steps", "1", "--recalibrate", "1", "--device", "cpu")
+    ),
     r"python -m data_tools (plan|pack) ILSVRC2012_img_train\.tar .*": Refuses(r"SOURCE=ILSVRC2012_img_train\.tar"),
     r"python -m data_tools pack annotations/captions_train2017\.json .*": Refuses(r"captions_train2017\.json"),
     r"python -m data_tools pack ILSVRC2012_img_val\.tar .*": Refuses(r"SOURCE=ILSVRC2012_img_val\.tar"),
