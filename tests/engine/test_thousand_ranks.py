@@ -71,7 +71,13 @@ def as_one_of_many(_: int, __: int, rank: int, run_dir: str, digits: str) -> dic
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
     of_any_backend = dist.new_group  # gloo, for checkpoints, would look for the others
-    fake = mock.patch.object(dist, "new_group", lambda *arguments, **_: of_any_backend(*arguments))
+    made = []
+
+    def new_group(*arguments: Any, use_local_synchronization: bool = False, **_: Any) -> Any:
+        made.append(use_local_synchronization)
+        return of_any_backend(*arguments, use_local_synchronization=use_local_synchronization)
+
+    fake = mock.patch.object(dist, "new_group", new_group)
     same_objects = mock.patch.object(dist, "broadcast_object_list")
     with fake, same_objects, all_ranks_alike():
         trainer = make_trainer(rank, RANKS, tiny_config(Path(run_dir), Path(digits), SETTINGS))
@@ -82,6 +88,7 @@ def as_one_of_many(_: int, __: int, rank: int, run_dir: str, digits: str) -> dic
         "groups": [
             dist.get_process_group_ranks(group) for group in (topology.expert_group, topology.expert_data_group)
         ],
+        "made": (made.count(True), made.count(False)),
         "losses": report.losses,
         "not finite": report.non_finite,
         "collectives": {of: (count.calls, count.payload) for of, count in counts.items()},
@@ -102,6 +109,7 @@ def test_one_of_1024_ranks_takes_a_training_step_whose_collectives_are_those_of_
     first = rank - rank % EXPERT
     assert found["groups"] == [list(range(first, first + EXPERT)), list(range(rank % EXPERT, RANKS, EXPERT))]
     assert found["experts"] == [(rank % EXPERT, 1)]
+    assert found["made"][0] == 4 and found["made"][1] < 4, "none that it is not in"
     assert found["not finite"] == [] and 0 < found["losses"]["loss"] < 100
 
     plan = make_plan(tiny_config(Path("unused"), Path("unused"), SETTINGS), Cluster(RANKS // 8, 8, H100))
