@@ -195,6 +195,11 @@ class Cluster:
         """Give a node no more jobs; one that is declared down comes back by itself."""
         self.run("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
 
+    def resume(self, name: str) -> None:
+        """Give a drained node jobs again, once it has answered (`idle*` until then)."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self.wait_until(lambda: self._states()[name] == "idle", f"{name} is idle")
+
     def cut(self, name: str, link: str = "down") -> None:
         """Pull the network cable of a node, or put it back (`up`)."""
         self.run("ip", "link", "set", f"v-{name}", link)

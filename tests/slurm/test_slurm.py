@@ -212,7 +212,7 @@ def test_a_run_that_loses_a_node_for_good_goes_on_with_one_and_with_two_again(
     )
     run.wait_for_log(f"step {run.steps()[-1] + 3}/")
     assert cluster.nodes_of(run.job) == [first]
-    cluster.run("scontrol", "update", f"NodeName={spare}", "State=RESUME")
+    cluster.resume(spare)
     cluster.run("scancel", "--batch", "--signal=USR1", run.job)
     run.wait_for_log("requeued after exit code 75")
     run.set_steps(last)
