@@ -157,7 +157,8 @@ def test_a_signal_before_the_time_limit_costs_no_step_while_in(
     cluster.restart(run.job)
     assert run.end() == ("COMPLETED", 1), run.log()
     assert run.curve() == undisturbed.curve(), run.log()
-    assert re.findall(r"requeued after exit code 75, newest checkpoint: step-\d+", run.log())
+    saved = r"step-\d+" if moment == "training" else "none"  # by a process that finds STOP before its first step
+    assert re.findall(f"requeued after exit code 75, newest checkpoint: {saved}", run.log())
     assert run.steps() == list(range(1, run.steps()[-1] + 1)), "no step was taken twice"
 
 
