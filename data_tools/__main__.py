@@ -387,6 +387,12 @@ def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:
     with _progress("encode-text", base.num_samples) as advance:
         written = encode_text(base, arguments.out, settings, workers=workers, on_shard=advance)
     _tell_encoded("text", written, arguments.out)
+    text = ShardIndex.open(arguments.out, f"OUT={arguments.out}").text
+    assert text is not None
+    sys.stdout.write(
+        f"a model of them: model.condition=text model.num_classes=0 model.text_hidden_size={text.hidden_size} "
+        f"model.text_max_length={text.max_length} model.text_pooled_size={text.pooled_size}\n"
+    )
     if written.num_cut:
         sys.stdout.write(f"{written.num_cut} captions have more tokens than the encoder takes and were cut\n")
 

@@ -138,14 +138,17 @@ def _check_condition(model: ModelConfig) -> None:
                     f"model.{name}={getattr(model, name)} has no effect with model.condition=class; remove it"
                 )
         return
+    wrong = []  # all of it at once: whoever comes from classes has all of it wrong
     if model.num_classes != 0:
-        raise UserError(f"model.num_classes={model.num_classes}: with model.condition=text there are no classes; use 0")
+        wrong.append(f"model.num_classes={model.num_classes}: with model.condition=text there are no classes; use 0")
     for name, meaning in {
         "text_hidden_size": "the width of the text encoder's tokens, such as 768",
         "text_max_length": "the number of tokens that captions were encoded to, such as 77",
     }.items():
         if not getattr(model, name):
-            raise UserError(f"model.{name} is not set; give {meaning}")
+            wrong.append(f"model.{name} is not set; give {meaning}")
+    if wrong:
+        raise UserError("; ".join(wrong))
 
 
 def _check_without_classes(config: Config) -> None:

@@ -114,6 +114,7 @@ def _check_text(model: ModelConfig, where: str, sha256: str, hidden_size: int, l
             f"{model.text_encoder_sha256[:12]}...); encode the captions with that one"
         )
     found = {"text_hidden_size": hidden_size, "text_max_length": length, "text_pooled_size": pooled_size}
-    for name, value in found.items():
-        if getattr(model, name) != value:
-            raise UserError(f"model.{name}={getattr(model, name)}, but {where} has {value}; set that")
+    wrong = [name for name, value in found.items() if getattr(model, name) != value]
+    if wrong:
+        settings = ", ".join(f"model.{name}={getattr(model, name)}" for name in wrong)
+        raise UserError(f"{settings}, but {where} has {', '.join(str(found[name]) for name in wrong)}; set that")

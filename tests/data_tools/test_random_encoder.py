@@ -94,6 +94,8 @@ def test_encode_text_takes_it(tmp_path: Path) -> None:
     assert (done.wait(), done.stdout, done.stderr) == (0, said, "")
     done = _run(tmp_path, "encode-text", shards, text, "--encoder", model, "--max-length", 10)
     assert done.wait() == 0, done.stderr
+    sizes = "model.text_hidden_size=64 model.text_max_length=10 model.text_pooled_size=64"
+    assert done.stdout.endswith(f"a model of them: model.condition=text model.num_classes=0 {sizes}\n")
     reader = TextReader(ShardIndex.open(text))
     base = ShardIndex.open(shards)
     encoder = TextEncoder.open(model, None, 10, "cpu", "--encoder")

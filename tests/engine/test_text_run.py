@@ -109,6 +109,10 @@ def test_of_several_captions_each_is_drawn_about_as_often_and_a_sample_and_epoch
     ("settings", "message"),
     [
         ({"model": {"text_hidden_size": 32}}, r"model\.text_hidden_size=32, but data\.text=.* has 16; set that"),
+        (
+            {"model": {"text_hidden_size": 32, "text_pooled_size": 0}},
+            r"model\.text_hidden_size=32, model\.text_pooled_size=0, but data\.text=.* has 16, 16; set that",
+        ),
         ({"model": {"text_max_length": 77}}, r"model\.text_max_length=77, but data\.text=.* has 16; set that"),
         ({"model": {"text_pooled_size": 0}}, r"model\.text_pooled_size=0, but data\.text=.* has 16; set that"),
         (

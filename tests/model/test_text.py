@@ -127,6 +127,7 @@ def test_without_a_pooled_vector_the_mean_of_the_tokens_takes_its_place() -> Non
     ("model", "message"),
     [
         ({"num_classes": 10}, r"model\.num_classes=10: with model\.condition=text there are no classes; use 0"),
+        ({"num_classes": 10, "text_hidden_size": None}, r"no classes; use 0; model\.text_hidden_size is not set"),
         ({"text_hidden_size": None}, r"model\.text_hidden_size is not set"),
         ({"text_max_length": None}, r"model\.text_max_length is not set; give the number of tokens"),
         ({"condition": "class", "num_classes": 10}, r"model\.text_hidden_size=12 has no effect with model\.condition="),

@@ -218,7 +218,12 @@ def test_scores_in_training_that_were_made_in_other_ways_have_no_best(comparison
 
 
 def test_what_the_predictor_and_the_experts_do_is_in_the_results(tmp_path: Path) -> None:
-    values = {"predictor_capacity": 0.9, "dead_experts": 2, "capacity_at_noise_0.1": 1.2, "expert_load_max": 3.0}
+    values: dict[str, Any] = {
+        "predictor_capacity": 0.9,
+        "dead_experts": 2,
+        "capacity_at_noise_0.1": 1.2,
+        "expert_load_max": 3.0,
+    }
     compared = compare([read_history(write_run(tmp_path / "run", **values))], [])
     assert [(row.quantity, row.shown) for row in results(compared) if row.about == "Experts"] == [
         ("C in training", ["1"]), ("C of the predictor", ["0.9"]), ("C at noise 0.1", ["1.2"]), ("dead experts", ["2"]),
