@@ -18,6 +18,7 @@ import diffmoe_dist
 from diffmoe_dist import DiffMoEPipeline, convert, load_model
 from diffmoe_dist.config import build_config
 from diffmoe_dist.data.class_names import ClassNames
+from diffmoe_dist.data.prompts import Prompt
 from diffmoe_dist.data.text_encoder import TextEncoder
 from diffmoe_dist.engine.conversion import convert_diffusers
 from diffmoe_dist.engine.weights import write_weights
@@ -130,10 +131,14 @@ def test_a_ddpm_has_the_images_of_the_sampler_by_its_own_and_by_another_schedule
 
 
 def test_prompts_have_the_images_of_the_sampler(tmp_path: Path) -> None:
-    encoder = save_encoder(tmp_path / "encoder", "clip")
+    for kind in ("clip", "t5"):
+        save_encoder(tmp_path / kind, kind)
+    encoder = tmp_path / "encoders.json"  # as of SD3: two side by side, and one behind them
+    pair = [{"folder": "clip", "max_length": 16, "layer": -2}, {"folder": "clip", "max_length": 16}]
+    encoder.write_text(json.dumps([pair, {"folder": "t5", "max_length": 12}]))
     text = {
-        "condition": "text", "num_classes": 0, "in_channels": 3, "text_hidden_size": 16, "text_max_length": 16,
-        "text_pooled_size": 16, "text_encoder_sha256": TextEncoder.open(encoder, None, 16, "cpu", "encoder").sha256,
+        "condition": "text", "num_classes": 0, "in_channels": 3, "text_hidden_size": 32, "text_max_length": 28,
+        "text_pooled_size": 32, "text_encoder_sha256": TextEncoder.open(encoder, None, 28, "cpu", "encoder").sha256,
     }  # fmt: skip
     folder = save_model(tmp_path / "weights", {"model": text, "moe": POOL})
     with pytest.raises(UserError, match="--encoder is missing"):
@@ -142,9 +147,9 @@ def test_prompts_have_the_images_of_the_sampler(tmp_path: Path) -> None:
     model = load_model(folder)
 
     made = diffmoe_dist.sample(model, TEXTS, encoder=encoder, negative_prompt="a", steps=4, cfg_scale=3.0, seed=3)
-    encoded = encode_for_model([], None, model.config, str(encoder), None, torch.device("cpu"))
-    assert pipe.text_encoder is not None and encoded.max_length == 16
-    keys = [key_of(model, encoder, number) for number in range(3)]
+    prompts = [Prompt(text) for text in TEXTS]
+    encoded = encode_for_model(prompts, None, model.config, str(encoder), None, torch.device("cpu"))
+    keys = [PromptConditions(encoded, 28).noise_key(number) for number in range(3)]
     found = pipe(
         prompt=TEXTS, negative_prompt="a", latents=noise(model, keys), num_inference_steps=4, guidance_scale=3.0,
         output_type="latent",
@@ -153,14 +158,6 @@ def test_prompts_have_the_images_of_the_sampler(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this model is conditioned on captions; give prompt"):
         pipe([0])
     assert 'pipe(prompt="...", num_inference_steps=50)' in (tmp_path / "pipeline/README.md").read_text()
-
-
-def key_of(model: LoadedModel, encoder: Path, number: int) -> int:
-    from diffmoe_dist.data.prompts import Prompt
-
-    prompts = [Prompt(text) for text in TEXTS]
-    encoded = encode_for_model(prompts, None, model.config, str(encoder), None, torch.device("cpu"))
-    return PromptConditions(encoded, 16).noise_key(number)
 
 
 @pytest.fixture(scope="module")
