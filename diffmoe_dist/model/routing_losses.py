@@ -92,11 +92,13 @@ def contrastive_loss(prototypes_ND: Tensor, sums_ND: Tensor, counts_N: Tensor, t
     Returns:
         (...) fp32.
     """
+    counts_N = counts_N.detach()  # no gradient comes of them
+    active_N = counts_N > 0
+    empty_N = ~active_N
     means_ND = sums_ND / counts_N.clamp_min(1)[..., None]
     cosine_NN = F.normalize(prototypes_ND, dim=-1) @ F.normalize(means_ND, dim=-1).mT
-    active_N = counts_N > 0
-    logits_NN = (cosine_NN / temperature).masked_fill(~active_N[..., None, :], -torch.inf)
+    logits_NN = (cosine_NN / temperature).masked_fill(empty_N[..., None, :], -torch.inf)
     # An inactive expert's row may be -inf throughout, and its softmax NaN. It is left out, so any finite row will do.
-    logits_NN = torch.where(active_N[..., None], logits_NN, 0.0)
+    logits_NN = logits_NN.masked_fill(empty_N[..., None], 0.0)
     loss_N = logits_NN.logsumexp(dim=-1) - logits_NN.diagonal(dim1=-2, dim2=-1)
-    return torch.where(active_N, loss_N, 0.0).sum(dim=-1) / active_N.sum(dim=-1).clamp_min(1)
+    return loss_N.masked_fill(empty_N, 0.0).sum(dim=-1) / active_N.sum(dim=-1).clamp_min(1)

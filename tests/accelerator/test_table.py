@@ -35,16 +35,16 @@ token_choice layer                           36       29           0     0    1 
 token_choice block                           53       65           0     0    1      0
 token_choice balanced layer                  36       29           0     0    1      0
 token_choice swiglu layer                    29       27           0     0    1      0
-prototype layer                              81      131           0     1    1      0
-prototype block                              98      164           0     1    1      0
-prototype expert_choice layer               104      123           0     1    1      0
+prototype layer                              79      119           0     1    1      0
+prototype block                              96      152           0     1    1      0
+prototype expert_choice layer               102      121           0     1    1      0
 global_pool layer, whole                     73       33           1     1    1      0
 global_pool swiglu layer, whole              66       31           1     1    1      0
 global_pool sample layer, whole              41       29           0     0    0      0
 expert_choice layer, whole                   25       21           0     0    0      0
 token_choice layer, whole                    38       29           1     0    1      0
-prototype layer, whole                       83      132           1     1    1      0
-prototype expert_choice layer, whole        106      123           1     1    1      0
+prototype layer, whole                       81      120           1     1    1      0
+prototype expert_choice layer, whole        104      121           1     1    1      0
 global_pool layer, sharded                   82       32           5     1    1      0
 global_pool swiglu layer, sharded            83       34           5     1    1      0
 global_pool sample layer, sharded            46       32           4     0    0      0
@@ -52,8 +52,8 @@ expert_choice layer, sharded                 30       24           4     0    0 
 expert_choice predictor layer, sharded       46       32           4     0    0      0
 token_choice layer, sharded                  57       32           6     1    1      0
 token_choice swiglu layer, sharded           50       30           6     1    1      0
-prototype layer, sharded                    102      135           6     1    1      0
-prototype expert_choice layer, sharded      125      126           6     1    1      0
+prototype layer, sharded                    100      123           6     1    1      0
+prototype expert_choice layer, sharded      123      124           6     1    1      0
 """
 
 
