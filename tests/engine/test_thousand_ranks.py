@@ -70,7 +70,7 @@ def as_one_of_many(_: int, __: int, rank: int, run_dir: str, digits: str) -> dic
 
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
-    of_any_backend = dist.new_group  # gloo, for checkpoints, would look for the others
+    of_any_backend: Any = dist.new_group  # gloo, for checkpoints, would look for the others
     made = []
 
     def new_group(*arguments: Any, use_local_synchronization: bool = False, **_: Any) -> Any:
