@@ -49,6 +49,10 @@ def main() -> int:
     from diffmoe_dist.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    if config.log.wandb:
+        from diffmoe_dist.engine.wandb_run import check_installed
+
+        check_installed()
     if arguments.dry_run:
         dry_run(config, 1 if arguments.world_size is None else arguments.world_size)
     elif arguments.world_size is not None:

@@ -159,6 +159,7 @@ class CheckpointConfig:
 class LogConfig:
     every: int = 50
     figures_every: int = 0  # steps between figures of what the experts do, in TensorBoard; 0: none
+    wandb: bool = False  # also to Weights & Biases: offline, into run_dir/wandb, unless $WANDB_MODE says otherwise
 
 
 @dataclass(frozen=True)

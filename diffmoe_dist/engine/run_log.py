@@ -22,6 +22,7 @@ from tqdm import tqdm
 from diffmoe_dist.config import Config
 from diffmoe_dist.engine.charts import Charts
 from diffmoe_dist.engine.event_file import EventFile, Histogram
+from diffmoe_dist.engine.wandb_run import WandbRun
 from diffmoe_dist.files import AppendedFile, atomic_file, write_atomically
 from diffmoe_dist.logs import failed_log_lines, logger
 
@@ -61,10 +62,6 @@ class Tracker(Protocol):
 
     def add_histograms(self, histograms: Mapping[str, Histogram], step: int) -> None: ...
 
-    def add_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """In Markdown."""
-        ...
-
     def close(self) -> None: ...
 
 
@@ -75,9 +72,12 @@ class RunLog:
         self.run_dir = run_dir = Path(config.run_dir)
         self.charts = Charts(config)
         self.jsonl = {name: _continue_jsonl(run_dir / name, first_step) for name in (METRICS, LOAD)}
-        self.trackers: dict[str, Tracker] = {
-            "tensorboard": EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
-        }
+        event_file = EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
+        self.trackers: dict[str, Tracker] = {"tensorboard": event_file}
+        command = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
+        event_file.add_texts(_about(config, command), first_step)
+        if config.log.wandb:
+            self.trackers["wandb"] = WandbRun(config, command)
         self.failed = 0  # writes
         self.failing: set[str] = set()  # what could not be written the last time
         self.watched = sys.stderr.isatty()
@@ -85,7 +85,6 @@ class RunLog:
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
         self.samples = run_dir / "samples"
         self.samples.mkdir(exist_ok=True)
-        self._track(lambda tracker: tracker.add_texts(_about(config), first_step))
 
     def step(self, step: int) -> None:
         self.bar.update(1)
@@ -176,10 +175,9 @@ def open_run_log(config: Config, rank: int, first_step: int) -> Log:
     return RunLog(config, first_step) if rank == 0 else NullRunLog()
 
 
-def _about(config: Config) -> dict[str, str]:
+def _about(config: Config, command: str) -> dict[str, str]:
     """The settings and the command, in Markdown."""
     settings = OmegaConf.to_yaml(OmegaConf.structured(config))
-    command = shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
     return {name: f"```\n{text.strip()}\n```" for name, text in {"config": settings, "command": command}.items()}
 
 
