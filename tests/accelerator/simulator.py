@@ -221,7 +221,7 @@ def _record(log: Log, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         log.add("faults", f"topk of no rows, {tuple(args[0].shape)}")
     if name == "_grouped_mm":
         _record_grouped_mm(log, *args[:2])
-    if name != "_local_scalar_dense" and not _is_view(func, name):
+    if name != "_local_scalar_dense" and not is_view(func, name):
         log.add_kernel(name)
 
 
@@ -247,7 +247,7 @@ def _has_mask(args: tuple[Any, ...]) -> bool:
     return bool(masks) and not fills
 
 
-def _is_view(func: Any, name: str) -> bool:
+def is_view(func: Any, name: str) -> bool:
     aliases = [returned.alias_info for returned in func._schema.returns]
     return name in _VIEWS_BY_NAME or any(alias is not None and not alias.is_write for alias in aliases)
 

@@ -7,14 +7,17 @@ test that fails shows the row as it is now, and every kernel with its line.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmoe_dist.model.dit import DiT
-from tests.accelerator.cases import MOE, config, model, train_part
-from tests.accelerator.simulator import Log
+from diffmoe_dist.model.precision import mixed_precision
+from tests.accelerator.cases import MOE, config, host_model, model, part_inputs, train_part
+from tests.accelerator.simulator import Log, is_view
 from tests.distributed import run_ranks
 
 # Forward and backward in bf16: kernels (aten ops that are no views; collectives among them), times that the host waits
@@ -54,6 +57,16 @@ token_choice layer, sharded                  57       32           6     1    1 
 token_choice swiglu layer, sharded           50       30           6     1    1      0
 prototype layer, sharded                    100      123           6     1    1      0
 prototype expert_choice layer, sharded      123      124           6     1    1      0
+"""
+
+# In bf16_mixed, which the simulated device does not know: kernels forward and backward on a CPU, with the roundings of
+# weights and of what is multiplied.
+MIXED = """
+dense MLP                                     9       12
+global_pool layer                            38       34
+expert_choice layer                          28       26
+token_choice layer                           39       32
+prototype layer                              90      129
 """
 
 
@@ -107,3 +120,32 @@ def test_a_layer_over_two_ranks_asks_of_each_device_what_the_table_says(name: st
 
 def test_the_table_has_every_layer() -> None:
     assert {f"{moe} {'MLP' if moe == 'dense' else 'layer'}" for moe in MOE} <= ROWS.keys()
+
+
+class Kernels(TorchDispatchMode):
+    """Counts forward and backward as the simulator does, on the device that tensors are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = [0, 0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        self.counts[torch._C._current_graph_task_id() != -1] += name != "_local_scalar_dense" and not is_view(
+            func, name
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("line", MIXED.strip().splitlines())
+def test_a_layer_in_mixed_precision_asks_for_the_kernels_that_the_table_says(line: str) -> None:
+    name = line[:39].strip()
+    layer = part(host_model(config(name.removesuffix(" MLP").removesuffix(" layer"))), name)
+    given, gradients = part_inputs(layer, torch.float32)
+    with mixed_precision(torch.device("cpu"), True), Kernels() as kernels:
+        out = layer(*given)
+        y, routing = out if isinstance(out, tuple) else (out, None)
+        losses = [] if routing is None else list(routing.losses.values())
+    with kernels:
+        torch.autograd.backward([y, *losses], [gradients[0].to(y.dtype), *gradients[1:] * len(losses)])
+    assert f"{name:39}{kernels.counts[0]:8}{kernels.counts[1]:9}" == line
