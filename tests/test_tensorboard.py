@@ -1,0 +1,61 @@
+"""Runs in TensorBoard by their own names."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+
+from diffmoe_dist.engine.event_file import EventFile
+from diffmoe_dist.tensorboard import runs_by_name
+from tests.machine import ROOT, free_port
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for name in ("demo", "sweep/a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        events = EventFile(tmp_path / "runs" / name / "tensorboard", purge_step=1)
+        events.add_scalars({"loss/loss": 1.0}, 1)
+        events.close()
+    return tmp_path / "runs"
+
+
+def test_a_run_is_called_by_its_folder_and_two_of_one_name_are_told_apart(runs: Path) -> None:
+    assert list(runs_by_name([runs])) == ["demo", "sweep/a"]
+    assert list(runs_by_name([runs / "demo", runs / "sweep"])) == ["demo", "a"]
+    assert list(runs_by_name([runs / "sweep/a", runs / "sweep"])) == ["a", str(runs / "sweep/a").lstrip("/")]
+
+
+def test_tensorboard_shows_runs_by_their_names_and_its_server_ends_with_the_command(runs: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "diffmoe_dist.tensorboard", str(runs), "--port", str(port), "--host", "127.0.0.1"]
+    server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        assert set(answer(port, 2)) == {"demo", "sweep/a"}
+    finally:
+        server.send_signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+    with pytest.raises(URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=2)
+
+
+def answer(port: int, number: int) -> list[str]:
+    """The runs, once there are so many."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5) as page:
+                found = json.load(page)
+        except OSError:
+            found = []
+        if len(found) >= number or time.monotonic() > end:
+            return list(found)
+        time.sleep(0.2)
