@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from textwrap import wrap
 
 import numpy as np
@@ -82,22 +83,30 @@ def conditioned_grid(images_NHWC: np.ndarray, conditions: Conditions) -> np.ndar
     if not isinstance(conditions, ClassLabels) or not conditions.null_label:
         return image_grid(images_NHWC)
     labels = [conditions.label(number) for number in range(len(images_NHWC))]
-    return image_grid(images_NHWC, labels, conditions.heading)
+
+    def drawn(label: int) -> str:
+        name = conditions.heading(label)
+        return name if all(ord(letter) < 0x180 for letter in name) else str(label)  # what Pillow's font has
+
+    return image_grid(images_NHWC, labels, drawn)
 
 
 def _headings(names: Sequence[str], cell: int, channels: int) -> np.ndarray:
     """(height, len(names) * cell, C): each name over its column; of neighbours with one name only the first has it."""
     size = min(max(cell // 6, 11), 24)
     font = ImageFont.load_default(size)
-    width = max(1, int(cell / font.getlength("n")))
-    texts = [wrap(name, width, max_lines=_LINES, placeholder=" ...") for name in names]
+    letters = cell / font.getlength("n")
+    firsts = [column for column, name in enumerate(names) if not column or name != names[column - 1]]
+    widths = [after - first for first, after in pairwise([*firsts, len(names)])]
+    texts = [
+        wrap(names[first], max(1, int(letters * width)), max_lines=_LINES, placeholder=" ...")
+        for first, width in zip(firsts, widths, strict=True)
+    ]
     line = size + 2
     height = line * max(map(len, texts), default=0) + 4
     strip = Image.new("L", (len(names) * cell, height))
     draw = ImageDraw.Draw(strip)
-    for column, (name, lines) in enumerate(zip(names, texts, strict=True)):
-        if column and name == names[column - 1]:
-            continue
+    for column, lines in zip(firsts, texts, strict=True):
         for number, text in enumerate(lines):
             draw.text((column * cell + _GAP, height - line * (len(lines) - number) - 2), text, fill=235, font=font)
     return np.repeat(np.asarray(strip)[:, :, None], channels, axis=2)

@@ -26,7 +26,7 @@ def test_columns_are_in_the_order_of_the_classes_asked_for_and_named() -> None:
     labels = [7, 2, 7, 2, 7, 2, 7, 2]
     assert lay_out(8, labels).tolist() == [[0, 2, 1, 3], [4, 6, 5, 7]]
     images_NHWC = np.zeros((8, 64, 64, 3), np.uint8)
-    plain, named = image_grid(images_NHWC), image_grid(images_NHWC, labels, lambda label: f"golden retriever {label}")
+    plain, named = image_grid(images_NHWC), image_grid(images_NHWC, labels, lambda label: f"cat {label}")
     assert plain.shape == (3 * 68, 3 * 68, 3)
     assert named.shape[1] == 4 * 68 and 2 * 68 < named.shape[0] < 2 * 68 + 40
     heading = named[: named.shape[0] - 2 * 68]
