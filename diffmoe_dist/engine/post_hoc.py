@@ -20,6 +20,7 @@ from diffmoe_dist.config.checks import LONGEST_AVERAGE
 from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.engine.ema import exponent_of, stored_average
 from diffmoe_dist.engine.progress import complete_checkpoints, read_progress
+from diffmoe_dist.engine.sharded_state import MASTER
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.freezing import frozen_parameters
@@ -63,7 +64,7 @@ def read_average(checkpoint: Path, length: float) -> tuple[DiT, Config, Fit]:
             "between those of ema.lengths"
         )
     used = {source: number for source, number in zip(stored, numbers, strict=True) if number}
-    model, config = read_checkpoint_model(checkpoint, "cpu")
+    model, config = read_checkpoint_model(checkpoint, "cpu", MASTER)  # whose thresholds are those of training
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in model.named_parameters()}
     for (path, of_length), number in used.items():
         kind = stored_average(load_config(path / "config.yaml").ema, length=of_length)

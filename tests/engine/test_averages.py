@@ -118,6 +118,8 @@ def test_an_average_is_chosen_by_its_decay_or_its_length(runs: Path, digits: Pat
 
 def assert_is(tensors: dict[str, Tensor], runs: Path, digits: Path, kind: str) -> None:
     for name, value in whole_state(runs / "alone", digits, kind, STEPS).items():
+        if kind == "ema" and name.endswith(".threshold"):
+            continue  # that average has its own: tests/engine/test_weights.py
         assert torch.equal(tensors[name.removeprefix("buffer.")].flatten(), value.flatten()), (kind, name)
 
 
