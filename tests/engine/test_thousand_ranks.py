@@ -27,7 +27,8 @@ from tests.planning.plans import H100
 
 RANKS, EXPERT = 1024, 16
 SETTINGS = {
-    "moe": {"num_experts": 16}, "train": {"global_batch_size": RANKS}, "parallel": {"expert": EXPERT}
+    "moe": {"num_experts": 16}, "train": {"global_batch_size": RANKS}, "parallel": {"expert": EXPERT},
+    "log": {"every": 100},  # a step that is logged also sums up what the experts did
 }  # fmt: skip
 
 

@@ -43,7 +43,8 @@ def measure(rank: int, world_size: int, run_dir: str, digits: str, cases: list[C
     sent = _Recorder()
     results = []
     for settings in cases:
-        trainer = make_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings))
+        seldom = {"log": {"every": 100}}  # a step that is logged also sums up what the experts did
+        trainer = make_trainer(rank, world_size, tiny_config(Path(run_dir), Path(digits), settings, seldom))
         trainer.train_step()
         sent.bytes.clear()
         with counted() as counts:
