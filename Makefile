@@ -52,10 +52,10 @@ demo-text: .venv/ready
 	$(BIN)/python -m diffmoe_dist.report --run runs/shapes --samples samples/shapes --device cpu
 	$(BIN)/python -m benchmarks.prompt_following samples/shapes --at-least 0.8
 
-# Two files of tests at a time, for many wait: for Slurm, for a kill, for other ranks. In their order, so that none of the
-# long ones comes last.
+# Three files of tests at a time on two cores, for many wait: for Slurm, for a kill, for other ranks. In their order, so
+# that none of the long ones comes last.
 test: .venv/ready
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 test-fast: .venv/ready
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow and not slurm" $(PYTEST_OPTIONS)
