@@ -21,6 +21,7 @@ RUN pip install -r requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY diffmoe_dist diffmoe_dist
 COPY data_tools data_tools
+COPY configs configs
 RUN pip install --no-deps .
 
 RUN useradd --create-home --uid 1000 diffmoe

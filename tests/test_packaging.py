@@ -14,7 +14,7 @@ import pytest
 import diffmoe_dist
 from tests.machine import ROOT
 
-SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "data")
+SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "tensorboard", "data")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,18 @@ def test_every_package_and_its_types_are_in_the_wheel(installed: Path) -> None:
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
         assert sources <= {str(path.relative_to(installed)) for path in (installed / package).rglob("*.py")}
         assert (installed / package / "py.typed").is_file()
+
+
+def test_every_configuration_is_in_the_wheel_and_found_from_any_folder(installed: Path, tmp_path: Path) -> None:
+    files = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.*")}
+    shipped = installed / "diffmoe_dist/configs"
+    assert files == {path.relative_to(shipped) for path in shipped.rglob("*.*")} and not shipped.is_symlink()
+    plan = (
+        "import sys; from diffmoe_dist.config import load_config; print(load_config(sys.argv[1], training=False).seed)"
+    )
+    for name in ("configs/imagenet256/global_pool_l.yaml", "debug/dense.yaml"):
+        told = run([sys.executable, "-c", plan, name], installed, tmp_path)
+        assert told.stdout == "0\n", told.stderr
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -42,10 +42,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bo
     Raises:
         UserError: the file or a key is unknown, a value has the wrong type, or settings contradict each other.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"--config {path}: no such file; see configs/ for examples")
-    return build_config(read_yaml(path), overrides=overrides, training=training)
+    return build_config(read_yaml(find_config(path)), overrides=overrides, training=training)
+
+
+def find_config(path: str | Path) -> Path:
+    """A file; or one that comes with the package, as `configs/digits.yaml` from any folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path, shipped = Path(path), Path(__file__).parents[1] / "configs"
+    if path.is_file():
+        return path
+    if not path.is_absolute():
+        found = shipped / (path.relative_to("configs") if path.parts[:1] == ("configs",) else path)
+        if found.is_file():
+            return found
+    raise UserError(f"--config {path}: no such file, nor one of {shipped}; see there for examples")
 
 
 def is_given(name: str, overrides: Sequence[str], path: str | Path | None = None) -> bool:
@@ -54,7 +67,7 @@ def is_given(name: str, overrides: Sequence[str], path: str | Path | None = None
     Raises:
         UserError: they cannot be read.
     """
-    found: Any = apply_overrides({} if path is None else read_yaml(Path(path)), overrides, Config())
+    found: Any = apply_overrides({} if path is None else read_yaml(find_config(path)), overrides, Config())
     for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return found is not None
