@@ -3,7 +3,7 @@
 #
 #   sbatch [--nodes=N ...] slurm/train.sh SIZE [key=value ...]
 #
-# train_SIZE.sh do the same with a number of nodes that suits the size. Settings of the job and of the run stand here,
+# train_SIZE.sh do the same, each under the name of its size. Settings of the job and of the run stand here,
 # those of the cluster in site.sh. docs/cluster.md says what comes back by itself, and when.
 #SBATCH --job-name=diffmoe
 #SBATCH --nodes=1

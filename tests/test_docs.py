@@ -78,7 +78,7 @@ COMMANDS: dict[str, How] = {
     r"make (test|test-fast|lint|site|demo|demo-text)": NotRun("too long for a test; .ci/run runs it"),
     r"make bench": NotRun("takes ten minutes; tests/test_benchmarks.py runs each of its benchmarks at a tiny size"),
     r"make gpu.*": NotRun("needs a GPU; tests/test_benchmarks.py and tests/gpu run what a CPU can of it"),
-    r"pip wheel .*|pip install --no-index .*": NotRun("for a machine without network"),
+    r"pip wheel .*|rm wheels/.*|pip install --no-index .*": NotRun("for a machine without network"),
     r"pip install .*": NotRun("needs a package index; tests/test_packaging.py installs the wheel"),
     r"(conda|uv|docker|apptainer) .*": NotRun("needs conda, uv or an engine of containers; see docs/install.md"),
     r"hf download .*": NotRun("needs the Hugging Face Hub"),
