@@ -15,6 +15,8 @@ from diffmoe_dist.errors import STOPPED_EXIT_CODE, UserError
 from diffmoe_dist.launch import Launch, detect_launch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from diffmoe_dist.config import Config
@@ -79,11 +81,12 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def train(config: Config, stop: StopSignals) -> int:
     """Returns the exit code."""
-    from diffmoe_dist.config import flat_settings, for_ranks, wishes
+    from diffmoe_dist.config import flat_settings, for_ranks, orders, wishes
     from diffmoe_dist.engine.progress import earlier_ranks
 
     launch, earlier = detect_launch(), earlier_ranks(Path(config.run_dir))
-    asked, config = wishes(config), for_ranks(config, launch.world_size, earlier)
+    asked, ordered = wishes(config), [] if earlier is None else orders(config, earlier)
+    config = for_ranks(config, launch.world_size, earlier)
 
     # torch and deepspeed take seconds to import; a mistake in the settings ends the run before.
     device = open_device(config, launch)
@@ -102,7 +105,7 @@ def train(config: Config, stop: StopSignals) -> int:
     data = open_data(config, device)
     config = with_text_encoder(config, data)
     if earlier is not None and earlier.ranks != launch.world_size:
-        config = fit_device(config, data, launch.world_size, device)
+        config = fit_device(config, data, launch.world_size, device, ordered)
     periodic = open_periodic_jobs(config, data, device)
     prepare_run_dir(config)
     run_dir = Path(config.run_dir)
@@ -148,8 +151,13 @@ def open_device(config: Config, launch: Launch) -> torch.device:
     return device
 
 
-def fit_device(config: Config, data: TrainingData | StreamedData, ranks: int, device: torch.device) -> Config:
+def fit_device(
+    config: Config, data: TrainingData | StreamedData, ranks: int, device: torch.device, ordered: Sequence[str]
+) -> Config:
     """The settings of a run that goes on with other ranks, with less memory where they would not fit a GPU.
+
+    Args:
+        ordered: settings that stay as they are.
 
     Raises:
         UserError: it fits in no way.
@@ -163,7 +171,7 @@ def fit_device(config: Config, data: TrainingData | StreamedData, ranks: int, de
         return config
     if isinstance(data, TrainingData) and data.encoders is not None:
         memory -= data.encoders.num_bytes
-    return fit_to_memory(config, ranks, memory)
+    return fit_to_memory(config, ranks, memory, ordered)
 
 
 def open_periodic_jobs(config: Config, data: TrainingData | StreamedData, device: torch.device) -> list[Periodic]:

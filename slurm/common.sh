@@ -114,7 +114,7 @@ train() {
 
 # Of the job's nodes the first ones, separated by commas.
 first_nodes() {
-    scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$1" | paste -sd ,
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n "1,$1p" | paste -sd ,
 }
 
 # The settings that the variables of the scripts stand for.

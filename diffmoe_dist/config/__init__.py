@@ -1,7 +1,7 @@
 """Every setting of a run: what it is called, its default, and which combinations are impossible. No torch here."""
 
 from diffmoe_dist.config.checks import check, for_world, pool_samples
-from diffmoe_dist.config.elastic import Earlier, for_nodes, for_ranks, wishes
+from diffmoe_dist.config.elastic import Earlier, for_nodes, for_ranks, orders, wishes
 from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, is_given, load_config, router_names, save_config
 from diffmoe_dist.config.router import RouterSettings, expert_slots
 from diffmoe_dist.config.schedule import draw_schedule, learning_rate
@@ -46,6 +46,7 @@ __all__ = [
     "load_config",
     "loss_weights",
     "model_settings",
+    "orders",
     "pool_samples",
     "router_names",
     "save_config",

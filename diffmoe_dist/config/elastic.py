@@ -39,6 +39,11 @@ def wishes(config: Config) -> dict[str, Wish]:
     return {name: flat[name] for name in FITTED}
 
 
+def orders(config: Config, earlier: Earlier) -> list[str]:
+    """The settings that are fitted to ranks or memory, and were set anew: they stay."""
+    return [name for name in FITTED if _is_order(name, config, earlier)]
+
+
 def for_ranks(config: Config, world_size: int, earlier: Earlier | None) -> Config:
     """The configuration on so many ranks, as `for_world` returns it, of a run that is new or goes on.
 
@@ -79,14 +84,15 @@ def for_nodes(
     problems: list[UserError] = []
     for count in range(nodes, 0, -1):
         most = {"any": config.experts.num_experts if config.experts else 1, "wish": config.parallel.expert}.get(expert)
-        tried = config
-        if most is not None:
-            size = _divisors_below(most, count * gpus, config)[0]
+        sizes = [config.parallel.expert] if most is None else _divisors_below(most, count * gpus, config)
+        refused: list[UserError] = []
+        for size in sizes:
             tried = replace(config, parallel=replace(config.parallel, expert=size))
-        try:
-            return count, for_ranks(tried, count * gpus, earlier), str(problems[0]) if problems else ""
-        except UserError as error:
-            problems.append(error)
+            try:
+                return count, for_ranks(tried, count * gpus, earlier), str(problems[0]) if problems else ""
+            except UserError as error:
+                refused.append(error)
+        problems.append(refused[0])
     raise problems[0]
 
 
@@ -163,8 +169,10 @@ def _as_before(config: Config, earlier: Earlier) -> Config:
 
 def _is_order(name: str, config: Config, earlier: Earlier) -> bool:
     """Whether a setting is neither what it was nor what it was fitted to, as the run's config.yaml has it."""
-    before = wishes(earlier.config)
-    return wishes(config)[name] not in (before[name], (earlier.asked or before)[name])
+    before, now = wishes(earlier.config), wishes(config)[name]
+    if name == "train.micro_batch_size" and not now:  # it follows from the ranks
+        return False
+    return now not in (before[name], (earlier.asked or before)[name])
 
 
 def _pool_kind(config: Config) -> str:

@@ -98,11 +98,11 @@ def made_again(h: Tensor) -> AbstractContextManager[object]:
     """Within it nobody keeps `h` for backward, which a layer returned: backward adds it up once more.
 
     What it is made of, the experts' results and gates, is kept for the gradients of the layer. A result that has more
-    in it, a shared or an unconditional expert's, is kept.
+    in it, a shared or an unconditional expert's, is kept; so is one of gates without a gradient.
     """
     source: Any = None if h._base is None else h._base.grad_fn
     is_sum = isinstance(source, _WeightedSum._backward_cls)
-    if not is_sum:
+    if not is_sum or not source.keeps_results:
         return nullcontext()
     place, shape = h.data_ptr(), h.shape
 
@@ -120,7 +120,8 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, token_index: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gate, token_index)
+        ctx.keeps_results = ctx.needs_input_grad[1]
+        ctx.save_for_backward(y if ctx.keeps_results else None, gate, token_index)
         ctx.sizes, ctx.dtype = (tokens, dtype), y.dtype
         return _add_up(y, gate, token_index, tokens, dtype)
 

@@ -30,14 +30,17 @@ def less_and_less_memory(config: Config, ranks: int, given: Collection[str] = ()
             yield replace(config, train=replace(config.train, recompute=mode, micro_batch_size=micro))
 
 
-def fit_to_memory(config: Config, ranks: int, memory_bytes: int) -> Config:
+def fit_to_memory(config: Config, ranks: int, memory_bytes: int, given: Collection[str] = ()) -> Config:
     """The settings, or the first variant that a device of so much memory has room for by the plan.
+
+    Args:
+        given: as of `less_and_less_memory`.
 
     Raises:
         UserError: none fits, be the whole memory usable.
     """
     needed, tried = 0.0, config
-    for tried in less_and_less_memory(config, ranks):
+    for tried in less_and_less_memory(config, ranks, given):
         needed = sum(persistent_bytes(tried, ranks).values())
         needed += sum(peak_bytes(tried, ranks, workload(tried, ranks)).values())
         if needed <= USABLE_MEMORY * memory_bytes:

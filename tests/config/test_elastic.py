@@ -107,6 +107,10 @@ def test_what_is_set_anew_stays_as_it_is_set() -> None:
     assert for_ranks(settings(POOL, expert=2), 8, earlier).parallel.expert == 2
     # Another pool: left to the check of the checkpoint, which names it.
     assert for_ranks(settings(POOL, micro=4), 2, earlier).train.micro_batch_size == 4
+    # A micro-batch that follows from the ranks is none that is set.
+    assert earlier is not None
+    unknown = Earlier(earlier.checkpoint, earlier.config, earlier.pool_samples, earlier.micro_steps, asked=None)
+    assert for_ranks(settings(POOL, expert=4), 2, unknown).train.micro_batch_size == 16
     # The settings that the run wrote down are no new ones.
     assert earlier is not None
     again = settings(POOL, micro=earlier.config.train.micro_batch_size, expert=4)
@@ -149,5 +153,7 @@ def test_the_nodes_take_part_that_the_batch_divides_over() -> None:
     assert choose(settings(POOL, expert=4), 3, "order") == (2, 8, 4)
     assert choose(settings(DENSE), 3, "any") == (2, 8, 1)
     assert choose(settings(RANK), 4, "any", after(settings(RANK), 2)) == (1, 16, 2), "a pool for each rank cannot grow"
+    first = after(settings(EXPERT, micro=1, expert=2), 2)  # pools of two images
+    assert choose(settings(EXPERT, micro=1), 4, "any", first) == (4, 1, 2), "of eight GPUs they would be others"
     with pytest.raises(UserError, match="parallel.expert=8 does not divide the 6 ranks"):
         for_nodes(settings(POOL, expert=8), 3, 2, "order", None)

@@ -18,6 +18,7 @@ from diffmoe_dist.model import moe as moe_module
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.mlp import Mlp, SwiGLU
 from diffmoe_dist.model.moe import ExpertInput, Experts, LocalDispatcher
+from diffmoe_dist.model.routing import Routing
 from tests.model.layers import PoolChoiceLayer, conditional, gelu_expert, gradients, pool_choice
 
 CONFIG = global_pool.Settings(
@@ -288,21 +289,35 @@ def test_shared_experts_add_their_sum_to_every_token_whatever_the_router(activat
     assert_close(extra.detach(), total.detach(), 1e-5)  # a difference of two fp32 sums
 
 
-def block_step(moe: dict[str, Any]) -> list[Tensor]:
+def block_step(moe: dict[str, Any], constant_gates: bool = False) -> list[Tensor]:
     """Of a block with this mixture: its output and all gradients."""
     shape = {"depth": 2, "hidden_size": 8, "num_heads": 2}
     config = build_config({"run_dir": "r", "data": {"shards": "s"}, "model": shape, "moe": {"num_experts": 4, **moe}})
     model = DiT(config)
     initialize(model, 0)
-    block = model.blocks[1]
+    block: Any = model.blocks[1]
     with torch.no_grad():
         for number, parameter in enumerate(block.parameters()):
             parameter.copy_(random(*parameter.shape, seed=number))
     x, condition = random(2, 256, 8, seed=1).requires_grad_(), random(2, 8, seed=2).requires_grad_()
 
+    if constant_gates:
+        forward = block.mlp.router.forward
+        block.mlp.router.forward = lambda *inputs: without_gradients(forward(*inputs))
     y, routing = block(x, condition, torch.tensor([True, False]))
     (y.square().sum() + sum(routing.losses.values())).backward()
     return [y.detach(), *(p.grad for p in (x, condition, *block.parameters()) if p.grad is not None)]
+
+
+def without_gradients(routing: Routing) -> Routing:
+    return replace(routing, scores_TN=routing.scores_TN.detach())
+
+
+def test_gates_without_gradients_keep_the_sum_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = {"router": "token_choice"}
+    again = block_step(moe, constant_gates=True)
+    monkeypatch.setattr(blocks, "made_again", lambda h: nullcontext())
+    assert all(torch.equal(a, b) for a, b in zip(again, block_step(moe, constant_gates=True), strict=True))
 
 
 @pytest.mark.parametrize("shared", [0, 1])

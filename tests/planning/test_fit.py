@@ -42,6 +42,13 @@ def test_a_dense_model_accumulates_before_it_recomputes() -> None:
     assert needed(fitted, 1) <= USABLE_MEMORY * 79 * GIB < needed(config, 1)
 
 
+def test_what_is_set_anew_is_not_changed_for_memory() -> None:
+    config = settings("dense_xl", 1, "train.micro_batch_size=256")
+    fitted = fit_to_memory(config, 1, 130 * GIB, given=["train.micro_batch_size"])
+    assert (fitted.train.micro_batch_size, fitted.train.recompute) == (256, "mlp")
+    assert fit_to_memory(config, 1, 130 * GIB).train.micro_batch_size < 256
+
+
 def test_what_no_memory_is_enough_for_is_refused_with_the_remedy() -> None:
     config = settings("global_pool_xl", 1)
     with pytest.raises(UserError) as refusal:
