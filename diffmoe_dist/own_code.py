@@ -30,18 +30,18 @@ def import_module(name: str, named: str, remedy: str) -> ModuleType:
         remedy: what to do where it is not there.
 
     Raises:
-        UserError: there is no such module.
+        UserError: there is no such module. What its own code raises is raised as it is.
     """
     _see_working_folder()
+    missing: str | None = "without a name"
     try:
-        return importlib.import_module(name)
-    except (ModuleNotFoundError, ValueError) as error:  # ValueError: an empty name
-        missing = getattr(error, "name", None) or name
-        if not f"{name}.".startswith(f"{missing}."):
+        if all(name.split(".")):  # neither empty nor relative
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
             raise  # an import of the module's own
-        raise UserError(
-            f"{named}: there is no module {missing or 'without a name'} that Python can import; {remedy}"
-        ) from None
+    raise UserError(f"{named}: there is no module {missing} that Python can import; {remedy}")
 
 
 def import_callable(name: str, named: str, default: str | None = None) -> Callable[..., Any]:
