@@ -54,13 +54,13 @@ def _constant(config: Config) -> list[re.Pattern[str]]:
         return []
     own_choice = moe.router in _POOL_CHOICE or getattr(moe, "variant", None) == "expert_choice"
     names = []
+    of_images = moe.pool_kind() == "sample"
     if getattr(moe, "capacity_schedule", None) is None and not (moe.unconditional_expert and moe.top_k != 1):
-        names.append("capacity")
+        names += ["capacity", "capacity_at_noise_.*"] if of_images else ["capacity"]
     if own_choice:
         names += ["expert_load_max", "expert_load_min"]
     if not moe.has_predictor() and own_choice:
         names.append("dead_experts")
-    if moe.pool_kind() == "sample":
-        names.append("capacity_at_noise_.*")
-        names += ["expert_load_max_at_noise_.*"] if own_choice else []
+    if of_images and own_choice:
+        names.append("expert_load_max_at_noise_.*")
     return [re.compile(name) for name in names]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class Observed:
         self.layers: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
-    def add(self, router: Router, inputs: Any, routing: Routing) -> None:
-        """A router's forward hook."""
+    def add(self, has_unconditional: bool, router: Router, inputs: Any, routing: Routing) -> None:
+        """A router's forward hook, where it is known whether an unconditional expert is beside the routed ones."""
         scores_TN, chosen_NT = routing.scores_TN.detach(), routing.pool.chosen
         experts, images = len(chosen_NT), len(self.level_BK)
         share_TN = scores_TN.clamp_min(0)
@@ -50,6 +51,8 @@ class Observed:
             "at_noise": chosen_NT.view(experts, images, -1).sum(dim=2).float() @ self.level_BK,
             "tokens_at_noise": self.level_BK.sum(dim=0) * (len(scores_TN) // images),
         }
+        if has_unconditional:  # a part of the capacity, see RoutingStats
+            sums["unconditional_at_noise"] = inputs[1].view(images, -1).sum(dim=1).float() @ self.level_BK
         predicted_TN = routing.predicted_TN if self.has_thresholds else None
         if predicted_TN is not None and isinstance(router, PoolChoice):
             above_NT = (predicted_TN.sigmoid() > router.threshold).T
@@ -72,7 +75,10 @@ def observed(model: DiT, noise_B: Tensor, has_thresholds: bool = True) -> Iterat
         has_thresholds: whether those of capacity predictors have been found, as after the first step.
     """
     found = Observed(noise_B, has_thresholds)
-    handles = [layer.router.register_forward_hook(found.add) for layer in model.moe_layers]
+    handles = [
+        layer.router.register_forward_hook(partial(found.add, layer.unconditional is not None))
+        for layer in model.moe_layers
+    ]
     try:
         yield found
     finally:
@@ -99,10 +105,13 @@ def routing_metrics(sums: Mapping[str, Tensor], load_LN: Tensor) -> dict[str, fl
             "predictor_load_max": float(relative_LN.max()),
             "predictor_load_min": float(relative_LN.min()),
         }
+    capacity_LK = at_noise_LNK.sum(dim=1)
+    if f"{PREFIX}unconditional_at_noise" in sums:
+        capacity_LK = capacity_LK + sums[f"{PREFIX}unconditional_at_noise"]
     values["dead_experts"] = int((relative_load(load_LN) < DEAD).sum())
     for level, tokens in enumerate(tokens_K.tolist()):
         of_level_LN, middle = at_noise_LNK[..., level], (level + 0.5) / NOISE_LEVELS
-        capacity = float((of_level_LN.sum(dim=1) / tokens).mean()) if tokens else None
+        capacity = float((capacity_LK[:, level] / tokens).mean()) if tokens else None
         values[f"capacity_at_noise_{middle:g}"] = capacity
         values[f"expert_load_max_at_noise_{middle:g}"] = float(relative_load(of_level_LN).max()) if tokens else None
     return values

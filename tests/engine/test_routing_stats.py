@@ -59,14 +59,31 @@ def test_the_metrics_of_routers_are_those_counted_token_by_token() -> None:
     assert all(not layer.router._forward_hooks or len(layer.router._forward_hooks) == 1 for layer in model.moe_layers)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("variant", ["token_choice", "expert_choice"])
+def test_the_unconditional_expert_counts_in_the_capacity_at_each_level_of_noise(variant: str, top_k: int) -> None:
+    model = DiT(config_of(router="prototype", variant=variant, top_k=top_k)).train()
+    initialize(model, seed=0)
+    noise_B = torch.tensor([0.0, 0.05, 0.9, 0.95])
+    with observed(model, noise_B) as found:
+        output = model(torch.randn(4, 1, 8, 8), noise_B, torch.tensor([1, 10, 10, 10]))  # 10: no condition
+    metrics = routing_metrics(found.sums(), torch.stack([stats.tokens_per_expert for stats in output.routing]).double())
+    assert metrics["capacity_at_noise_0.1"] == (top_k + 1) / 2
+    assert metrics["capacity_at_noise_0.9"] == 1
+    assert float(output.routing[0].capacity) == (top_k + 3) / 4
+
+
 @pytest.mark.parametrize(
     ("moe", "constant"),
     [
         ({"router": "global_pool"}, {"capacity", "expert_load_max"}),
         ({"router": "global_pool", "capacity_schedule": [2, 4]}, {"expert_load_max"}),
         ({"router": "expert_choice"}, {"capacity", "expert_load_max", "dead_experts", "capacity_at_noise_0.5"}),
+        ({"router": "expert_choice", "capacity_schedule": [2, 4]}, {"expert_load_max", "dead_experts"}),
         ({"router": "token_choice"}, {"capacity", "capacity_at_noise_0.5"}),
         ({"router": "prototype"}, {"capacity", "capacity_at_noise_0.5"}),
+        ({"router": "prototype", "top_k": 2}, set()),
+        ({"router": "prototype", "top_k": 2, "unconditional_expert": False}, {"capacity", "capacity_at_noise_0.5"}),
     ],
 )
 def test_what_a_router_keeps_constant_is_no_chart_and_losses_come_first(
