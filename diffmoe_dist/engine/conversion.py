@@ -126,9 +126,9 @@ def _write_ours(
         raise UserError(f"{folder}: config.json of its transformer has no settings; export it again")
     config = build_config(described["settings"], training=False)
     with torch.device("meta"):
-        needed = {name: tensor.shape for name, tensor in DiT(config).state_dict().items()}
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = next((name for name in {**needed, **found} if needed.get(name) != found.get(name)), None)
+        needed = DiT(config).state_dict()
+    shapes, found = ({name: value.shape for name, value in of.items()} for of in (needed, tensors))
+    wrong = next((name for name in {**shapes, **found} if shapes.get(name) != found.get(name)), None)
     if wrong is not None:
         raise UserError(f"{folder}: {wrong} is not as its settings need it; export it again")
     _refuse_non_finite(tensors, f"{folder}")
@@ -136,7 +136,7 @@ def _write_ours(
         names = ClassNames.from_json({name: value for name, value in described.items() if value is not None})
     except ValueError as error:
         raise UserError(f"{folder}: {error}; export it again") from None
-    write_weights(out, {name: tensors[name] for name in needed}, config, source, names)
+    write_weights(out, {name: tensors[name].to(like.dtype) for name, like in needed.items()}, config, source, names)
 
 
 def _diffusers_tensors(folder: Path) -> dict[str, Tensor]:

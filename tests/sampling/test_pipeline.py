@@ -213,7 +213,7 @@ def test_a_pipeline_goes_and_comes_back_with_its_card(
     assert ours.config == theirs.config and ours.names == theirs.names
 
 
-def test_a_pipeline_in_bf16_rounds_the_weights_alone(pixels: tuple[Path, Path]) -> None:
+def test_a_pipeline_in_bf16_rounds_the_weights_alone_and_comes_back(pixels: tuple[Path, Path], tmp_path: Path) -> None:
     exact: Any
     pipe: Any
     exact, pipe = (
@@ -227,6 +227,10 @@ def test_a_pipeline_in_bf16_rounds_the_weights_alone(pixels: tuple[Path, Path]) 
         assert all(torch.equal(tensor, buffers[name]) for name, tensor in rounded.transformer.named_buffers())
     image = pipe([1], num_inference_steps=2, output_type="pt").images
     assert image.dtype == torch.float32 and image.isfinite().all() and image.min() >= 0 and image.max() <= 1
+    pipe.save_pretrained(tmp_path / "rounded")
+    convert_diffusers(tmp_path / "rounded", None, tmp_path / "back")
+    for name, tensor in load_model(tmp_path / "back").state_dict().items():
+        assert torch.equal(tensor, pipe.transformer.model.state_dict()[name].float()), name
 
 
 def test_a_call_takes_what_those_of_other_pipelines_take(pixels: tuple[Path, Path]) -> None:
