@@ -191,6 +191,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     from diffmoe_dist.evaluation.image_sources import open_images
     from diffmoe_dist.evaluation.reference import read_reference
     from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
+    from diffmoe_dist.parallel.topology import stop_process_group
 
     own = None if arguments.score is None else import_callable(arguments.score, f"--score {arguments.score}", "score")
     extractor = reference = clip = record = None
@@ -213,14 +214,17 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     scores = {}
     if reference and extractor:
         scores = score(samples, reference, extractor, **options)
-    if own is not None and launch.rank == 0:
-        scores[f"{arguments.score}_{count_name(samples.num_images)}"] = _own_score(own, samples, arguments.score)
     if clip:
         found = clip_score(samples, prompts, clip, **options)
         scores[f"clip_score_{count_name(samples.num_images)}"] = found.score
         record = {"model": clip.name, "sha256": clip.sha256, "prompts": str(prompts_file), "cut": found.cut}
     result = build_result(scores, samples, reference, extractor, record)
-    if launch.rank == 0:
+    if launch.rank == 0 and (scores or own is None):
+        write_json(out, result)
+    if own is not None:
+        stop_process_group()  # a metric may take longer than ranks wait for each other, or fail
+    if own is not None and launch.rank == 0:
+        scores[f"{arguments.score}_{count_name(samples.num_images)}"] = _own_score(own, samples, arguments.score)
         write_json(out, result)
     return f"{table(result)}\nresult: {out}\n"
 

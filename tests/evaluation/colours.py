@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,4 +24,9 @@ def broken(images: Tensor) -> Tensor:
 def brightness(images_NHWC: np.ndarray) -> float:
     """A metric, as --score names it."""
     assert images_NHWC.dtype == np.uint8
+    assert not dist.is_initialized(), "other ranks wait for this metric"
     return float(images_NHWC.mean())
+
+
+def failing(images_NHWC: np.ndarray) -> float:
+    raise RuntimeError("of the metric")

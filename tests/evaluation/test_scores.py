@@ -395,6 +395,16 @@ def test_a_metric_of_ones_own_needs_no_reference(tmp_path: Path, name: str, mess
     assert message in scored.stdout + scored.stderr
 
 
+def test_a_metric_of_ones_own_that_fails_leaves_the_other_scores(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1), dtype=np.uint8))
+    (scored,) = start(
+        "diffmoe_dist.evaluate", "--samples", tmp_path / "x.npz", "--reference", tmp_path / "x.npz", "--features",
+        COLOURS, "--score", "tests.evaluation.colours:failing", "--device", "cpu", folder=tmp_path,
+    )  # fmt: skip
+    assert scored.wait() == 1 and "RuntimeError: of the metric" in scored.stderr
+    assert "frechet_distance_9" in json.loads((tmp_path / "scores.json").read_text())["scores"]
+
+
 def test_the_command_samples_from_a_run_first(tmp_path: Path, digits: Path) -> None:
     trained = start(
         "diffmoe_dist.train", "--config", "configs/debug/global_pool.yaml", f"data.shards={digits}",
