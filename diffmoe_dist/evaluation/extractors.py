@@ -61,13 +61,7 @@ class Extractor:
         if self.resize is not None:
             with ThreadPoolExecutor() as threads:  # Pillow resizes without Python's lock
                 of_three = list(threads.map(self.resize, of_three))
-        sizes = {tuple(image.shape[1:]) for image in of_three}
-        if len(sizes) > 1:
-            (height, width), (other_height, other_width) = sorted(sizes)[:2]
-            raise UserError(
-                f"{self.named}: images of several sizes ({height} x {width} and {other_height} x {other_width}) have "
-                "no such score; give images of one size"
-            )
+        self.check_one_size({image.shape[1:] for image in of_three})
         features = self.function(torch.stack(of_three).to(self.device))
         x_NF = features.pooled_NF
         if not isinstance(x_NF, Tensor) or x_NF.ndim != 2 or len(x_NF) != len(images):
@@ -76,6 +70,15 @@ class Extractor:
         if not x_NF.isfinite().all():
             raise UserError(f"{self.named}: it returned features that are not finite")
         return features
+
+    def check_one_size(self, sizes: set[torch.Size]) -> None:
+        """Raises UserError: there are several (H, W)."""
+        if len(sizes) > 1:
+            (height, width), (other_height, other_width) = sorted(sizes)[:2]
+            raise UserError(
+                f"{self.named}: images of several sizes ({height} x {width} and {other_height} x {other_width}) have "
+                "no such score; give images of one size"
+            )
 
 
 def open_extractor(inception: str | None, features: str | None, device: torch.device, clean: bool = False) -> Extractor:
@@ -152,7 +155,9 @@ def open_features(features: str, device: torch.device, named: str | None = None)
 
 def describe(extractor: Extractor) -> str:
     """For a reader: which network with which weights."""
-    if extractor.distance not in ("fid", "clean_fid"):
+    if extractor.distance in ("fd_dinov2", "clip_fd"):
+        return f"{extractor.named}: {extractor.identity}"
+    if extractor.distance == "frechet_distance":
         return extractor.identity
     digest = extractor.identity.split()[-1][: len(PUBLISHED_SHA256)]
     network = "Inception of 2015-12-05"
@@ -166,7 +171,7 @@ def describe(extractor: Extractor) -> str:
 def _open_folder(folder: Path, device: torch.device, named: str) -> Extractor:
     kind = check_model_folder(folder, named, "a DINOv2 or a CLIP", ("dinov2", "clip", "clip_vision_model"))
     digest = model_sha256(folder, "config.json", "preprocessor_config.json", "*.safetensors")
-    identity = f"{folder.resolve().name} {digest}"
+    identity = f"{kind.partition('_')[0]} {digest}"  # whatever the folder is called
     if kind == "dinov2":
         return Extractor(named, identity, device, "fd_dinov2", _open_dinov2(folder, device, named), resize_as_dgm_eval)
     function, resize = _open_clip(folder, device, named)

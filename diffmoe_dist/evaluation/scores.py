@@ -79,11 +79,14 @@ def collect(
     if one.classes_NK is not None:
         classes = ClassSums(source.num_images, one.classes_NK.shape[1], extractor.device)
     kept = [one.pooled_NF[:0].float()]
+    sizes: set[torch.Size] = set()
     rows = rows_of_rank(source.num_images, rank, ranks)
     done = rows.start
     hidden = rank != 0 or not sys.stderr.isatty()
     with tqdm(total=len(rows), unit="image", desc=f"{what} (1 of {ranks} ranks)", disable=hidden) as bar:
         for images in source.batches(rows, batch_size):
+            if extractor.resize is None:
+                sizes.update(image.shape[1:] for image in images)
             features = extractor(images)
             pooled.add(features.pooled_NF)
             if spatial is not None and features.spatial_NF is not None:
@@ -94,6 +97,7 @@ def collect(
                 kept.append(features.pooled_NF.float())
             done += len(images)
             bar.update(len(images))
+    extractor.check_one_size(all_of(sizes))
     add_up([part.sums for part in (pooled, spatial, classes) if part is not None])
     return Collected(pooled, spatial, classes, torch.cat(kept))
 
@@ -166,6 +170,13 @@ def gather_rows(mine_NF: Tensor, num: int, rank: int, ranks: int) -> Tensor:
     all_gather(everyone, padded)
     parts = everyone.split(longest)
     return torch.cat([part[: len(rows_of_rank(num, owner, ranks))] for owner, part in enumerate(parts)])
+
+
+def all_of(found: set[torch.Size]) -> set[torch.Size]:
+    """What any rank has found; collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return set().union(*everyone)
 
 
 def add_up(sums: Sequence[Tensor]) -> None:

@@ -31,6 +31,8 @@ from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
 from diffmoe_dist.diffusion.samplers import ATOL, JOINT, RTOL, Guidance
 from diffmoe_dist.engine.checkpoint import has_thresholds_of_average
+from diffmoe_dist.engine.ema import stored_average
+from diffmoe_dist.engine.sharded_state import EMA
 from diffmoe_dist.engine.weights import find_model, is_weights_folder, read_class_names, read_settings
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import lock_file, make_writable, write_atomically, write_json, write_npz
@@ -352,11 +354,16 @@ def _remedy_of_capacity(record: dict[str, Any], checkpoint: Path) -> str:
     if inference not in ("threshold", "count"):
         return "slots are whole numbers in each block, rounded down: give a larger --batch-size"
     static = "moe.inference=static takes as many tokens as training did"
-    default_average = record["ema_decay"] is None and record["ema_length"] is None
-    fits = default_average and not is_weights_folder(checkpoint) and has_thresholds_of_average(checkpoint)
-    return (
-        static if record["recalibrate"] or fits else f"--recalibrate 8 finds the thresholds of these weights, {static}"
-    )
+    if record["recalibrate"] or _has_own_thresholds(record, checkpoint):
+        return static
+    return f"--recalibrate 8 finds the thresholds of these weights, {static}"
+
+
+def _has_own_thresholds(record: dict[str, Any], checkpoint: Path) -> bool:
+    """Whether the thresholds are those of the average that was sampled from."""
+    if is_weights_folder(checkpoint) or not has_thresholds_of_average(checkpoint):
+        return False
+    return stored_average(read_settings(checkpoint).ema, record["ema_decay"], record["ema_length"]) == EMA
 
 
 def _write_png(out: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from diffmoe_dist.sampling.conditions import ClassLabels
 from diffmoe_dist.sampling.job import describe_job
 from diffmoe_dist.sampling.settings import SamplingSettings
 from tests.commands import run, start
-from tests.distributed import run_ranks
+from tests.distributed import RankError, run_ranks
 from tests.engine.runs import TINY
 from tests.evaluation.colours import colours
 from tests.machine import free_port
@@ -164,6 +165,18 @@ def test_a_folder_of_images_of_any_sizes_is_a_reference_for_the_distance_alone(t
     ours, theirs = (Statistics(x_NF.mean(dim=0), x_NF.T.cov()) for x_NF in features)
     assert found["fd_dinov2_13"] == pytest.approx(frechet_distance(ours, theirs))
     assert not any(key.startswith(("precision", "recall")) for key in found)
+    with pytest.raises(RankError, match=r"images of several sizes \(4 x 7 and 5 x 7\) have no such score"):
+        run_ranks(2, score_one_by_one, tmp_path)
+
+
+def score_one_by_one(rank: int, ranks: int, folder: Path) -> dict[str, float]:
+    extractor = replace(resized(), function=like_colours, resize=None)
+    reference = read_reference(folder / "reference", extractor)
+    return score(open_images(folder / "samples"), reference, extractor, batch_size=1, rank=rank, ranks=ranks)
+
+
+def like_colours(images: Tensor) -> Features:
+    return Features(colours(images))
 
 
 def test_the_table_names_every_condition_of_a_job() -> None:

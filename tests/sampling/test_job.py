@@ -193,6 +193,7 @@ def test_a_measured_capacity_is_told_beside_the_one_trained_for_with_a_remedy_wh
         {"overrides": ("moe.inference=static",)},
         {"overrides": constant},
         {"recalibrate": 1},
+        {"ema_decay": 0.9},
         {"checkpoint": str(tmp_path / "exported")},
         {},
     ]
@@ -203,6 +204,7 @@ def test_a_measured_capacity_is_told_beside_the_one_trained_for_with_a_remedy_wh
         r"INFO measured capacity C=1\.000, trained for C=1$",
         r"WARNING measured capacity C=4\.000, trained for C=1, 300 % apart; moe\.constant_threshold=0\.0 sets it; .*",
         rf"WARNING measured capacity C=1\.1.*, trained for C=1, 1. % apart; {static}$",
+        rf"WARNING measured .* apart; {static}$",
         rf"WARNING measured .* apart; --recalibrate 8 finds the thresholds of these weights, {static}$",
         rf"WARNING measured .* apart; {static}$",
     ]
