@@ -108,6 +108,9 @@ def parse() -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse options that are missing, or have no effect beside others, before torch is imported."""
+    folder = Path(arguments.samples or "")
+    if arguments.samples and (folder / "samples.npz").is_file():  # its pictures are a grid, and the same again
+        raise UserError(f"--samples {folder}: a folder of diffmoe_dist.sample; give {folder / 'samples.npz'}")
     compared = ("reference",) if arguments.clip is None and arguments.score is None else ()
     if arguments.make_reference:
         purpose = "--make-reference"

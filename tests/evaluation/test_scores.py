@@ -454,6 +454,9 @@ BAD = {
         ("--samples", "a.npz", "--reference", "nowhere.npz", "--features", COLOURS),
         "--reference nowhere.npz: cannot be read (No such file or directory)",
     ),
+    "a folder of samples": (
+        ("--samples", "OUT", "--reference", "b.npz", "--features", COLOURS), "give OUT/samples.npz",
+    ),
     "no weights": (
         ("--samples", "a.npz", "--reference", "b.npz", "--inception", "nowhere.pth"), "--inception nowhere.pth: cannot",
     ),
@@ -469,6 +472,8 @@ BAD = {
 def test_a_mistake_is_one_line_and_exit_code_2(case: str, tmp_path: Path) -> None:
     arguments, message = BAD[case]
     filled = [part.replace("OUT", str(tmp_path)) for part in arguments]
+    message = message.replace("OUT", str(tmp_path))
+    (tmp_path / "samples.npz").touch()
     ended = start("diffmoe_dist.evaluate", *filled, "--device", "cpu", folder=tmp_path)[0]
     assert (ended.wait(), ended.stdout) == (2, "")
     assert len(ended.stderr.splitlines()) == 1 and message in ended.stderr
