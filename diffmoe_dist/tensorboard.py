@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,18 +32,20 @@ def main() -> int:
     arguments, options = parser.parse_known_args()
     if any(option.partition("=")[0] in ("--logdir", "--logdir_spec") for option in options):
         raise UserError(f"{options[0]} has no effect: TensorBoard is given the runs; leave it out")
-    if not runs_by_name(arguments.folders):
+    found = runs_by_name(arguments.folders)
+    if not found:
         raise UserError(f"{arguments.folders[0]}: holds no run with a folder {EVENTS}; give a run folder")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # its server ends with it
     with tempfile.TemporaryDirectory(prefix="tensorboard-runs-") as links:
-        link_runs(arguments.folders, Path(links))
+        link_runs(found, Path(links))
         server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", links, *options])
         try:
             while True:
                 try:
                     return server.wait(_LOOK_EVERY)
                 except subprocess.TimeoutExpired:
-                    link_runs(arguments.folders, Path(links))
+                    found = runs_by_name(arguments.folders, found)
+                    link_runs(found, Path(links))
         except KeyboardInterrupt:
             return 0
         finally:
@@ -50,22 +53,35 @@ def main() -> int:
             server.wait()
 
 
-def runs_by_name(folders: list[Path]) -> dict[str, Path]:
-    """The folders of events, by the path of their run below the folder that was given; a run itself by its name."""
-    found: dict[str, Path] = {}
+def runs_by_name(folders: list[Path], known: Mapping[str, Path] | None = None) -> dict[str, Path]:
+    """The folders of events, by the path of their run below the folder that was given; a run itself by its name.
+
+    Args:
+        known: runs that keep their names.
+    """
+    found = dict(known or {})
     for folder in folders:
         for run in _runs(folder):
-            name = run.resolve().name if run == folder else str(run.relative_to(folder))
-            # Two of one name: by their whole paths.
-            name = name if name not in found else str(run.resolve()).lstrip("/")
-            found[name] = (run / EVENTS).resolve()
+            events = (run / EVENTS).resolve()
+            if events not in found.values():
+                found[_free_name(run, folder, found)] = events
     return found
 
 
-def link_runs(folders: list[Path], links: Path) -> None:
-    for name, events in runs_by_name(folders).items():
+def _free_name(run: Path, folder: Path, taken: Mapping[str, Path]) -> str:
+    """One that is no other's, nor above or below it: there a link would lead into a run. Else by the whole path."""
+    name = run.resolve().name if run == folder else str(run.relative_to(folder))
+    whole = str(run.resolve()).lstrip("/")
+    flat = whole.replace("/", "-")
+    names = chain((name, whole, flat), (f"{flat}-{number}" for number in count(2)))
+    ends = [f"{other}/" for other in taken]
+    return next(one for one in names if not any(f"{one}/".startswith(end) or end.startswith(f"{one}/") for end in ends))
+
+
+def link_runs(runs: Mapping[str, Path], links: Path) -> None:
+    for name, events in runs.items():
         link = links / name
-        if not link.exists():
+        if not link.is_symlink():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(events)
 

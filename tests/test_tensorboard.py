@@ -14,7 +14,7 @@ from urllib.error import URLError
 import pytest
 
 from diffmoe_dist.engine.event_file import EventFile
-from diffmoe_dist.tensorboard import runs_by_name
+from diffmoe_dist.tensorboard import link_runs, runs_by_name
 from tests.machine import ROOT, free_port
 
 
@@ -31,7 +31,27 @@ def runs(tmp_path: Path) -> Path:
 def test_a_run_is_called_by_its_folder_and_two_of_one_name_are_told_apart(runs: Path) -> None:
     assert list(runs_by_name([runs])) == ["demo", "sweep/a"]
     assert list(runs_by_name([runs / "demo", runs / "sweep"])) == ["demo", "a"]
-    assert list(runs_by_name([runs / "sweep/a", runs / "sweep"])) == ["a", str(runs / "sweep/a").lstrip("/")]
+    assert list(runs_by_name([runs / "sweep/a", runs / "sweep"])) == ["a"], "one run, given twice"
+    (runs / "other/a/tensorboard").mkdir(parents=True)
+    assert list(runs_by_name([runs / "sweep", runs / "other"])) == ["a", str(runs / "other/a").lstrip("/")]
+
+
+def test_no_link_is_in_a_run_whose_name_is_the_beginning_of_anothers(runs: Path, tmp_path: Path) -> None:
+    (runs / "other/a/b/tensorboard").mkdir(parents=True)
+    whole = {name: str(runs / name).lstrip("/") for name in ("sweep/a", "other/a/b")}
+    below, above = [runs / "sweep/a", runs / "other"], [runs / "other", runs / "sweep/a"]
+    for folders, names in ((below, ["a", whole["other/a/b"]]), (above, ["a/b", whole["sweep/a"]])):
+        found = runs_by_name(folders)
+        assert list(found) == names
+        links = tmp_path / names[0].replace("/", "-")
+        link_runs(found, links)
+        assert [(links / name).resolve() for name in names] == list(found.values())
+    assert len(list((runs / "sweep/a/tensorboard").iterdir())) == 1, "its events and no link"
+    known = runs_by_name([runs / "sweep"])
+    assert list(runs_by_name(above, known)) == ["a", whole["other/a/b"]], "a run that came first keeps its name"
+    (runs / "sweep/a/x/tensorboard").mkdir(parents=True)
+    nested = runs_by_name([runs / "sweep/a", runs / "sweep/a/x"], {"a": runs, "x": runs})
+    assert list(nested)[2:] == [whole["sweep/a"], f"{whole['sweep/a']}/x".replace("/", "-")]
 
 
 def test_tensorboard_shows_runs_by_their_names_and_its_server_ends_with_the_command(runs: Path) -> None:
