@@ -30,8 +30,12 @@ def main() -> int:
     parser = CommandParser(prog="diffmoe_dist.tensorboard", description=DESCRIPTION)
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run folder, or one that holds some")
     arguments, options = parser.parse_known_args()
-    if any(option.partition("=")[0] in ("--logdir", "--logdir_spec") for option in options):
-        raise UserError(f"{options[0]} has no effect: TensorBoard is given the runs; leave it out")
+    for option in (given.partition("=")[0] for given in options):
+        if option.startswith("--logdir"):
+            raise UserError(f"{option} has no effect: TensorBoard is given the runs; leave it out")
+    for folder in arguments.folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: there is no such folder; give folders first, then TensorBoard's options")
     found = runs_by_name(arguments.folders)
     if not found:
         raise UserError(f"{arguments.folders[0]}: holds no run with a folder {EVENTS}; give a run folder")

@@ -14,7 +14,8 @@ from urllib.error import URLError
 import pytest
 
 from diffmoe_dist.engine.event_file import EventFile
-from diffmoe_dist.tensorboard import link_runs, runs_by_name
+from diffmoe_dist.errors import UserError
+from diffmoe_dist.tensorboard import link_runs, main, runs_by_name
 from tests.machine import ROOT, free_port
 
 
@@ -52,6 +53,25 @@ def test_no_link_is_in_a_run_whose_name_is_the_beginning_of_anothers(runs: Path,
     (runs / "sweep/a/x/tensorboard").mkdir(parents=True)
     nested = runs_by_name([runs / "sweep/a", runs / "sweep/a/x"], {"a": runs, "x": runs})
     assert list(nested)[2:] == [whole["sweep/a"], f"{whole['sweep/a']}/x".replace("/", "-")]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("RUNS --port 6100 --logdir x", "--logdir has no effect: TensorBoard is given the runs; leave it out"),
+        ("RUNS --port=6100 --logdir_spec=a:x", "--logdir_spec has no effect"),
+        ("--port 6100 RUNS", "6100: there is no such folder; give folders first, then TensorBoard's options"),
+        ("RUNS RUNS/none", "RUNS/none: there is no such folder"),
+        ("RUNS/demo/tensorboard", "RUNS/demo/tensorboard: holds no run"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_its_name(
+    line: str, said: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tensorboard", *line.replace("RUNS", str(runs)).split()])
+    with pytest.raises(UserError) as refused:
+        main()
+    assert str(refused.value).startswith(said.replace("RUNS", str(runs)))
 
 
 def test_tensorboard_shows_runs_by_their_names_and_its_server_ends_with_the_command(runs: Path) -> None:
