@@ -59,13 +59,14 @@ class ClassNames:
         return cls(tuple(map(tuple, rows)))
 
     def find(self, name: str) -> list[int]:
-        """The classes that are called so: exactly, else whatever the case, and whether with spaces or underscores."""
+        """The classes that are called so: exactly, else whatever the case, underscores, and spaces at commas."""
         return self._exact.get(name.strip()) or self._loose.get(_loose(name), [])
 
     def numbers(self, text: str, num_classes: int, option: str = "--classes") -> tuple[int, ...]:
         """The classes of a list such as `golden retriever,7`: names and numbers, with commas between them.
 
-        A number is a number, also where a class has one for a name. Names may have commas in them.
+        A number is a number, also where a class has one for a name. Names may have commas in them. A class that is
+        given twice, as by two of its names, is taken once, which is told.
 
         Raises:
             UserError: there is no such class, or several; with the nearest names.
@@ -73,7 +74,7 @@ class ClassNames:
         found = tuple(self._numbers(text, num_classes, option))
         if not all(_NUMBER.fullmatch(part.strip()) for part in text.split(",")):
             logger.info("%s %s: %s", option, text, ", ".join(f"{label} ({self.shown[label]})" for label in found))
-        return found
+        return taken_once(found, option)
 
     def _numbers(self, text: str, num_classes: int, option: str) -> Iterator[int]:
         parts, place = text.split(","), 0
@@ -177,6 +178,14 @@ def names_of_data(class_names: Sequence[str], folder: Path) -> ClassNames:
     return ClassNames(tuple(named))
 
 
+def taken_once(labels: Sequence[int], option: str) -> tuple[int, ...]:
+    once = Counter(labels)
+    if len(once) < len(labels):
+        twice = ", ".join(str(label) for label, times in once.items() if times > 1)
+        logger.warning("%s: given more than once, and taken once: class %s", option, twice)
+    return tuple(once)
+
+
 def label_texts(names: ClassNames, num_classes: int) -> list[str]:
     """The names of each class with commas between them, as diffusers' DiT has them; `class N` where it has none."""
     if not names:
@@ -208,4 +217,4 @@ def _parts(words: str) -> list[str]:
 
 
 def _loose(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").split())
+    return ", ".join(" ".join(part.split()) for part in name.casefold().replace("_", " ").split(","))

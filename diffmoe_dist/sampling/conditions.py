@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from diffmoe_dist.config import Config
-from diffmoe_dist.data.class_names import NO_NAMES, ClassNames
+from diffmoe_dist.data.class_names import NO_NAMES, ClassNames, taken_once
 from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.prompts import EncodedPrompts, read_prompts
 from diffmoe_dist.data.randomness import Stream, philox
@@ -244,6 +244,8 @@ def _open_classes(settings: SamplingSettings, num_classes: int, names: ClassName
     chosen = settings.classes
     if isinstance(chosen, str):
         chosen = names.numbers(chosen, num_classes)
+    elif chosen is not None:
+        chosen = taken_once(chosen, "--classes")
     for label in chosen or ():
         if not 0 <= label < max(num_classes, 1):
             raise UserError(f"--classes {label}: this model knows the classes 0 to {num_classes - 1}")

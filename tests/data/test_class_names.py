@@ -6,9 +6,13 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffmoe_dist.config import build_config
 from diffmoe_dist.data.class_names import NO_NAMES, ClassNames, names_of_data
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.sampling.conditions import ClassLabels, open_conditions
+from diffmoe_dist.sampling.settings import SamplingSettings
 
 WORDS = """\
 n01440764 tench, Tinca tinca
@@ -42,8 +46,10 @@ def test_words_for_people_are_shown_in_the_place_of_codes_and_two_that_are_one_w
     [
         ("golden retriever,4", (2, 4)),
         ("Golden_Retriever , tench", (2, 0)),
-        ("n03126707,3", (3, 3)),
-        ("tench, Tinca tinca,0", (0, 0)),
+        ("n03126707,2", (3, 2)),
+        ("tench, Tinca tinca,1", (0, 1)),
+        ("tench,Tinca tinca,1", (0, 1)),
+        ("1,Tench ,  tinca_tinca", (1, 0)),
         ("Tinca tinca,crane (n02012849)", (0, 1)),
     ],
 )
@@ -51,6 +57,20 @@ def test_classes_are_found_by_number_by_any_of_their_names_and_by_names_with_com
     imagenet: ClassNames, text: str, labels: tuple[int, ...]
 ) -> None:
     assert imagenet.numbers(text, 5) == labels
+
+
+def test_a_class_that_is_given_twice_is_taken_once_and_told(
+    imagenet: ClassNames, caplog: pytest.LogCaptureFixture
+) -> None:
+    for text, labels in {"3,3": (3,), "2,n03126707,3": (2, 3), "Tinca tinca,4,tench": (0, 4), "3,2": (3, 2)}.items():
+        caplog.clear()
+        assert imagenet.numbers(text, 5) == labels
+        assert ("given more than once, and taken once: class" in caplog.text) == (text != "3,2")
+    settings = SamplingSettings("run", num=4, classes=(3, 1, 3))
+    config = build_config({"model": {"size": "S", "num_classes": 5}}, training=False)
+    conditions = open_conditions(settings, config, torch.device("cpu"))
+    assert isinstance(conditions, ClassLabels) and conditions.labels == [3, 1, 3, 1]
+    assert "--classes: given more than once, and taken once: class 3" in caplog.text
 
 
 def test_a_number_is_a_number_and_a_class_that_is_called_so_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
