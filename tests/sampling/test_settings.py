@@ -134,11 +134,11 @@ def test_a_mistake_in_the_options_is_one_line_before_torch_is_imported(
 ) -> None:
     program = f"""if True:
         import sys
-        from diffmoe_dist import {command}
+        from diffmoe_dist.{command} import main
         from diffmoe_dist.errors import UserError
         sys.argv = {["command", *words]!r}
         try:
-            {command}.main()
+            main()
         except UserError as error:
             print(error)
         assert "torch" not in sys.modules
