@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from diffmoe_dist.command import CommandParser, run_command
-from diffmoe_dist.config import load_config
+from diffmoe_dist.config import let_router_run, load_config
 from diffmoe_dist.errors import UserError
 
 DESCRIPTION = """\
@@ -152,6 +152,7 @@ def _export(arguments: argparse.Namespace) -> None:
     for name, given in {"--config": arguments.config, "--upcycle": arguments.upcycle}.items():
         if given:
             raise UserError(f"{name} has no effect with --to, whose checkpoint has its settings; leave it out")
+    arguments.overrides = let_router_run(arguments.overrides)
     if arguments.overrides:
         raise UserError(f"{arguments.overrides[0]} has no effect with --to; leave it out")
     given = [name for name in ("weights", "ema_decay", "ema_length") if getattr(arguments, name) is not None]
@@ -217,6 +218,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _convert_diffusers(arguments: argparse.Namespace, folder: Path) -> None:
     config = None
+    if not arguments.upcycle:
+        arguments.overrides = let_router_run(arguments.overrides)
     if arguments.upcycle:
         if arguments.config is None:
             raise UserError("--upcycle needs --config FILE, the mixture of experts that the model is to become")

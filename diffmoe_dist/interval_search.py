@@ -41,7 +41,7 @@ def main() -> None:
     settings = settings_from(arguments, arguments.checkpoint, num=DEFAULT_NUM)
     settings.check()
     for override in settings.overrides:
-        if override.startswith("moe."):
+        if override.startswith("moe.") and not override.startswith("moe.router="):
             raise UserError(f"{override} has no effect: the search sets moe.inference and its threshold; leave it out")
 
     from diffmoe_dist.logs import set_up_logging

@@ -19,7 +19,9 @@ def is_import_path(name: str) -> bool:
     if not all(part.isidentifier() for part in parts):
         return False
     _see_working_folder()
-    return len(parts) > 1 or (name not in sys.stdlib_module_names and importlib.util.find_spec(name) is not None)
+    return len(parts) > 1 or (
+        name not in sys.stdlib_module_names and name != "__main__" and importlib.util.find_spec(name) is not None
+    )
 
 
 def import_module(name: str, named: str, remedy: str) -> ModuleType:
@@ -65,4 +67,4 @@ def import_callable(name: str, named: str, default: str | None = None) -> Callab
 
 def _see_working_folder() -> None:
     if os.getcwd() not in sys.path:  # a launcher's -m may leave it out
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())

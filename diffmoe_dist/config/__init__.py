@@ -2,7 +2,15 @@
 
 from diffmoe_dist.config.checks import check, for_world, pool_samples
 from diffmoe_dist.config.elastic import Earlier, for_nodes, for_ranks, orders, wishes
-from diffmoe_dist.config.load import OBJECTIVE_DEFAULTS, build_config, is_given, load_config, router_names, save_config
+from diffmoe_dist.config.load import (
+    OBJECTIVE_DEFAULTS,
+    build_config,
+    is_given,
+    let_router_run,
+    load_config,
+    router_names,
+    save_config,
+)
 from diffmoe_dist.config.router import RouterSettings, expert_slots
 from diffmoe_dist.config.schedule import draw_schedule, learning_rate
 from diffmoe_dist.config.schema import (
@@ -43,6 +51,7 @@ __all__ = [
     "for_world",
     "is_given",
     "learning_rate",
+    "let_router_run",
     "load_config",
     "loss_weights",
     "model_settings",

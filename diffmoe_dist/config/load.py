@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -33,16 +34,19 @@ RENAMED = {"score": "fid"}  # sections that had another name in version 0.1
 _OF_A_SIZE = ("depth", "hidden_size", "num_heads")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, training: bool = True) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, training: bool = True, stored: bool = False
+) -> Config:
     """Read a YAML file, apply `key=value` overrides, and return the checked, resolved configuration.
 
     Args:
         training: whether it is for a run, which needs `run_dir` and `data.shards`.
+        stored: as in `build_config`.
 
     Raises:
         UserError: the file or a key is unknown, a value has the wrong type, or settings contradict each other.
     """
-    return build_config(read_yaml(find_config(path)), overrides=overrides, training=training)
+    return build_config(read_yaml(find_config(path)), overrides=overrides, training=training, stored=stored)
 
 
 def find_config(path: str | Path) -> Path:
@@ -73,7 +77,9 @@ def is_given(name: str, overrides: Sequence[str], path: str | Path | None = None
     return found is not None
 
 
-def build_config(*layers: Mapping[str, Any], overrides: Sequence[str] = (), training: bool = True) -> Config:
+def build_config(
+    *layers: Mapping[str, Any], overrides: Sequence[str] = (), training: bool = True, stored: bool = False
+) -> Config:
     """Merge layers of settings over the defaults, later ones winning; derive what follows from them; check the result.
 
     A null is a setting that is not given: it unsets what an earlier layer gave.
@@ -81,12 +87,15 @@ def build_config(*layers: Mapping[str, Any], overrides: Sequence[str] = (), trai
     Args:
         overrides: `key=value`, which win over all layers.
         training: as in `load_config`.
+        stored: the layers come with a model: they cannot choose code to run, and overrides no other router.
 
     Raises:
         UserError: as `load_config`.
     """
     _tell_of_repeated(overrides)
     given: Given = functools.reduce(merge, layers, {})
+    if stored:
+        _check_stored_router(given, overrides)
     schema = Config(moe=_moe_schema(apply_overrides(given, _of_moe(overrides), Config())))
     given = _with_new_names(apply_overrides(given, overrides, schema))
     _refuse_unknown_keys(given, schema, prefix="")
@@ -126,6 +135,35 @@ def _tell_of_repeated(overrides: Sequence[str]) -> None:
 def _of_moe(overrides: Sequence[str]) -> list[str]:
     """Those that may choose the router, on which depends what the others may say."""
     return [override for override in overrides if override.partition("=")[0] in ("moe", "moe.router")]
+
+
+def let_router_run(overrides: Sequence[str]) -> list[str]:
+    """Import the router of the user's own that overrides name, for the settings of a model; the other overrides."""
+    own = [f"moe.router={name}" for name in _router_of({}, overrides) if name not in router_names()]
+    for override in own:
+        _own_settings(override.partition("=")[2])
+    return [override for override in overrides if override not in own]
+
+
+def _router_of(given: Any, overrides: Sequence[str] = ()) -> list[str]:
+    """The one that they name, if they do."""
+    found = apply_overrides(given, _of_moe(overrides), Config())
+    moe = found.get("moe") if isinstance(found, dict) else None
+    router = moe.get("router") if isinstance(moe, dict) else None
+    return [router] if isinstance(router, str) else []
+
+
+def _check_stored_router(given: Any, overrides: Sequence[str]) -> None:
+    """Refuse one whose code nobody has asked for, and another one than the model's."""
+    asked = _router_of({}, overrides)
+    for router in _router_of(given):
+        if asked and asked != [router]:
+            raise UserError(f"moe.router={asked[0]}, but the model is one with moe.router={router}; leave it out")
+        if not asked and router not in (*router_names(), *sys.modules) and is_import_path(router):
+            raise UserError(
+                f"moe.router={router} is code outside of this package; give moe.router={router} to say that it may "
+                "run, or import it first in Python"
+            )
 
 
 def _moe_schema(given: Any) -> MoEConfig:

@@ -230,7 +230,7 @@ def read_checkpoint_model(
     damage = verify_checkpoint(checkpoint)
     if damage is not None:
         raise UserError(f"checkpoint {checkpoint} is damaged ({damage}); remove that folder, or give an older step-N")
-    config = load_config(checkpoint / "config.yaml", overrides)
+    config = load_config(checkpoint / "config.yaml", overrides, stored=True)
     if not isinstance(kind, str):
         kind = kind(config.ema)
     with torch.device("meta"):

@@ -124,7 +124,7 @@ def _write_ours(
 ) -> None:
     if not isinstance(described.get("settings"), dict):
         raise UserError(f"{folder}: config.json of its transformer has no settings; export it again")
-    config = build_config(described["settings"], training=False)
+    config = build_config(described["settings"], training=False, stored=True)
     with torch.device("meta"):
         needed = DiT(config).state_dict()
     shapes, found = ({name: value.shape for name, value in of.items()} for of in (needed, tensors))

@@ -67,7 +67,7 @@ def read_average(checkpoint: Path, length: float) -> tuple[DiT, Config, Fit]:
     model, config = read_checkpoint_model(checkpoint, "cpu", MASTER)  # whose thresholds are those of training
     sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in model.named_parameters()}
     for (path, of_length), number in used.items():
-        kind = stored_average(load_config(path / "config.yaml").ema, length=of_length)
+        kind = stored_average(load_config(path / "config.yaml", stored=True).ema, length=of_length)
         for name, value in read_checkpoint_model(path, "cpu", kind)[0].named_parameters():
             sums[name] += number * value.double()
     frozen = frozen_parameters(config)  # of which the weights are every average, to the bit
@@ -84,7 +84,7 @@ def _stored(checkpoint: Path) -> dict[tuple[Path, float], Weighting]:
         if path.name > checkpoint.name:
             continue
         updates = read_progress(path).updates
-        for length in load_config(path / "config.yaml").ema.lengths if updates else ():
+        for length in load_config(path / "config.yaml", stored=True).ema.lengths if updates else ():
             weighting = Weighting(updates, length)
             if weighting not in found.values():  # steps whose updates were left out change no average
                 found[path, length] = weighting

@@ -94,7 +94,7 @@ def earlier_ranks(run_dir: Path) -> Earlier | None:
             if any(file_sha256(checkpoint / name) != sums.get(name) for name in ("state.json", "config.yaml")):
                 continue
             progress = read_progress(checkpoint)
-            config = load_config(checkpoint / "config.yaml", training=False)
+            config = load_config(checkpoint / "config.yaml", training=False, stored=True)
         except (OSError, ValueError, UserError):
             continue  # a run starts from the one before, and says why
         if not config.train.micro_batch_size:  # edited by hand: no run has saved that

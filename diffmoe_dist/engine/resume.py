@@ -87,7 +87,7 @@ def progress_from(
 
 def changed_settings(checkpoint: Path, config: Config) -> dict[str, str]:
     """What a run that continues a checkpoint changes in its settings: `0.001 -> 0.0005` by the name of each."""
-    saved = flat_settings(load_config(checkpoint / "config.yaml", training=False))
+    saved = flat_settings(load_config(checkpoint / "config.yaml", training=False, stored=True))
     now = flat_settings(config)
     # Of one model, by `_check_same_model`: so both know the same settings.
     return {name: f"{saved[name]} -> {value}" for name, value in now.items() if saved[name] != value}
@@ -100,7 +100,7 @@ def change_of_ranks(checkpoint: Path, config: Config, progress: Progress, ranks:
         progress: of this start.
     """
     saved = read_progress(checkpoint)
-    train = load_config(checkpoint / "config.yaml", training=False).train
+    train = load_config(checkpoint / "config.yaml", training=False, stored=True).train
     before = train.global_batch_size // (train.micro_batch_size * saved.micro_steps)
     others = {name: size for name, size in (progress.asked or {}).items() if size not in (0, wishes(config)[name])}
     if ranks == before and not others:
@@ -118,14 +118,14 @@ def change_of_ranks(checkpoint: Path, config: Config, progress: Progress, ranks:
 
 def changed_rate(checkpoint: Path, step: int, config: Config) -> str:
     """How the learning rate of step `step`, the next one, is not what it would have been; else empty."""
-    before = learning_rate(load_config(checkpoint / "config.yaml", training=False), step)
+    before = learning_rate(load_config(checkpoint / "config.yaml", training=False, stored=True), step)
     now = learning_rate(config, step)
     return f"the learning rate of step {step} is {now:g}; it would have been {before:g}" if now != before else ""
 
 
 def _check_same_model(checkpoint: Path, config: Config) -> None:
     """Refuse a checkpoint of another model, naming the first setting that differs."""
-    saved = load_config(checkpoint / "config.yaml")
+    saved = load_config(checkpoint / "config.yaml", stored=True)
     _refuse_other_model(config, saved, f"the checkpoint {checkpoint}", "another run_dir")
 
 
@@ -142,7 +142,7 @@ def _refuse_other_model(config: Config, saved: Config, whose: str, otherwise: st
 
 def _check_frozen(checkpoint: Path, config: Config, frozen: frozenset[str]) -> None:
     """Refuse to train other parameters than before: their moments and averages are not there."""
-    saved = load_config(checkpoint / "config.yaml")
+    saved = load_config(checkpoint / "config.yaml", stored=True)
     if frozen_parameters(saved) != frozen:
         raise UserError(
             f"train.freeze={list(config.train.freeze)}, but {checkpoint} was trained with train.freeze="
@@ -153,7 +153,7 @@ def _check_frozen(checkpoint: Path, config: Config, frozen: frozenset[str]) -> N
 
 def _check_averages(checkpoint: Path, config: Config) -> None:
     """Refuse averages that a checkpoint does not have: the steps before it cannot be averaged any more."""
-    saved = load_config(checkpoint / "config.yaml").ema
+    saved = load_config(checkpoint / "config.yaml", stored=True).ema
     if config.ema.decay != saved.decay and config.ema.decay in saved.decays:
         raise UserError(
             f"ema.decay={config.ema.decay:g}, but {checkpoint} has that average in ema.decays, beside ema.decay="

@@ -90,7 +90,7 @@ def read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
         return _read_settings(folder, overrides)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"checkpoint {folder} is damaged (config.yaml is missing); take another one")
-    return load_config(folder / "config.yaml", overrides)
+    return load_config(folder / "config.yaml", overrides, stored=True)
 
 
 def read_class_names(folder: Path) -> ClassNames:
@@ -252,7 +252,7 @@ def _read_settings(folder: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(settings, dict):
         raise UserError(f"{folder / CONFIG_NAME}: settings is no mapping; convert the weights again")
     try:
-        return build_config(settings, overrides=overrides, training=False)
+        return build_config(settings, overrides=overrides, training=False, stored=True)
     except UserError as error:
         raise UserError(f"{folder / CONFIG_NAME}: {error}") from None
 

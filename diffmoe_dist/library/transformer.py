@@ -36,7 +36,7 @@ class DiffMoETransformer2DModel(ModelMixin, ConfigMixin):  # type: ignore[misc] 
         other_class_names: list[list[str]] | None = None,
     ) -> None:
         super().__init__()
-        config = build_config(settings, overrides=["precision=fp32"], training=False)
+        config = build_config(settings, overrides=["precision=fp32"], training=False, stored=True)
         names = NO_NAMES
         if class_names is not None:
             names = ClassNames.from_json({"class_names": class_names, "other_class_names": other_class_names})

@@ -37,7 +37,7 @@ def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, devic
     lines = read_run_metrics(run_dir)
     loads = read_metrics(run_dir / "expert_load.jsonl")
     found = complete_checkpoints(run_dir / "checkpoints")
-    config = load_config((found[-1] if found else run_dir) / "config.yaml")
+    config = load_config((found[-1] if found else run_dir) / "config.yaml", stored=True)
     sections = [_training_section(lines, loads, config)]
     cards = {"steps": f"{lines[-1]['step']:,}", "images seen": short(lines[-1]["images_seen"])}
     if found:

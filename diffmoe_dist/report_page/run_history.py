@@ -144,7 +144,7 @@ def _read_config(path: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder of a training run")
     try:
-        return load_config(path)
+        return load_config(path, stored=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

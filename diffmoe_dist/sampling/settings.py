@@ -12,13 +12,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, let_router_run
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import is_utf8
 
 OVERRIDABLE = (
     "moe.inference", "moe.constant_threshold", "data.shards", "data.latents", "data.text", "data.autoencoder",
-    "data.text_encoder", "data.tokenizer",
+    "data.text_encoder", "data.tokenizer", "moe.router",
 )  # fmt: skip
 PROMPTS_NAME = "prompts.jsonl"  # beside the images: the prompt of each
 PRECISIONS: tuple[str, ...] = get_args(get_type_hints(Config)["precision"])
@@ -189,7 +189,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "overrides": {
         "nargs": "*",
         "metavar": "key=value",
-        "help": "another moe.inference or moe.constant_threshold; other data.shards, data.latents, data.text, ...",
+        "help": "another moe.inference or moe.constant_threshold; other data.shards, data.latents, ...; "
+        "moe.router=PATH, that a router of your own may run",
     },
 }
 
@@ -234,6 +235,7 @@ def settings_from(arguments: argparse.Namespace, checkpoint: str, num: int | Non
         num: the command's own default of `--num`.
     """
     given = {"num": num, **given_options(arguments)}
+    let_router_run(given.get("overrides", ()))
     channels = given.pop("cfg_channels", "all")
     if "cfg_interval" in given:
         given["cfg_interval"] = tuple(given["cfg_interval"])

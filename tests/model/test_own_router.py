@@ -15,7 +15,7 @@ import torch
 from diffmoe_dist import config as configuration
 from diffmoe_dist import load_model
 from diffmoe_dist.config import load
-from diffmoe_dist.engine.weights import write_weights
+from diffmoe_dist.engine.weights import read_settings, write_weights
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT, initialize
@@ -107,9 +107,18 @@ def test_a_router_by_its_import_path_is_trained_kept_and_missed_elsewhere(
         configuration.build_config(*LAYERS, own, {"moe": {"top_k": 2}})
     for name in ("own_routers", "own_routers.by_place"):
         del sys.modules[name]
+    with pytest.raises(UserError, match=r"moe\.router=own_routers\.by_place is code outside .* to say that it may run"):
+        load_model(tmp_path / "weights")
+    assert "own_routers" not in sys.modules  # what a folder names is not imported
+    with pytest.raises(UserError, match=r"moe\.router=dense, but the model is one with moe\.router=own_routers"):
+        read_settings(tmp_path / "weights", ["moe.router=dense"])
+    assert read_settings(tmp_path / "weights", ["moe.router=own_routers.by_place"]).moe.router == "own_routers.by_place"
+    assert load_model(tmp_path / "weights").config.moe.router == "own_routers.by_place"  # now that it is imported
+    for name in ("own_routers", "own_routers.by_place"):
+        del sys.modules[name]
     (tmp_path / "own_routers").rename(tmp_path / "gone")
     with pytest.raises(UserError, match=r"config\.json: .*=own_routers\.by_place: there is no module own_routers"):
-        load_model(tmp_path / "weights")
+        read_settings(tmp_path / "weights", ["moe.router=own_routers.by_place"])
 
 
 def test_without_its_files_the_router_is_not_known() -> None:
