@@ -69,7 +69,7 @@ def _report(arguments: argparse.Namespace, run_dir: Path) -> None:
     loss_curve = draw_loss_curve(run_dir)
     page = write_report(run_dir, asked, choose_device(arguments.device, detect_launch()))
     sys.stdout.write(f"loss curve:     {loss_curve}\n")
-    sys.stdout.write(f"TensorBoard:    python -m diffmoe_dist.tensorboard {run_dir}\n")
+    sys.stdout.write(f"TensorBoard:    python -m diffmoe_dist.board {run_dir}\n")
     sys.stdout.write(f"report:         {page}\n")
 
 

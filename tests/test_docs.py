@@ -82,8 +82,8 @@ COMMANDS: dict[str, How] = {
     r"pip install .*": NotRun("needs a package index; tests/test_packaging.py installs the wheel"),
     r"(conda|uv|docker|apptainer) .*": NotRun("needs conda, uv or an engine of containers; see docs/install.md"),
     r"hf download .*": NotRun("needs the Hugging Face Hub"),
-    r".* diffmoe_dist.tensorboard .*": Elsewhere(
-        "tests/test_tensorboard.py::test_tensorboard_shows_runs_by_their_names_and_its_server_ends_with_the_command"
+    r".* diffmoe_dist.board .*": Elsewhere(
+        "tests/test_board.py::test_tensorboard_shows_runs_by_their_names_and_its_server_ends_with_the_command"
     ),
     r"tail -n 1 .*": NotRun("they look at what a run of the reader's writes"),
     # data

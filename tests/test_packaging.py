@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import diffmoe_dist
 from tests.machine import ROOT
 
-SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "tensorboard", "data")
+SCRIPTS = ("train", "sample", "evaluate", "plan", "convert", "report", "board", "data")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def test_an_installed_package_is_imported_from_any_folder(installed: Path, tmp_p
     )
 
     assert told.stdout.split() == [diffmoe_dist.__version__, str(installed / "diffmoe_dist/__init__.py")], told.stderr
+
+
+def test_no_module_of_the_package_hides_another_package_from_a_command_that_is_started_by_its_path() -> None:
+    """`deepspeed --launcher slurm .../diffmoe_dist/train.py` puts the package's folder first on Python's path."""
+    names = {path.stem for path in (ROOT / "diffmoe_dist").iterdir() if not path.stem.startswith("_")} - {"py"}
+    found = {name: importlib.util.find_spec(name) for name in names}
+    assert not [name for name, spec in found.items() if spec is not None and spec.origin is not None]
 
 
 def test_every_package_and_its_types_are_in_the_wheel(installed: Path) -> None:

@@ -79,7 +79,8 @@ class RunLog:
         if config.log.wandb:
             self.trackers["wandb"] = WandbRun(config, command)
         self.failed = 0  # writes
-        self.failing: set[str] = set()  # what could not be written the last time
+        self.failing: set[str] = set()  # what could not be written, all of it, in the last step that wrote it
+        self.outcomes: dict[str, set[bool]] = {}  # of the writes since then: a small one may find room beside others
         self.watched = sys.stderr.isatty()
         self.steps = steps = config.train.steps
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
@@ -88,6 +89,8 @@ class RunLog:
 
     def step(self, step: int) -> None:
         self.bar.update(1)
+        self.failing -= {name for name, outcomes in self.outcomes.items() if all(outcomes)}
+        self.outcomes.clear()
 
     def metrics(self, values: dict[str, Any]) -> None:
         values = {**values, "failed_log_writes": self.failed + failed_log_lines()}
@@ -150,8 +153,9 @@ class RunLog:
                     "(failed_log_writes)", self.run_dir / name, error.strerror,
                 )  # fmt: skip
             self.failing.add(name)
+            self.outcomes.setdefault(name, set()).add(False)
         else:
-            self.failing.discard(name)
+            self.outcomes.setdefault(name, set()).add(True)
 
 
 class NullRunLog:

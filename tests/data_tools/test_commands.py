@@ -151,7 +151,7 @@ def test_listed_order_is_the_order_of_the_source(messy: Path, tmp_path: Path) ->
         (("pack", "digits", "OUT", "--crop", "adm", "--size", "4"), "--crop=adm: digits has images of 8 pixels"),
         (("pack", "digits", "OUT", "--size", "4"), "--crop=none, --size=4"),
         (("pack", "digits", "OUT", "--crop", "oval"), "invalid choice: 'oval'"),
-        (("plan", "digits", "--source-format", "imagenet"), "invalid choice: 'imagenet'"),
+        (("plan", "digits", "--source-format", "imagenet"), "--source-format=imagenet: no reader"),
         (("pack", "digits", "OUT", "--workers", "0"), "--workers=0"),
         (("verify", "nowhere"), "FOLDER=nowhere: no such folder"),
         (("index", "nowhere"), "FOLDER=nowhere: not a folder"),

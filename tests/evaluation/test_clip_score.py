@@ -306,7 +306,7 @@ WITHOUT = {  # what is taken away, and what else is given
     "a tokenizer": (("CLIP/tokenizer.json",), (), "no tokenizer.json or vocab.json; fetch it too"),
     "a preprocessor": (("CLIP/preprocessor_config.json",), (), "no preprocessor_config.json or processor_config.json"),
     "a reference": ((), ("--features", COLOURS), f"--features {COLOURS} has no effect without --reference; leave it"),
-    "an extractor": ((), ("--reference", "r.npz"), "give --inception FILE.pth or --features FILE.pt2|module:callable"),
+    "an extractor": ((), ("--reference", "r.npz"), "give --inception FILE.pth or --features FOLDER|module:callable"),
     "a folder to write": ((), ("--num", "5"), "--num 5 has no effect with --samples"),
     "samples at all": ((), ("--make-reference", "r.npz", "--shards", "s"), "has no effect with --make-reference"),
 }

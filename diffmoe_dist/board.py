@@ -1,4 +1,4 @@
-"""Runs by their names in TensorBoard: `python -m diffmoe_dist.tensorboard runs --port 6100`."""
+"""Runs by their names in TensorBoard: `python -m diffmoe_dist.board runs --port 6100`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ DESCRIPTION = """\
 Show runs in TensorBoard under their own names; below a folder of several, all that it holds, also those that begin
 later. Every other option is TensorBoard's, as --port or --bind_all.
 
-  python -m diffmoe_dist.tensorboard runs --port 6100
-  python -m diffmoe_dist.tensorboard runs/a runs/b
+  python -m diffmoe_dist.board runs --port 6100
+  python -m diffmoe_dist.board runs/a runs/b
 """
 EVENTS = "tensorboard"  # in a run folder
 _LOOK_EVERY = 10  # seconds, for new runs
 
 
 def main() -> int:
-    parser = CommandParser(prog="diffmoe_dist.tensorboard", description=DESCRIPTION)
+    parser = CommandParser(prog="diffmoe_dist.board", description=DESCRIPTION)
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run folder, or one that holds some")
     arguments, options = parser.parse_known_args()
     for option in (given.partition("=")[0] for given in options):
@@ -99,7 +99,7 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 
 def run() -> NoReturn:
-    """`diffmoe-tensorboard`."""
+    """`diffmoe-board`."""
     run_command(main)
 
 

@@ -13,9 +13,9 @@ from urllib.error import URLError
 
 import pytest
 
+from diffmoe_dist.board import link_runs, main, runs_by_name
 from diffmoe_dist.engine.event_file import EventFile
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.tensorboard import link_runs, main, runs_by_name
 from tests.machine import ROOT, free_port
 
 
@@ -76,7 +76,7 @@ def test_what_would_be_ignored_is_refused_by_its_name(
 
 def test_tensorboard_shows_runs_by_their_names_and_its_server_ends_with_the_command(runs: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "diffmoe_dist.tensorboard", str(runs), "--port", str(port), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "diffmoe_dist.board", str(runs), "--port", str(port), "--host", "127.0.0.1"]
     server = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         assert set(answer(port, 2)) == {"demo", "sweep/a"}
