@@ -26,6 +26,7 @@ from diffmoe_dist.engine.wandb_run import WandbRun
 from diffmoe_dist.files import AppendedFile, atomic_file, write_atomically
 from diffmoe_dist.logs import failed_log_lines, logger
 
+WELL = 10  # steps in a row must write a file before its next failure is news
 METRICS, LOAD = "metrics.jsonl", "expert_load.jsonl"
 
 
@@ -79,8 +80,8 @@ class RunLog:
         if config.log.wandb:
             self.trackers["wandb"] = WandbRun(config, command)
         self.failed = 0  # writes
-        self.failing: set[str] = set()  # what could not be written, all of it, in the last step that wrote it
-        self.outcomes: dict[str, set[bool]] = {}  # of the writes since then: a small one may find room beside others
+        self.failing: dict[str, int] = {}  # what could not be written, and the steps until a failure is news again
+        self.outcomes: dict[str, set[bool]] = {}  # of the writes of a step: a small one may find room beside others
         self.watched = sys.stderr.isatty()
         self.steps = steps = config.train.steps
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=not self.watched, dynamic_ncols=True)
@@ -89,7 +90,10 @@ class RunLog:
 
     def step(self, step: int) -> None:
         self.bar.update(1)
-        self.failing -= {name for name, outcomes in self.outcomes.items() if all(outcomes)}
+        for name in [name for name, outcomes in self.outcomes.items() if name in self.failing and all(outcomes)]:
+            self.failing[name] -= 1
+            if not self.failing[name]:
+                del self.failing[name]
         self.outcomes.clear()
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -152,7 +156,7 @@ class RunLog:
                     "%s cannot be written (%s): training goes on, what is written there meanwhile is lost and counted "
                     "(failed_log_writes)", self.run_dir / name, error.strerror,
                 )  # fmt: skip
-            self.failing.add(name)
+            self.failing[name] = WELL
             self.outcomes.setdefault(name, set()).add(False)
         else:
             self.outcomes.setdefault(name, set()).add(True)
