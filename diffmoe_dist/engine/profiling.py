@@ -43,6 +43,14 @@ class Timings:
         yield
         self.seconds[name] += time.perf_counter() - begun
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """What is done meanwhile is no part of a step."""
+        seconds, events = dict(self.seconds), len(self.events)
+        yield
+        self.seconds = defaultdict(float, seconds)
+        del self.events[events:]
+
     def mean_since_last(self, steps: int) -> dict[str, float]:
         """`seconds_<part>` for each part."""
         events, self.events = self.events, []

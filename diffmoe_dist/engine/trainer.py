@@ -242,7 +242,7 @@ class Trainer:
         self.set_deadline("finding capacity thresholds", SLOW_FACTOR)
         steps = range(THRESHOLD_STEPS)
         batches = (self._next_batch(ahead) for ahead in steps for _ in range(self.progress.micro_steps))
-        with self.averages.applied():
+        with self.averages.applied(), self.timings.left_out():
             thresholds_LN = proposed_thresholds(self.model, self.config, batches)
         self.thresholds_of_average = thresholds_of_average(self.model, self.topology.mean(thresholds_LN))
         logger.info("found the capacity thresholds of the averaged weights on %d batches", len(steps))
@@ -270,7 +270,7 @@ class Trainer:
     def _run_with_average(self, job: Periodic) -> Any:
         self.set_deadline(job.name, SLOW_FACTOR)
         self.model.train(job.in_training_mode)
-        with self.averages.applied():
+        with self.averages.applied(), self.timings.left_out():
             result = job.run(self.model)
         self.model.train()
         return result
