@@ -15,11 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.machine import ROOT
 
-needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 MISSING = "import sys; sys.path_importer_cache.clear(); import importlib.util as u; find = u.find_spec\n"
 MISSING += "u.find_spec = lambda name, *rest: None if name == 'wandb' else find(name, *rest)\n"
 MISSING += "from diffmoe_dist.train import run; run()"
@@ -82,7 +79,6 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@needs_wandb
 def test_a_run_is_written_offline_goes_on_under_one_id_and_its_service_ends_when_it_is_killed(
     digits: Path, tmp_path: Path
 ) -> None:
