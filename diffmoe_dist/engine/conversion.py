@@ -114,7 +114,6 @@ def convert_diffusers(folder: Path, config: Config | None, out: Path) -> None:
     num_classes = len(texts) or None
     settings = settings_of(described, num_classes, str(transformer))
     published = from_diffusers(tensors, described, num_classes, str(transformer))
-    source["upcycled"] = config is not None
     names = names_of_texts([str(texts.get(str(label), "")) for label in range(len(texts))])
     _write_converted("dit", published, config or build_config(settings, training=False), out, source, folder, names)
 

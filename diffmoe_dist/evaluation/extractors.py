@@ -150,7 +150,7 @@ def open_features(features: str, device: torch.device, named: str | None = None)
         return _open_folder(Path(features), device, named)
     if ":" in features and not features.endswith((".pt", ".pth", ".pt2", ".py")):
         return _import_function(features, device, named)
-    raise UserError(f"{named}: neither the local folder of a DINOv2 or CLIP nor a module:callable")
+    raise UserError(f"{named}: neither the local folder of a DINOv2 or CLIP nor a module:callable; give one of them")
 
 
 def describe(extractor: Extractor) -> str:

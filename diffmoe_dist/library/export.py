@@ -124,7 +124,8 @@ def _text(config: Config, parts: Parts) -> dict[str, Any]:
     folder = parts.encoder or config.data.text_encoder
     if folder is None:
         raise UserError("--encoder is missing: the folder of the text encoder that the model was trained with")
-    opened = TextEncoder.open(folder, parts.tokenizer, config.model.text_max_length, "cpu", "--encoder")
+    tokenizer = parts.tokenizer or (config.data.tokenizer if parts.encoder is None else None)
+    opened = TextEncoder.open(folder, tokenizer, config.model.text_max_length, "cpu", "--encoder")
     if opened.sha256 != config.model.text_encoder_sha256:
         raise UserError(
             f"--encoder {folder}: is not the encoder that the model was trained with: SHA-256 {opened.sha256[:12]}..., "

@@ -117,7 +117,9 @@ class LoadedModel(DiT):
         model = self.config.model
         if model.condition == "class":
             if isinstance(y, TextCondition):
-                raise UserError(f"y is encoded captions, but this model is conditioned on {_classes(self)}")
+                raise UserError(
+                    f"y is encoded captions, but this model is conditioned on {_classes(self)}; give labels"
+                )
             return self._labels(y, images)
         if not isinstance(y, TextCondition):
             raise UserError(

@@ -218,5 +218,5 @@ def _in_words_of_python() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        named = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda option: option[1].replace("-", "_"), str(error))
+        named = re.sub(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)", lambda option: option[1].replace("-", "_"), str(error))
         raise UserError(named) from None

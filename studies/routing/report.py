@@ -67,7 +67,6 @@ class Results:
         }
         self.classifier = _read(folder / "classifier.json")
         self.timing = _read(folder / "timing.json")
-        self.search = {path.stem: _read(path) for path in sorted(folder.glob("search-*.json"))}
         self.lr = chosen_learning_rate(self.learning_rates("dense"))
 
     def learning_rates(self, system: str) -> dict[float, float]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.machine import ROOT
+from tests.machine import ROOT, TIME_LIMIT
 
 MISSING = "import sys; sys.path_importer_cache.clear(); import importlib.util as u; find = u.find_spec\n"
 MISSING += "u.find_spec = lambda name, *rest: None if name == 'wandb' else find(name, *rest)\n"
@@ -41,12 +41,14 @@ def records(run_dir: Path) -> list[list[Any]]:
 def pieces(content: bytes) -> Iterator[bytes]:
     """The records of a LevelDB log after a header of 7 bytes: blocks of 32 KiB, at whose ends one may be cut."""
     begun, at = b"", 7
-    while at + 7 <= len(content):
+    while at + 7 <= len(content):  # the last one of a start that was killed may be cut
         left = 32768 - at % 32768
         if left < 7:
             at += left
             continue
         length, kind = struct.unpack_from("<HB", content, at + 4)
+        if at + 7 + length > len(content):
+            return
         begun += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -64,15 +66,13 @@ def charted(of_start: list[Any]) -> dict[str, list[str]]:
 
 # A second start, which is killed while it runs.
 KILLED = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 from diffmoe_dist.config import load_config
 from diffmoe_dist.engine.wandb_run import WandbRun
 tracker = WandbRun(load_config(Path(sys.argv[1]) / "config.yaml"), "train")
-begun = time.perf_counter()
 for step in range(3, 103):
     tracker.add_scalars({"loss/loss": 0.5}, step)
-print((time.perf_counter() - begun) / 100)
 children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
 print(*[pid for pid in children if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -83,20 +83,21 @@ def test_a_run_is_written_offline_goes_on_under_one_id_and_its_service_ends_when
     digits: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "demo"
-    options: Any = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "check": False}
+    options: Any = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True, "timeout": TIME_LIMIT}
     small = ("train.steps=2", "sample.every=2", "sample.num=4", "sample.steps=2")
     ended = subprocess.run([sys.executable, "-m", "diffmoe_dist.train", *command(digits, run_dir, *small)], **options)
     assert ended.returncode == 0, ended.stderr
     killed = subprocess.run([sys.executable, "-c", KILLED, str(run_dir)], **options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    seconds, services = killed.stdout.splitlines()
-    assert float(seconds) < 0.02, "of a logged step"
+    services = killed.stdout
     assert services.split(), "the package has a process of its own"
     wait_for(lambda: not any(is_alive(int(pid)) for pid in services.split()))
 
     starts = records(run_dir)
     runs = [record.run for start in starts for record in start if record.HasField("run")]
-    assert len(starts) == 2 and {run.run_id for run in runs} == {(run_dir / "wandb-id").read_text().strip()}
+    assert len(starts) == len(runs) == 2 and {run.run_id for run in runs} == {
+        (run_dir / "wandb-id").read_text().strip()
+    }
     assert runs[0].display_name == "demo" and {"moe", "command"} <= {update.key for update in runs[0].config.update}
     values = charted(starts[0])
     assert values["step"][0] == "1" and len(values["loss/loss"]) == 2

@@ -1,6 +1,6 @@
 """slurm/train_xl.sh as it ships, on a real Slurm cluster of three virtual nodes, meets what ends a run of weeks.
 
-A disturbed run must end with the loss curve of the undisturbed one, bit for bit.
+A disturbed run must end with the loss curve of the undisturbed one, bit for bit on the same ranks and experts.
 """
 
 from __future__ import annotations

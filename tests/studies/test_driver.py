@@ -90,6 +90,7 @@ def test_the_first_losses_of_a_committed_curve_are_found_again(tmp_path: Path) -
     committed = read_results(RESULTS)
     if not driver.FASHION_MNIST.is_dir():
         pytest.skip("needs Debian's package dataset-fashion-mnist")
+    assert committed
     result = next(iter(committed.values()))
     run = Run(result["system"], result["seed"], result["lr"])
     place = Workplace(tmp_path)

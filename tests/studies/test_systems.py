@@ -31,7 +31,8 @@ def accounting_of(system: str) -> Accounting:
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS.keys() - {"dense_wide"}))
 def test_every_system_activates_as_many_parameters_as_dense_at_a_capacity_of_1(system: str) -> None:
-    assert accounting_of(system).activated(1.0) == pytest.approx(accounting_of("dense").total, rel=0.02)
+    within = 0.004 if system in MAIN_SYSTEMS else 0.02
+    assert accounting_of(system).activated(1.0) == pytest.approx(accounting_of("dense").total, rel=within)
 
 
 def test_the_wider_dense_model_has_one_and_a_half_times_as_many() -> None:
