@@ -18,6 +18,8 @@ os.environ.update(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those on Slurm come first: they wait more than they compute, and at the end nothing else would use the cores.
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     on_cuda = [item for item in items if item.get_closest_marker("gpu")]
     if on_cuda and not torch.cuda.is_available():
         for item in on_cuda:

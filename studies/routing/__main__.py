@@ -9,6 +9,7 @@ from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.logs import logger, set_up_logging
 from studies.routing import classifier, driver, picture, plots, report, timing
 from studies.routing.images import read_images
+from studies.routing.results import RESULTS, write_result
 from studies.routing.systems import SYSTEMS, Run
 
 PAGE = Path(__file__).parents[2] / "docs/study.md"
@@ -19,7 +20,7 @@ def parse() -> argparse.Namespace:
     parser = CommandParser(prog="studies.routing", description="Compares every router on Fashion-MNIST: docs/study.md.")
     parser.add_argument("command", choices=["run", "left", "report", "timing", "experts", "classifier", "one"])
     parser.add_argument("--work", type=Path, default=Path("runs/routing"), help="everything that is not committed")
-    parser.add_argument("--results", type=Path, default=driver.RESULTS, help="where the results are written and read")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are written and read")
     parser.add_argument("--jobs", type=int, default=2, help="run: how many runs at a time, each on a core")
     parser.add_argument("--system", choices=SYSTEMS, help="one: the run of this system")
     parser.add_argument("--seed", type=int, help="one, experts: of this seed")
@@ -43,7 +44,7 @@ def main() -> None:
         for run in driver.to_do(arguments.results):
             logger.info(run.name)
     elif arguments.command == "timing":
-        driver.write_result(arguments.results / "timing.json", timing.time_steps(place))
+        write_result(arguments.results / "timing.json", timing.time_steps(place))
     elif arguments.command == "experts":
         _draw_experts(place, Run("global_pool", arguments.seed or 0, arguments.lr), arguments.page)
     elif arguments.command == "classifier":
@@ -72,7 +73,7 @@ def _train_classifier(place: driver.Workplace, results: Path) -> None:
     classifier.save_classifier(model)
     reference, _ = classifier.look(model, images)
     tested = classifier.describe(model, *read_images(place.shards("test")), reference)
-    driver.write_result(results / "classifier.json", tested)
+    write_result(results / "classifier.json", tested)
 
 
 if __name__ == "__main__":

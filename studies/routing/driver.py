@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.metrics import Statistics
-from diffmoe_dist.files import write_atomically
 from diffmoe_dist.logs import logger
 from studies.routing import classifier as network
 from studies.routing import measure
 from studies.routing.images import read_images
+from studies.routing.results import LEVELS, by_learning_rate, keep_conditions, read_results, write_result
 from studies.routing.systems import BASE_CONFIG, CONSTANT, SYSTEMS, Run, chosen_learning_rate, next_runs
 
-RESULTS = Path(__file__).parent / "results"
 SAMPLES = 5000
 SAMPLER_STEPS = 16
 FIRST_STEPS = 40  # whose losses a result has one by one
@@ -97,6 +97,7 @@ def training_arguments(run: Run, run_dir: Path, place: Workplace) -> list[str]:
 
 def drive(place: Workplace, results: Path, jobs: int) -> None:
     """Make all runs that have no result yet, `jobs` at a time, each in a process of its own with one thread."""
+    keep_conditions(results, conditions())
     place.pack()
     place.look_at_training_images()
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -122,22 +123,18 @@ def drive(place: Workplace, results: Path, jobs: int) -> None:
 def to_do(results: Path) -> list[Run]:
     """The runs without a result, the most important ones first."""
     found = read_results(results)
-    return next_runs(found, chosen_rate(found))
+    return next_runs(found, chosen_learning_rate(by_learning_rate(found, "dense")))
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of the finished runs, by the name of the run."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))}
-
-
-def chosen_rate(results: dict[str, dict[str, Any]]) -> float | None:
-    """The learning rate at which the dense model of seed 0 has the lowest loss, once all are tried."""
-    losses = {
-        result["lr"]: result["measures"]["own"]["held_out"]["loss"]
-        for result in results.values()
-        if result["system"] == "dense" and result["seed"] == 0
+def conditions() -> dict[str, Any]:
+    """What all results share: beside it, a run has what its own system sets."""
+    return {
+        "base_config": OmegaConf.to_container(OmegaConf.load(BASE_CONFIG)),
+        "samples": SAMPLES,
+        "sampler": list(_SAMPLER),
+        "searched_thresholds": list(SEARCHED),
+        "held_out": {"seed": measure.SEED, "block": measure.BLOCK, "levels": LEVELS},
     }
-    return chosen_learning_rate(losses)
 
 
 def _start(run: Run, place: Workplace, results: Path) -> subprocess.Popen[bytes]:
@@ -154,6 +151,7 @@ def _start(run: Run, place: Workplace, results: Path) -> subprocess.Popen[bytes]
 
 def make_one(run: Run, place: Workplace, results: Path) -> None:
     """Train, measure, and write the result; what has been done already is not done again."""
+    keep_conditions(results, conditions())
     run_dir = place.run_dir(run)
     if not (run_dir / "DONE").is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -162,14 +160,7 @@ def make_one(run: Run, place: Workplace, results: Path) -> None:
         command("diffmoe_dist.train", *training_arguments(run, run_dir, place))
     for rule in SYSTEMS[run.system].rules:
         _sample(run, rule, place)
-    result = describe(run, place)
-    results.mkdir(exist_ok=True)
-    write_result(results / f"{run.name}.json", result)
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """One line of JSON, for git keeps it."""
-    write_atomically(path, json.dumps(result, allow_nan=False) + "\n")
+    write_result(results / f"{run.name}.json", describe(run, place))
 
 
 def _sample(run: Run, rule: str, place: Workplace) -> None:
@@ -207,7 +198,7 @@ def describe(run: Run, place: Workplace) -> dict[str, Any]:
             "held_out": measure.held_out(run_dir, measure.rule_settings(rule, threshold), images, labels),
             "samples": measure.sampled(samples, rated, place.statistics()),
         }
-    lines = read_metrics(run_dir / "metrics.jsonl")
+    lines, load = read_metrics(run_dir / "metrics.jsonl"), run_dir / "expert_load.jsonl"
     return {
         "name": run.name,
         "system": run.system,
@@ -217,13 +208,9 @@ def describe(run: Run, place: Workplace) -> dict[str, Any]:
         "steps": lines[-1]["step"],
         "commit": (run_dir / "commit").read_text().strip(),
         "curve": curve(lines),
-        "training_load": read_metrics(run_dir / "expert_load.jsonl")[-1] if has_experts(run) else None,
+        "training_load": read_metrics(load)[-1] if load.stat().st_size else None,
         "measures": measures,
     }
-
-
-def has_experts(run: Run) -> bool:
-    return run.system not in ("dense", "dense_wide")
 
 
 def curve(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,11 +25,11 @@ from diffmoe_dist.model.accounting import account
 from diffmoe_dist.model.dit import DiT
 from studies.routing.classifier import Classifier, accuracy_by_class, look
 from studies.routing.images import to_model
+from studies.routing.results import LEVELS
 from studies.routing.systems import OWN
 
 BLOCK = 100  # images that are computed, and compete, together: here and in sampling
-LEVELS = 10  # of noise, each as likely in training
-_SEED = 2026
+SEED = 2026  # of the noise, the times and their order
 
 
 def rule_settings(rule: str, threshold: float | None = None) -> list[str]:
@@ -83,7 +83,7 @@ def held_out(run_dir: Path, rule: Sequence[str], images: Tensor, labels: Tensor)
 def losses_on(model: DiT, config: Config, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) losses, (N,) noise levels, (L, E) assignments of tokens to experts."""
     objective = build_objective(config)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     losses, levels, load = [], [], torch.zeros(0)
     for x, y in zip(to_model(images).split(BLOCK), labels.split(BLOCK), strict=True):
         order = torch.randperm(BLOCK, generator=generator)

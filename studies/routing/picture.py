@@ -35,9 +35,11 @@ def taken_by_experts(model: DiT, z: Tensor, t: Tensor, y: Tensor) -> list[np.nda
     hooks = [
         layer.router.register_forward_hook(lambda _, __, routing: found.append(routing)) for layer in model.moe_layers
     ]
-    model(z, t, y)
-    for hook in hooks:
-        hook.remove()
+    try:
+        model(z, t, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return [_taken(routing, len(z)) for routing in found]
 
 

@@ -17,9 +17,11 @@ from studies.routing.report import (
     Measure,
     Results,
     difference,
+    losses_by_level,
     relative_load,
     without_predictor,
 )
+from studies.routing.results import by_learning_rate
 from studies.routing.statistics import mean_of
 from studies.routing.systems import EXPERT_NUMBERS, POOLS, SENSITIVE_SYSTEMS, SYSTEMS, VARIANTS, Variant
 
@@ -88,14 +90,14 @@ def _draw_difference(axes: Axes, results: Results, name: str, measure: Measure, 
 
 def noise_levels_plot(results: Results) -> Figure | None:
     """The difference to dense at each noise level; the band is the interval over seeds."""
-    dense = {seed: _by_level(run, REFERENCE) for seed, run in results.of(REFERENCE).items()}
+    dense = {seed: losses_by_level(run, REFERENCE) for seed, run in results.of(REFERENCE).items()}
     _, axes = plt.subplots(figsize=(7.5, 4))
     drawn = False
     for name, variant in VARIANTS.items():
         runs = {seed: run for seed, run in results.of(variant.system).items() if seed in dense}
         if name == REFERENCE or not runs:
             continue
-        rows = np.array([np.array(_by_level(run, name)) / dense[seed] - 1 for seed, run in runs.items()]) * 100
+        rows = np.array([np.array(losses_by_level(run, name)) / dense[seed] - 1 for seed, run in runs.items()]) * 100
         estimates = [mean_of(list(column)) for column in rows.T]
         level = np.arange(len(estimates)) + 0.5
         axes.plot(level, [one.mean for one in estimates], "o-", color=COLORS[name], label=variant.title, markersize=3)
@@ -103,10 +105,6 @@ def noise_levels_plot(results: Results) -> Figure | None:
     axes.axhline(0, color=GRAY, linewidth=1)
     axes.set(xlabel="noise level: tenths of the training times, least noise first", ylabel="loss against dense, %")
     return _with_legend(axes) if drawn else None
-
-
-def _by_level(run: dict[str, Any], name: str) -> Any:
-    return np.array(run["measures"][VARIANTS[name].rule]["held_out"]["by_level"])
 
 
 def curves_plot(results: Results) -> Figure | None:
@@ -132,7 +130,7 @@ def learning_rate_plot(results: Results) -> Figure | None:
     _, axes = plt.subplots(figsize=(5, 3.4))
     drawn = False
     for system, color in zip(("dense", *SENSITIVE_SYSTEMS), ("#1c1f24", "#1f5fa8", "#c44e52"), strict=True):
-        losses = sorted(results.learning_rates(system).items())
+        losses = sorted(by_learning_rate(results.runs, system).items())
         if len(losses) > 1:
             axes.plot(*zip(*losses, strict=True), "o-", color=color, label=SYSTEMS[system].title)
             drawn = True

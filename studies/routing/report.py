@@ -8,7 +8,6 @@ that all systems have in common (`statistics.common_spread`).
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from studies.routing.results import LEVELS, by_learning_rate, read_result, read_results
 from studies.routing.statistics import Estimate, Spread, Values, common_spread, mean_of, paired_difference
 from studies.routing.systems import (
     EXPERT_NUMBERS,
@@ -36,7 +36,6 @@ from studies.routing.systems import (
 
 PAGE_WIDTH = 100
 REFERENCE = "dense"
-LEVELS = 10  # of noise
 DEAD = 0.1  # an expert with less than this part of an equal share of the tokens counts as dead
 
 
@@ -62,21 +61,10 @@ class Results:
     """The results that there are."""
 
     def __init__(self, folder: Path) -> None:
-        self.runs: dict[str, dict[str, Any]] = {
-            path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*-seed*.json"))
-        }
-        self.classifier = _read(folder / "classifier.json")
-        self.timing = _read(folder / "timing.json")
-        self.lr = chosen_learning_rate(self.learning_rates("dense"))
-
-    def learning_rates(self, system: str) -> dict[float, float]:
-        """The loss of seed 0 by learning rate."""
-        rule = SYSTEMS[system].rules[0]
-        return {
-            result["lr"]: LOSS.of(result, rule)
-            for result in self.runs.values()
-            if result["system"] == system and result["seed"] == SEEDS[0]
-        }
+        self.runs = read_results(folder)
+        self.classifier = read_result(folder / "classifier.json")
+        self.timing = read_result(folder / "timing.json")
+        self.lr = chosen_learning_rate(by_learning_rate(self.runs, "dense"))
 
     def of(self, system: str) -> dict[int, dict[str, Any]]:
         """The runs of a system at the chosen learning rate, by seed."""
@@ -112,10 +100,6 @@ class Results:
         if run.system not in MAIN_SYSTEMS:
             return "the ablations"
         return "more seeds of the main comparison" if run.seed in MORE_SEEDS else "the main comparison"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -195,11 +179,11 @@ def _mean_and_deviation(values: Values, digits: int) -> str:
 
 def levels_table(results: Results) -> list[str]:
     """The loss against dense at each noise level, in percent; in bold where the interval over seeds leaves out 0."""
-    dense = {seed: _by_level(run, REFERENCE) for seed, run in results.of(REFERENCE).items()}
+    dense = {seed: losses_by_level(run, REFERENCE) for seed, run in results.of(REFERENCE).items()}
     rows = []
     for name, variant in VARIANTS.items():
         of_seeds = [
-            [100 * (one / other - 1) for one, other in zip(_by_level(run, name), dense[seed], strict=True)]
+            [100 * (one / other - 1) for one, other in zip(losses_by_level(run, name), dense[seed], strict=True)]
             for seed, run in results.of(variant.system).items()
             if seed in dense
         ]
@@ -211,7 +195,7 @@ def levels_table(results: Results) -> list[str]:
     return table(["loss against dense, %", *map(str, range(1, LEVELS + 1))], rows)
 
 
-def _by_level(run: dict[str, Any], name: str) -> list[float]:
+def losses_by_level(run: dict[str, Any], name: str) -> list[float]:
     return run["measures"][VARIANTS[name].rule]["held_out"]["by_level"]
 
 
@@ -232,7 +216,7 @@ def learning_rate_table(results: Results) -> list[str]:
     rates = sorted({run["lr"] for run in results.runs.values()})
     rows = []
     for system in ("dense", *SENSITIVE_SYSTEMS):
-        losses = results.learning_rates(system)
+        losses = by_learning_rate(results.runs, system)
         if losses:
             rows.append([SYSTEMS[system].title, *(f"{losses[lr]:.5f}" if lr in losses else "-" for lr in rates)])
     return table(["loss, seed 0", *(f"{lr:g}" for lr in rates)], rows)

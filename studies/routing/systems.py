@@ -10,7 +10,7 @@ BASE_CONFIG = Path(__file__).parent / "base.yaml"
 EXPERTS = 8
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4)
-LEARNING_RATES = (0.0005, 0.001, 0.002, 0.004)
+LEARNING_RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
 
 OWN = "own"  # the inference rule of a system that has no other
 CONSTANT = "constant"  # the rule with one threshold for all experts and layers, which is searched for

@@ -9,8 +9,9 @@ from torch import Tensor
 from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.model.dit import DiT, initialize
 from studies.routing.classifier import CLASSES, accuracy_by_class, load_classifier, look
-from studies.routing.measure import BLOCK, LEVELS, losses_on
+from studies.routing.measure import BLOCK, losses_on
 from studies.routing.picture import taken_by_experts
+from studies.routing.results import LEVELS
 from studies.routing.systems import BASE_CONFIG, SYSTEMS
 
 PLACES = ["run_dir=run", "data.shards=train", "validation.shards=test"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from studies.routing.__main__ import PAGE
-from studies.routing.driver import RESULTS
 from studies.routing.plots import PLOTS, draw_all
 from studies.routing.report import FRECHET, LOSS, PICTURES, TABLES, Results, by_images, difference, with_tables
+from studies.routing.results import RESULTS
 from studies.routing.systems import EXPERT_NUMBERS, LEARNING_RATES, MAIN_SYSTEMS, SYSTEMS, VARIANTS, Run
 
 BEST = LEARNING_RATES[1]

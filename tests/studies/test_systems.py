@@ -48,7 +48,7 @@ def test_the_learning_rate_is_chosen_by_the_dense_model_alone_before_anything_el
     assert {run.lr for run in next_runs([], None)} == set(LEARNING_RATES)
     assert {run.system for run in next_runs([], None)} == {"dense"}
     assert chosen_learning_rate({0.001: 0.2}) is None
-    assert chosen_learning_rate(dict(zip(LEARNING_RATES, (0.3, 0.2, 0.1, 0.4), strict=True))) == LEARNING_RATES[2]
+    assert chosen_learning_rate(dict(zip(LEARNING_RATES, (0.3, 0.2, 0.1, 0.4, 0.5), strict=True))) == LEARNING_RATES[2]
 
 
 def test_the_first_runs_are_a_seed_of_every_system_and_then_the_next_seed() -> None:
