@@ -144,6 +144,17 @@ def refuse_irregular(path: Path) -> Path:
     return path
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a file of a JSON object holds. Raises OSError, and ValueError for what is no such thing."""
+    try:
+        found = json.loads(refuse_irregular(path).read_bytes())
+    except RecursionError:
+        raise ValueError("nested deeper than Python goes") from None
+    if not isinstance(found, dict):
+        raise ValueError("holds no object")
+    return found
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises OSError, also for what is no regular file."""
     digest = hashlib.sha256()

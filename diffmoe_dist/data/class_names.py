@@ -8,7 +8,6 @@ LOC_synset_mapping.txt is such a file. It is no part of the data's fingerprint, 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 from collections import Counter
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import refuse_irregular
+from diffmoe_dist.files import read_json_object, refuse_irregular
 
 WORDS_NAME = "class_words.txt"  # in a folder of shards
 NAMES_NAME = "class_names.json"  # in a checkpoint
@@ -206,8 +205,8 @@ def read_names_file(folder: Path) -> ClassNames:
     if not path.exists():
         return NO_NAMES
     try:
-        return ClassNames.from_json(json.loads(refuse_irregular(path).read_text()))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return ClassNames.from_json(read_json_object(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); take another checkpoint") from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -39,10 +38,11 @@ from diffmoe_dist.engine.weights import (
     write_weights,
 )
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import atomic_file, file_sha256, refuse_irregular, refuse_pointer
+from diffmoe_dist.files import atomic_file, file_sha256, read_json_object, refuse_pointer
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.diffusers_names import from_diffusers, settings_of
 from diffmoe_dist.model.dit import DiT, initialize
+from diffmoe_dist.model.on_meta import meta_model
 from diffmoe_dist.model.published import (
     Part,
     as_published,
@@ -124,8 +124,7 @@ def _write_ours(
     if not isinstance(described.get("settings"), dict):
         raise UserError(f"{folder}: config.json of its transformer has no settings; export it again")
     config = build_config(described["settings"], training=False, stored=True)
-    with torch.device("meta"):
-        needed = DiT(config).state_dict()
+    needed = meta_model(config).state_dict()
     shapes, found = ({name: value.shape for name, value in of.items()} for of in (needed, tensors))
     wrong = next((name for name in {**shapes, **found} if shapes.get(name) != found.get(name)), None)
     if wrong is not None:
@@ -147,13 +146,10 @@ def _diffusers_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(refuse_irregular(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}); give the folder of a pipeline of diffusers") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no object; give the folder of a pipeline of diffusers")
-    return found
 
 
 def _write_converted(
@@ -221,9 +217,7 @@ def _lines(recognised: Recognised) -> Iterator[str]:
 def _parts(
     layout: str, config: Config, published: Mapping[str, Tensor], upcycle: bool = False
 ) -> dict[str, list[Part]]:
-    with torch.device("meta"):
-        model = DiT(config)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    shapes = {name: value.shape for name, value in meta_model(config).state_dict().items()}
     return correspondence(layout, config, shapes, upcycle, found=published)
 
 

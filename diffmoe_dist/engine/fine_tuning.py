@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from diffmoe_dist.config import Config, model_settings
 from diffmoe_dist.engine.weights import is_weights_folder, open_tensors, read_settings
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.model.dit import DiT
+from diffmoe_dist.model.on_meta import meta_model
 
 # The settings that may be others than in `train.initial_weights`, and the parts of names that then begin anew.
 _ANEW = {
@@ -34,8 +32,7 @@ def tensors_anew(config: Config) -> list[str]:
         )
     saved = read_settings(folder)
     changed = changed_settings(config, saved, f"train.initial_weights={folder}")
-    with torch.device("meta"):
-        ours, theirs = DiT(config).state_dict(), DiT(saved).state_dict()
+    ours, theirs = meta_model(config).state_dict(), meta_model(saved).state_dict()
     with open_tensors(folder, theirs):
         pass
     parts = [part for setting in changed for part in _ANEW.get(setting, ())]

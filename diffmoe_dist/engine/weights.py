@@ -8,7 +8,6 @@ weights/demo/
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -30,7 +29,7 @@ from diffmoe_dist.engine.checkpoint import Spread, find_checkpoint, read_checkpo
 from diffmoe_dist.engine.ema import stored_average
 from diffmoe_dist.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, Fragment
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, flush_directory, refuse_irregular, refuse_pointer, write_json
+from diffmoe_dist.files import file_sha256, flush_directory, read_json_object, refuse_pointer, write_json
 from diffmoe_dist.model.dit import DiT
 
 FORMAT = "diffmoe-weights"
@@ -232,11 +231,11 @@ def _read_weights(folder: Path, device: str | torch.device, overrides: Sequence[
 def read_record(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     try:
-        record = json.loads(refuse_irregular(path).read_text())
+        record = read_json_object(path)
         found, _ = (record["format"], record["version"]), (record["settings"], record["sha256"][WEIGHTS_NAME])
     except FileNotFoundError:
         raise UserError(f"{path} is missing; convert or copy the weights again") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path} is not the one of a folder of weights ({reason}); convert them again") from None
     if found != (FORMAT, VERSION):

@@ -7,7 +7,6 @@ Shape legend: N images, F features; R reference images, S samples.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from diffmoe_dist.evaluation.metrics import (
     neighbour_radii,
 )
 from diffmoe_dist.evaluation.reference import Reference, write_reference
-from diffmoe_dist.files import refuse_irregular
+from diffmoe_dist.files import read_json_object
 from diffmoe_dist.parallel.topology import all_gather
 
 FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
@@ -250,10 +249,10 @@ def read_sampling_record(samples: NpzImages | FolderImages) -> dict[str, Any]:
     """What the sampling.json beside the samples says, if it is about as many images; else nothing."""
     path = samples.path.with_name("sampling.json")
     try:
-        record = json.loads(refuse_irregular(path).read_text())
-    except (OSError, ValueError, RecursionError):
+        record = read_json_object(path)
+    except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and record.get("num") == samples.num_images else {}
+    return record if record.get("num") == samples.num_images else {}
 
 
 def table(result: dict[str, Any]) -> str:

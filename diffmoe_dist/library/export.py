@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.class_names import label_texts
-from diffmoe_dist.data.latents import Autoencoder
 from diffmoe_dist.data.text_encoder import TextEncoder, parts_of
 from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE
 from diffmoe_dist.engine.conversion import read_weights
 from diffmoe_dist.engine.weights import complete_folder, portable_settings, read_class_names
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import refuse_irregular, write_atomically, write_json
+from diffmoe_dist.files import read_json_object, write_atomically, write_json
 from diffmoe_dist.library.model import LoadedModel
 from diffmoe_dist.library.model_card import CARD_NAME, GRID_NAME, SAMPLED, Facts, model_card
 from diffmoe_dist.library.pipeline import ENCODERS, TOKENIZERS, DiffMoEPipeline, build_scheduler
 from diffmoe_dist.library.transformer import DiffMoETransformer2DModel
 from diffmoe_dist.logs import logger
 from diffmoe_dist.model.diffusers_names import diffusers_settings, not_of_dit, to_diffusers
+from diffmoe_dist.sampling.generate import find_autoencoder, makes_latents
 from diffmoe_dist.sampling.model import weights_fingerprint
 
 
@@ -97,17 +99,11 @@ def _save_dit_pipeline(model: LoadedModel, vae: Any, folder: Path) -> None:
 def _decoder(config: Config, parts: Parts) -> Any:
     """The autoencoder of a model of latents; None where there is none to put in."""
     folder = parts.decoder or config.sample.decoder or config.data.autoencoder
-    if folder is None:
-        if config.model.in_channels not in (1, 3):
-            logger.warning("no --decoder was given: the pipeline has no vae, and gives latents")
-        return None
-    opened = Autoencoder.open(folder, "--decoder", "cpu")
-    if opened.latent_channels != config.model.in_channels:
-        raise UserError(
-            f"--decoder {folder}: has {opened.latent_channels} latent channels, the model {config.model.in_channels}; "
-            "give its own"
-        )
-    return opened.module
+    if folder is not None:
+        return find_autoencoder(config, folder, "--decoder", torch.device("cpu")).module
+    if makes_latents(config):
+        logger.warning("no --decoder was given: the pipeline has no vae, and gives latents")
+    return None
 
 
 def _refuse_text(parts: Parts) -> None:
@@ -159,9 +155,8 @@ def _facts_of_samples(folder: str | None, model: LoadedModel) -> Facts:
 
 def _read(path: Path, folder: str) -> dict[str, Any]:
     try:
-        found = json.loads(refuse_irregular(path).read_text())
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"--samples {folder}: no {path.name} that can be read; give a folder of diffmoe_dist.sample")
-    return found
+        return read_json_object(path)
+    except (OSError, ValueError):
+        raise UserError(
+            f"--samples {folder}: no {path.name} that can be read; give a folder of diffmoe_dist.sample"
+        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from diffmoe_dist.engine.checkpoint import read_checkpoint_model
 from diffmoe_dist.engine.ema import stored_average
 from diffmoe_dist.engine.weights import read_class_names, read_settings
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import refuse_irregular
+from diffmoe_dist.files import read_json_object
 from diffmoe_dist.model.dit import DiT
 from diffmoe_dist.model.precision import set_weight_type, tf32_products
 from diffmoe_dist.sampling.calibration import recalibrate_on_training_data
@@ -53,12 +52,12 @@ class FinishedSamples:
             UserError: there is none.
         """
         try:
-            job = AS_BEFORE_0_2 | json.loads(refuse_irregular(folder / "sampling.json").read_text())
+            job = AS_BEFORE_0_2 | read_json_object(folder / "sampling.json")
             if not {"weights", "overrides"} <= job.keys():
                 raise ValueError("a setting is missing")
             if not all(isinstance(job.get(name), (float, int, type(None))) for name in ("ema_decay", "ema_length")):
                 raise ValueError("an average has a number")
-        except (OSError, ValueError, TypeError, RecursionError):
+        except (OSError, ValueError):
             raise UserError(
                 f"--samples {folder}: no readable sampling.json there; give a folder that diffmoe_dist.sample finished"
             ) from None

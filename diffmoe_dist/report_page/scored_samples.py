@@ -13,7 +13,7 @@ import numpy as np
 
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.evaluation.image_sources import NpzImages
-from diffmoe_dist.files import refuse_irregular
+from diffmoe_dist.files import read_json_object
 from diffmoe_dist.sampling.settings import PROMPTS_NAME
 
 _SCORE = re.compile(r"[a-z]\w*_\d+k?")  # fid_50k, frechet_distance_200; with the number of samples
@@ -115,14 +115,11 @@ def read_scored_samples(folder: Path, run_folders: Sequence[Path]) -> ScoredSamp
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(refuse_irregular(path).read_text())
+        return read_json_object(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); write it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged (it is no object); write it again")
-    return found
 
 
 def _dictionary(value: Any) -> dict[str, Any]:

@@ -236,19 +236,33 @@ def open_decoder(
         UserError: latents without a decoder, pixels with one, or a decoder of other latents than the model's.
     """
     folder = folder or config.data.autoencoder
-    channels = config.model.in_channels
-    latents = channels not in (1, 3) or config.data.autoencoder is not None
-    latents = latents or any(entry.latents for entry in data_sets(config.data))
-    if not latents and folder is None:
+    if not makes_latents(config) and folder is None:
         return lambda images: images
-    if not latents:
-        raise UserError(f"{setting}={folder}: this model makes pixels, not latents; remove it")
     if folder is None:
-        raise UserError(f"model.in_channels={channels}: this model makes latents; give {setting} their autoencoder")
-    own = config.data.autoencoder
+        raise UserError(
+            f"model.in_channels={config.model.in_channels}: this model makes latents; give {setting} their autoencoder"
+        )
+    return find_autoencoder(config, folder, setting, device, opened).decode
+
+
+def makes_latents(config: Config) -> bool:
+    """Whether the model's images are an autoencoder's latents rather than pixels."""
+    of_data = config.data.autoencoder is not None or any(entry.latents for entry in data_sets(config.data))
+    return of_data or config.model.in_channels not in (1, 3)
+
+
+def find_autoencoder(
+    config: Config, folder: str, setting: str, device: torch.device, opened: Autoencoder | None = None
+) -> Autoencoder:
+    """The autoencoder in a folder, if it is one of the model's latents; arguments and errors are `open_decoder`'s."""
+    if not makes_latents(config):
+        raise UserError(f"{setting}={folder}: this model makes pixels, not latents; remove it")
+    own, channels = config.data.autoencoder, config.model.in_channels
     decoder = opened if opened is not None and folder == own else Autoencoder.open(folder, setting, device)
     if decoder.latent_channels != channels:
-        raise UserError(f"{setting}={folder}: has {decoder.latent_channels} latent channels, the model {channels}")
+        raise UserError(
+            f"{setting}={folder}: has {decoder.latent_channels} latent channels, the model {channels}; give its own"
+        )
     if own is not None and own != folder and Path(own).is_dir():
         trained = opened or Autoencoder.open(own, "data.autoencoder", "cpu")
         if (trained.scale, trained.shift) != (decoder.scale, decoder.shift):
@@ -256,7 +270,7 @@ def open_decoder(
     for entry in data_sets(config.data):
         if entry.latents and Path(entry.latents).is_dir():  # a model may be sampled where its data are not
             _check_scaling(decoder, entry.latents, f"{setting}={folder}")
-    return decoder.decode
+    return decoder
 
 
 def _check_scaling(decoder: Autoencoder, latents: str, named: str) -> None:
