@@ -33,6 +33,12 @@ class PoolChoiceSettings(RouterSettings):
     def experts_per_token(self, pool_tokens: int) -> float:
         return self.num_experts * expert_slots(pool_tokens, self.num_experts, self.capacity) / pool_tokens
 
+    def capacity_is_constant(self) -> bool:
+        return self.capacity_schedule is None
+
+    def load_is_constant(self) -> bool:
+        return True
+
     def score_kinds(self) -> int:
         return 2 if self.has_predictor() else 1
 

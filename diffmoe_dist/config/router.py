@@ -92,6 +92,14 @@ class RouterSettings(MoEConfig):
         """Experts per routed token in training, in the mean over a pool of so many tokens."""
         return self.nominal_capacity()
 
+    def capacity_is_constant(self) -> bool:
+        """Whether C is the same in every batch of training, by construction."""
+        return False
+
+    def load_is_constant(self) -> bool:
+        """Whether every expert takes as many tokens as any other in every batch of training, by construction."""
+        return False
+
     def score_kinds(self) -> int:
         """How many scores of each token and expert compete in a pool; 0: experts choose no tokens."""
         return 0

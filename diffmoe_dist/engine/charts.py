@@ -20,7 +20,6 @@ _GROUPS = {
 _NO_CHART = ("step", "ranks", "images_seen")
 # Where all is well these are 0, and no chart: TensorBoard, which sorts the groups, then begins with the losses.
 _ONCE_NOT_ZERO = ("data", "health")
-_POOL_CHOICE = ("global_pool", "expert_choice")
 
 
 class Charts:
@@ -48,19 +47,15 @@ class Charts:
 
 
 def _constant(config: Config) -> list[re.Pattern[str]]:
-    """The names of what a router of ours keeps constant by construction while it trains."""
-    moe: Any = config.experts
-    if moe is None or moe.router not in (*_POOL_CHOICE, "token_choice", "prototype"):
+    """The names of what the router keeps constant by construction while it trains."""
+    moe = config.experts
+    if moe is None:
         return []
-    own_choice = moe.router in _POOL_CHOICE or getattr(moe, "variant", None) == "expert_choice"
-    names = []
-    of_images = moe.pool_kind() == "sample"
-    if getattr(moe, "capacity_schedule", None) is None and not (moe.unconditional_expert and moe.top_k != 1):
+    names, of_images = [], moe.pool_kind() == "sample"
+    if moe.capacity_is_constant():
         names += ["capacity", "capacity_at_noise_.*"] if of_images else ["capacity"]
-    if own_choice:
+    if moe.load_is_constant():
         names += ["expert_load_max", "expert_load_min"]
-    if not moe.has_predictor() and own_choice:
-        names.append("dead_experts")
-    if of_images and own_choice:
-        names.append("expert_load_max_at_noise_.*")
+        names += [] if moe.has_predictor() else ["dead_experts"]
+        names += ["expert_load_max_at_noise_.*"] if of_images else []
     return [re.compile(name) for name in names]

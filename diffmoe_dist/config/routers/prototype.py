@@ -44,6 +44,12 @@ class Settings(RouterSettings):
             return float(self.top_k)
         return self.num_experts * expert_slots(pool_tokens, self.num_experts, self.top_k) / pool_tokens
 
+    def capacity_is_constant(self) -> bool:
+        return not self.unconditional_expert or self.top_k == 1  # a token of the unconditional expert has that alone
+
+    def load_is_constant(self) -> bool:
+        return self.variant == "expert_choice"
+
     def batch_sum_bytes(self, hidden_size: int) -> int:
         if self.variant == "expert_choice":
             return 8  # how many images have a condition

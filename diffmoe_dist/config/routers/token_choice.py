@@ -20,6 +20,9 @@ class Settings(RouterSettings):
     def nominal_capacity(self) -> float:
         return float(self.top_k)
 
+    def capacity_is_constant(self) -> bool:
+        return True
+
     def batch_sum_bytes(self, hidden_size: int) -> int:
         return 8 * self.num_experts  # how often each was picked
 
