@@ -171,11 +171,11 @@ def _table(title: str, plans: Sequence[Plan]) -> list[str]:
 
 
 def _line(plan: Plan) -> str:
-    config, cluster = plan.config, plan.cluster
+    config, cluster, memory = plan.config, plan.cluster, plan.memory / 2**30
     return (
         f"{cluster.nodes:5} {cluster.ranks:5} {config.parallel.expert:6} {config.parallel.tensor:6} "
         f"{config.train.micro_batch_size:5} {config.train.recompute:>9} {config.precision:>10} {_pool(plan):6} "
-        f"{plan.memory / 2**30:6.1f} {plan.images_per_second:9.0f} {plan.mfu:4.0%} {days(plan):6.2f} "
+        f"{memory:6.{1 if memory >= 1 else 3}f} {plan.images_per_second:9.0f} {plan.mfu:4.0%} {days(plan):6.2f} "
         f"{gpu_hours(plan):8.0f}  {plan.bound_by}"
     )
 
