@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path, digits: Path) -> Path:
-    """A run on ten classes, its weights, and runs that start from them or without classes."""
+    """A run on ten classes, runs that start from its weights or without classes, and one from those to ten."""
     drawn = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
     for number, image in enumerate(drawn):
         for place in (folder / f"all/{number % 10}", folder / f"classes/{number % 3}", folder / "plain"):
@@ -59,6 +59,9 @@ def runs(folder: Path, digits: Path) -> Path:
     plain = {"train": {"steps": 20}, "model": {"num_classes": 0, **COLOUR}, **plain_data}
     jobs = {"three": three, "more": more, "plain": plain}
     run_ranks(1, train_and_sample, digits, [(folder / name, job) for name, job in jobs.items()])
+    export_checkpoint(folder / "plain", folder / "weights-plain")
+    jobs["back"] = {**everything, "train": {"steps": 20, "initial_weights": str(folder / "weights-plain")}}
+    run_ranks(1, train_all, digits, [(folder / "back", jobs["back"])])
     half = {name: {**job, "train": {**job["train"], "steps": 10}} for name, job in jobs.items()}
     split = [(folder / f"{name}2", {**part[name], **SPLIT}) for name in jobs for part in (half, jobs)]
     run_ranks(2, train_all, digits, split)
@@ -73,7 +76,7 @@ def train_and_sample(rank: int, ranks: int, digits: Path, jobs: list[tuple[Path,
         sample_to_folder(SamplingSettings(str(plain), num=3, cfg_scale=2.0), plain / "guided", cpu, launch)
 
 
-@pytest.mark.parametrize("name", ["three", "more", "plain"])
+@pytest.mark.parametrize("name", ["three", "more", "plain", "back"])
 def test_the_curve_is_one_on_any_ranks_and_over_a_resume(runs: Path, name: str) -> None:
     alone = curve(runs / name)
     assert len(alone) == 20
@@ -84,6 +87,8 @@ def test_what_begins_anew_is_told_by_name_and_everything_else_is_taken(runs: Pat
     weights = load_file(runs / "weights/model.safetensors")
     log = (runs / "three/logs/rank-0.log").read_text()
     assert f"started from the weights in {runs}/weights; from the seed: {TABLE}" in log
+    log = (runs / "back/logs/rank-0.log").read_text()
+    assert f"started from the weights in {runs}/weights-plain; from the seed: {TABLE}" in log
     log = (runs / "more/logs/rank-0.log").read_text()
     assert "from the seed: blocks.*.mlp.router.gate_weight, " in log and "blocks.*.mlp.experts.w1, " in log
     changes: dict[str, dict[str, Any]] = {
