@@ -50,6 +50,7 @@ def main() -> None:
         best_point,
         format_table,
         search_thresholds,
+        with_scores,
         write_points,
     )
 
@@ -57,9 +58,10 @@ def main() -> None:
     device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)
     set_up_logging(None, launch.rank)
-    points = search_thresholds(settings, thresholds, arguments.out, score, device, launch)
+    points = search_thresholds(settings, thresholds, arguments.out, device, launch)
     stop_process_group()
     if launch.rank == 0:
+        points = points if score is None else with_scores(points, arguments.out, score)
         figure = write_points(points, arguments.out)
         sys.stdout.write(format_table(points))
         best = best_point(points)

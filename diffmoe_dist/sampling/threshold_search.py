@@ -36,14 +36,13 @@ def search_thresholds(
     settings: SamplingSettings,
     thresholds: list[float],
     out: Path,
-    score: Score | None,
     device: torch.device,
     launch: Launch,
 ) -> list[Point]:
     """Sample the same images at each threshold; collective. What `out` has already is not sampled again.
 
     Returns:
-        On the first rank a point for each threshold, in the order given; on the others nothing.
+        On the first rank a point without a score for each threshold, in the order given; on the others nothing.
 
     Raises:
         UserError: the model has no capacity predictor, or as in `sample_to_folder`.
@@ -51,7 +50,7 @@ def search_thresholds(
     points = []
     source = open_source(_at(thresholds[0], settings), device, launch)
     for threshold in thresholds:
-        folder = out / f"threshold-{threshold!r}"
+        folder = _folder(out, threshold)
         logger.info("constant threshold %g", threshold)
         here = _at(threshold, settings)
         config = read_settings(source.checkpoint, here.overrides)
@@ -61,7 +60,7 @@ def search_thresholds(
         run_job(here, replace(source, config=config), folder, launch)
         if launch.rank == 0:
             capacity = json.loads((folder / "sampling.json").read_text())["capacity"]
-            points.append(Point(threshold, capacity, None if score is None else _score(score, folder)))
+            points.append(Point(threshold, capacity, None))
     return points
 
 
@@ -70,9 +69,18 @@ def _at(threshold: float, settings: SamplingSettings) -> SamplingSettings:
     return replace(settings, overrides=(*settings.overrides, *rule))
 
 
-def _score(score: Score, folder: Path) -> float:
-    with np.load(folder / "samples.npz") as file:
-        return float(score(file["arr_0"]))
+def with_scores(points: list[Point], out: Path, score: Score) -> list[Point]:
+    """What the images in `out` are worth. It may take long: for one process, when no other one waits."""
+
+    def judged(point: Point) -> Point:
+        with np.load(_folder(out, point.threshold) / "samples.npz") as file:
+            return replace(point, score=float(score(file["arr_0"])))
+
+    return [judged(point) for point in points]
+
+
+def _folder(out: Path, threshold: float) -> Path:
+    return out / f"threshold-{threshold!r}"
 
 
 def best_point(points: list[Point], most_capacity: float = 1.0) -> Point | None:

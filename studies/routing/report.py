@@ -46,15 +46,14 @@ class Measure:
     title: str
     path: tuple[str, str]
     digits: int
-    lower_is_better: bool
 
     def of(self, result: dict[str, Any], rule: str) -> float:
         return float(result["measures"][rule][self.path[0]][self.path[1]])
 
 
-LOSS = Measure("loss on held-out images", ("held_out", "loss"), 5, True)
-FRECHET = Measure("Fréchet distance", ("samples", "frechet"), 4, True)
-ACCURACY = Measure("accuracy of samples", ("samples", "accuracy"), 4, False)
+LOSS = Measure("loss on held-out images", ("held_out", "loss"), 5)
+FRECHET = Measure("Fréchet distance", ("samples", "frechet"), 4)
+ACCURACY = Measure("accuracy of samples", ("samples", "accuracy"), 4)
 
 
 class Results:

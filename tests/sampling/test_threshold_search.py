@@ -36,7 +36,7 @@ def search_and_sample(rank: int, ranks: int, run: Path, out: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "open_model", counted)
-        search_thresholds(settings, THRESHOLDS, out / "search", None, CPU, launch)
+        search_thresholds(settings, THRESHOLDS, out / "search", CPU, launch)
     for threshold in THRESHOLDS:
         overrides = ("moe.inference=constant", f"moe.constant_threshold={threshold}")
         sample_to_folder(replace(settings, overrides=overrides), out / str(threshold), CPU, launch)
