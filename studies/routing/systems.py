@@ -109,9 +109,10 @@ def learning_rate_runs() -> list[Run]:
 
 def planned_runs(lr: float) -> list[Run]:
     """All runs but those that choose the learning rate, the most important ones first."""
-    lower, higher = lr / 2, lr * 2
-    runs = [Run(system, seed, lr) for seed in SEEDS for system in MAIN_SYSTEMS]
-    runs += [Run(system, SEEDS[0], other) for system in SENSITIVE_SYSTEMS for other in (lower, higher)]
+    first, *others = SEEDS
+    runs = [Run(system, first, lr) for system in MAIN_SYSTEMS]
+    runs += [Run(system, first, rate) for rate in (lr / 2, lr * 2) for system in SENSITIVE_SYSTEMS]
+    runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
     ablations = ("no_contrastive", "pool_1", "pool_16", "experts_16", "experts_2", "pool_4", "experts_4")
     runs += [Run(system, seed, lr) for system in ablations for seed in SEEDS]
     return runs + [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]

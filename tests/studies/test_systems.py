@@ -12,7 +12,7 @@ from studies.routing.driver import Workplace, training_arguments
 from studies.routing.systems import (
     LEARNING_RATES,
     MAIN_SYSTEMS,
-    SEEDS,
+    SENSITIVE_SYSTEMS,
     SYSTEMS,
     VARIANTS,
     Run,
@@ -51,11 +51,14 @@ def test_the_learning_rate_is_chosen_by_the_dense_model_alone_before_anything_el
     assert chosen_learning_rate(dict(zip(LEARNING_RATES, (0.3, 0.2, 0.1, 0.4, 0.5), strict=True))) == LEARNING_RATES[2]
 
 
-def test_the_first_runs_are_a_seed_of_every_system_and_then_the_next_seed() -> None:
+def test_the_first_runs_are_a_seed_of_every_system_then_other_learning_rates_then_the_next_seed() -> None:
     runs = planned_runs(1e-3)
 
-    main = [(run.system, run.seed) for run in runs[: len(MAIN_SYSTEMS) * len(SEEDS)]]
-    assert main == [(system, seed) for seed in SEEDS for system in MAIN_SYSTEMS]
+    first, others, second = runs[:9], runs[9:13], runs[13:22]
+    assert [(run.system, run.seed, run.lr) for run in first] == [(system, 0, 1e-3) for system in MAIN_SYSTEMS]
+    assert {(run.system, run.seed) for run in others} == {(system, 0) for system in SENSITIVE_SYSTEMS}
+    assert {run.lr for run in others} == {5e-4, 2e-3}
+    assert [(run.system, run.seed, run.lr) for run in second] == [(system, 1, 1e-3) for system in MAIN_SYSTEMS]
     assert len({run.name for run in runs}) == len(runs)
 
 
