@@ -20,6 +20,7 @@ from studies.routing.results import LEVELS, by_learning_rate, read_result, read_
 from studies.routing.statistics import Estimate, Spread, Values, common_spread, mean_of, paired_difference
 from studies.routing.systems import (
     EXPERT_NUMBERS,
+    FALLING,
     MAIN_SYSTEMS,
     MORE_SEEDS,
     POOLS,
@@ -380,6 +381,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "classes": classes_table,
     "learning-rate": learning_rate_table,
     "load": load_table,
+    "falling": _ablation("learning rate falls to 0", FALLING, "dense_falling"),
     "pool": _ablation("images in a pool", POOLS, "global_pool"),
     "experts": _ablation("experts", EXPERT_NUMBERS, "global_pool"),
     "contrastive": _ablation("contrastive loss", CONTRASTIVE, "prototype"),

@@ -39,6 +39,7 @@ def _experts(router: str, *settings: str, experts: int = EXPERTS) -> tuple[str, 
 # A capacity predictor, through which every token passes, is paid for by narrower experts.
 _WITH_PREDICTOR = "moe.expert_mlp_ratio=3.5"
 _GLOBAL_POOL = _experts("global_pool", _WITH_PREDICTOR)
+_FALLING = "optim.schedule=cosine"  # to 0 at the last step
 # ProMoE's 12 routed experts have half the width, and one of the two that a token passes through is shared.
 _PROTOTYPE = _experts("prototype", experts=12)
 
@@ -57,6 +58,9 @@ SYSTEMS = {
     "prototype": System("ProMoE, token choice", _PROTOTYPE),
     "prototype_expert_choice": System("ProMoE, expert choice", (*_PROTOTYPE, "moe.variant=expert_choice")),
     # Ablations
+    "dense_falling": System("dense, learning rate falls", (_FALLING,)),
+    "token_choice_falling": System("token choice, learning rate falls", (*_experts("token_choice"), _FALLING)),
+    "global_pool_falling": System("DiffMoE, learning rate falls", (*_GLOBAL_POOL, _FALLING), ("static",)),
     "no_contrastive": System(
         "ProMoE, token choice, without contrastive loss", (*_PROTOTYPE, "moe.contrastive_loss_weight=0")
     ),
@@ -69,6 +73,7 @@ SYSTEMS = {
 }
 MAIN_SYSTEMS = tuple(SYSTEMS)[:9]
 SENSITIVE_SYSTEMS = ("global_pool", "token_choice")
+FALLING = {"dense": "dense_falling", "token choice": "token_choice_falling", "DiffMoE": "global_pool_falling"}
 POOLS = {1: "pool_1", 4: "pool_4", 16: "pool_16", 64: "global_pool"}  # images that compete
 EXPERT_NUMBERS = {2: "experts_2", 4: "experts_4", 8: "global_pool", 16: "experts_16"}
 
@@ -113,7 +118,16 @@ def planned_runs(lr: float) -> list[Run]:
     runs = [Run(system, first, lr) for system in MAIN_SYSTEMS]
     runs += [Run(system, first, rate) for rate in (lr / 2, lr * 2) for system in SENSITIVE_SYSTEMS]
     runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
-    ablations = ("no_contrastive", "pool_1", "pool_16", "experts_16", "experts_2", "pool_4", "experts_4")
+    ablations = (
+        *FALLING.values(),
+        "no_contrastive",
+        "pool_1",
+        "pool_16",
+        "experts_16",
+        "experts_2",
+        "pool_4",
+        "experts_4",
+    )
     runs += [Run(system, seed, lr) for system in ablations for seed in SEEDS]
     return runs + [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]
 
