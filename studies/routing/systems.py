@@ -116,7 +116,7 @@ def planned_runs(lr: float) -> list[Run]:
     """All runs but those that choose the learning rate, the most important ones first."""
     first, *others = SEEDS
     runs = [Run(system, first, lr) for system in MAIN_SYSTEMS]
-    runs += [Run(system, first, rate) for rate in (lr / 2, lr * 2) for system in SENSITIVE_SYSTEMS]
+    runs += [Run(system, first, rate) for rate in (lr / 2, lr / 4, lr * 2) for system in SENSITIVE_SYSTEMS]
     runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
     ablations = (
         *FALLING.values(),

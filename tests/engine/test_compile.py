@@ -39,7 +39,7 @@ COMPILED_AGAIN: Case = {**SPREAD, "train": {"steps": 20, "compile": True, "recom
 NORMED = {"qk_norm": "layer", "head_dim": 12, "activation": "swiglu"}
 PROTOTYPE: Case = {"model": NORMED, "moe": {"router": "prototype"}, "train": {"steps": 20}}
 MIXED: Case = {"precision": "bf16_mixed"}
-RAGGED: Case = {"precision": "bf16", "moe": {"router": "token_choice"}, **SPREAD}
+RAGGED: Case = {"precision": "bf16", "moe": {"router": "token_choice"}}
 JOBS: dict[int, dict[str, Case]] = {
     1: {
         "eager": {"train": {"steps": 20}},
@@ -48,12 +48,12 @@ JOBS: dict[int, dict[str, Case]] = {
         "compiled-prototype": {**PROTOTYPE, **COMPILED},
         "eager-mixed": {**MIXED, "train": {"steps": 5}},
         "compiled-mixed": {**MIXED, "train": {"steps": 5, "compile": True}},
+        "eager-ragged": {**RAGGED, "train": {"steps": 5}},
+        "compiled-ragged": {**RAGGED, "train": {"steps": 5, "compile": True, "recompute": "mlp"}},
     },
     2: {
         "eager-spread": {**SPREAD, "train": {"steps": 20}},
         "compiled-spread": COMPILED_AGAIN,
-        "eager-ragged": {**RAGGED, "train": {"steps": 5}},
-        "compiled-ragged": {**RAGGED, "train": {"steps": 5, "compile": True, "recompute": "mlp"}},
     },
 }
 

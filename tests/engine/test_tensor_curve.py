@@ -32,10 +32,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "prototype": {"moe": {"router": "prototype", "activation": "swiglu", "shared_experts": 1}},
 }
 KINDS = {**ROUTERS, "ddpm": DDPM}
-STEPS = {kind: 100 if kind in ("global_pool", "ddpm") else 30 for kind in KINDS}
+LONG, SHORT = 60, 30
+STEPS = {kind: LONG if kind in ("global_pool", "ddpm") else SHORT for kind in KINDS}
 
 
-def settings(kind: str, steps: int = 100, **parallel: int) -> dict[str, Any]:
+def settings(kind: str, steps: int = LONG, **parallel: int) -> dict[str, Any]:
     layers = {**HEADS, **KINDS[kind]}
     return {**layers, "train": {"steps": steps, "global_batch_size": 16}, "parallel": parallel}
 
@@ -51,12 +52,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     mixed = {**settings("global_pool", 20), "precision": "bf16_mixed"}
     go(1, {f"{kind}_1": settings(kind, steps) for kind, steps in STEPS.items()})
     go(2, {f"{kind}_t2": settings(kind, steps, tensor=2) for kind, steps in STEPS.items()})
-    go(2, {"global_pool_t2e2": settings("global_pool", 30, tensor=2, expert=2)})
+    go(2, {"global_pool_t2e2": settings("global_pool", SHORT, tensor=2, expert=2)})
     go(2, {"half": settings("prototype", 10, tensor=2, expert=2)})
     go(2, {"recomputed": {**again, "train": {**again["train"], "recompute": "block"}}})
     go(1, {"mixed_1": mixed})
     go(2, {"mixed_t2": {**mixed, "parallel": T2}})
-    go(4, {"global_pool_t2e2on4": settings("global_pool", 30, tensor=2, expert=2)})
+    go(4, {"global_pool_t2e2on4": settings("global_pool", SHORT, tensor=2, expert=2)})
     go(4, {"global_pool_t4": settings("global_pool", tensor=4), "prototype_t4": settings("prototype", 20, tensor=4)})
     for name in ("t2_to_1", "t2_to_e2", "t2_to_t4"):
         shutil.copytree(root / "half", root / name)
@@ -74,7 +75,7 @@ def test_two_ranks_that_share_each_layer_have_one_ranks_losses(runs: Path, kind:
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("global_pool_t2e2", 30), ("global_pool_t2e2on4", 30), ("global_pool_t4", 100)]
+    ("name", "steps"), [("global_pool_t2e2", SHORT), ("global_pool_t2e2on4", SHORT), ("global_pool_t4", LONG)]
 )
 def test_tensor_and_expert_parallelism_together_have_one_ranks_losses(runs: Path, name: str, steps: int) -> None:
     check_curve(metrics(runs / name), metrics(runs / "global_pool_1"), steps)
@@ -107,8 +108,8 @@ def test_a_run_resumes_on_another_tensor_and_expert_parallel_size(runs: Path, na
 @pytest.mark.parametrize("kind", [MASTER, EXP_AVG, EXP_AVG_SQ, EMA])
 def test_a_checkpoint_of_four_tensor_ranks_holds_the_state_of_one_rank(runs: Path, digits: Path, kind: str) -> None:
     model = {"num_heads": 4}
-    ours = whole_state(runs / "global_pool_t4", digits, kind, 100, {"model": model})
-    theirs = whole_state(runs / "global_pool_1", digits, kind, 100, {"model": model})
+    ours = whole_state(runs / "global_pool_t4", digits, kind, LONG, {"model": model})
+    theirs = whole_state(runs / "global_pool_1", digits, kind, LONG, {"model": model})
     for name, value in theirs.items():
         if name.endswith("attn.qkv.bias"):  # softmax does not see the keys' bias: its gradient is rounding alone
             ours[name], value = (bias.view(3, -1)[[0, 2]] for bias in (ours[name], value))
@@ -119,7 +120,7 @@ def test_a_checkpoint_of_four_tensor_ranks_holds_the_state_of_one_rank(runs: Pat
 def test_the_model_of_a_cut_run_loads_on_one_device_and_predicts_the_same(runs: Path) -> None:
     cut, whole = load_model(runs / "global_pool_t4"), load_model(runs / "global_pool_1")
     arguments = torch.ones(2, 1, 8, 8), torch.tensor([100.0, 900.0]), torch.tensor([3, 10])
-    # Weights of a hundred steps whose rounding differed.
+    # Weights of many steps whose rounding differed.
     torch.testing.assert_close(cut(*arguments).prediction, whole(*arguments).prediction, atol=1e-4, rtol=1e-4)
 
 

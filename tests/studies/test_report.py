@@ -75,7 +75,7 @@ def test_the_missing_runs_are_named_by_what_they_are_for(partial: Path, tmp_path
 
     assert Run("token_choice", 2, BEST) in missing["the main comparison"]
     assert Run("token_choice", 1, BEST) not in missing["the main comparison"]
-    assert len(missing["the sensitivity to the learning rate"]) == 4
+    assert len(missing["the sensitivity to the learning rate"]) == 6
     (nothing_yet,) = Results(tmp_path_factory.mktemp("empty")).missing().values()
     assert len(nothing_yet) == len(LEARNING_RATES)
 

@@ -54,10 +54,10 @@ def test_the_learning_rate_is_chosen_by_the_dense_model_alone_before_anything_el
 def test_the_first_runs_are_a_seed_of_every_system_then_other_learning_rates_then_the_next_seed() -> None:
     runs = planned_runs(1e-3)
 
-    first, others, second = runs[:9], runs[9:13], runs[13:22]
+    first, others, second = runs[:9], runs[9:15], runs[15:24]
     assert [(run.system, run.seed, run.lr) for run in first] == [(system, 0, 1e-3) for system in MAIN_SYSTEMS]
     assert {(run.system, run.seed) for run in others} == {(system, 0) for system in SENSITIVE_SYSTEMS}
-    assert {run.lr for run in others} == {5e-4, 2e-3}
+    assert {run.lr for run in others} == {2.5e-4, 5e-4, 2e-3}
     assert [(run.system, run.seed, run.lr) for run in second] == [(system, 1, 1e-3) for system in MAIN_SYSTEMS]
     assert len({run.name for run in runs}) == len(runs)
 
