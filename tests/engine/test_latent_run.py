@@ -14,6 +14,7 @@ from data_tools.latents import LatentSettings, encode_latents
 from diffmoe_dist.config import build_config
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import Launch
+from diffmoe_dist.library.export import Parts, export_pipeline
 from diffmoe_dist.sampling.generate import open_decoder
 from diffmoe_dist.sampling.job import sample_to_folder
 from diffmoe_dist.sampling.settings import SamplingSettings
@@ -79,4 +80,6 @@ def test_a_decoder_of_another_scale_is_refused(folder: Path, tmp_path: Path) -> 
     config = build_config(TINY, settings(folder, "one"))
     with pytest.raises(UserError, match="takes latents of another scale or shift than data.latents="):
         open_decoder(config, str(other), "sample.decoder", torch.device("cpu"))
+    with pytest.raises(UserError, match="--decoder=.*other: takes latents of another scale or shift"):
+        export_pipeline(folder / "one", tmp_path / "pipeline", None, Parts(decoder=str(other)))
     assert open_decoder(config, str(folder / "vae"), "sample.decoder", torch.device("cpu")) is not None

@@ -178,6 +178,11 @@ def pixels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, place / "pipeline"
 
 
+def test_an_autoencoder_is_refused_for_a_model_of_pixels(pixels: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--decoder=vae: this model makes pixels, not latents; remove it"):
+        export_pipeline(pixels[0], tmp_path / "pipeline", None, Parts(decoder="vae"))
+
+
 def test_a_pipeline_goes_and_comes_back_with_its_card(
     pixels: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
