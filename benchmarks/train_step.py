@@ -191,7 +191,8 @@ def make_trainer(name: str, config: Config, folder: Path) -> Trainer:
 def _leave_zero(trainer: Trainer) -> None:
     """As initialised, the blocks are the identity, and most gradients zero."""
     for master in trainer.state.flat["master"]:
-        master.add_(torch.randn(master.shape, generator=torch.Generator().manual_seed(0)).to(master), alpha=0.02)
+        generator = torch.Generator(master.device).manual_seed(0)
+        master.add_(torch.randn(master.shape, generator=generator, device=master.device), alpha=0.02)
     trainer.state.after_load(0)
 
 
@@ -206,7 +207,7 @@ def peak_of_model(name: str, config: Config, device: torch.device) -> int:
     model = make_model(name, config)
     initialize(model, 0)
     if config.train.compile:
-        apply_compile(model)
+        apply_compile(model, config.train.recompute)
     apply_recompute(model, config.train.recompute)
     model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     objective = build_objective(config)

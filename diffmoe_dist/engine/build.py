@@ -131,7 +131,7 @@ def _build_engine(config: Config, topology: Topology) -> tuple[Any, FrozenState]
     initialize(model, config.seed)
     freeze(model, names)
     if config.train.compile:
-        apply_compile(model)
+        apply_compile(model, config.train.recompute)
     apply_recompute(model, config.train.recompute)
     if config.parallel.tensor > 1:
         from diffmoe_dist.parallel.tensor_parallel import apply_tensor_parallel  # imports megatron-core

@@ -126,13 +126,22 @@ class DiTBlock(nn.Module):
         Returns:
             (N, T, D), and the routing where the feed-forward layer is a mixture of experts.
         """
-        x, shift, scale, gate = self.attend(x, condition, *(text or ()))
-        if isinstance(self.mlp, MoELayer):
-            h, routing = self.mlp(self.normalize(x, shift, scale), null_N)
-        else:
-            h, routing = self.feed(x, shift, scale), None
+        if not isinstance(self.mlp, MoELayer):
+            return self.dense(x, condition, *(text or ())), None
+        x, gate, h = self.enter(x, condition, *(text or ()))
+        h, routing = self.mlp(h, null_N)
         with made_again(h):
             return self.add(x, gate, h), routing
+
+    def dense(self, x: Tensor, condition: Tensor, *text: Tensor) -> Tensor:
+        """(N, T, D), a whole block whose feed-forward layer is dense."""
+        x, shift, scale, gate = self.attend(x, condition, *text)
+        return self.add(x, gate, self.feed(x, shift, scale))
+
+    def enter(self, x: Tensor, condition: Tensor, *text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block before its mixture of experts: the residual stream, that layer's gate (N, D), and its input."""
+        x, shift, scale, gate = self.attend(x, condition, *text)
+        return x, gate, self.normalize(x, shift, scale)
 
     def attend(self, x: Tensor, condition: Tensor, *text: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The half before the feed-forward layer: (N, T, D), and shift, scale and gate of that layer, (N, D)."""

@@ -1,4 +1,4 @@
-"""Blocks by torch.compile, part by part: equal parts of all blocks share one compiled code.
+"""Blocks by torch.compile: a dense one whole, one with experts part by part; equal parts share one compiled code.
 
 Routers, what moves tokens and the weighted sum of results stay as they are. So do experts whose numbers of rows differ,
 unless one grouped product computes them, which the compiler knows in bf16 alone.
@@ -18,10 +18,12 @@ from diffmoe_dist.model.expert_products import is_grouped
 from diffmoe_dist.model.moe import ExpertInput, MoELayer
 
 
-def apply_compile(model: DiT) -> None:
+def apply_compile(model: DiT, recompute: str) -> None:
     """Edit a model in place; `model.state_dict()` keeps its names. Nothing is compiled before a part is first called.
 
-    To be called before `apply_recompute`, which computes compiled parts again. Without gradients nothing changes.
+    Args:
+        recompute: the mode of `apply_recompute`, which is to be called afterwards: what it computes again is a compiled
+            part of its own. Without gradients nothing changes.
     """
     if any(not parameter.requires_grad for parameter in model.parameters()):
         # What differs in its frozen parameters is other code; by default the ninth is an error.
@@ -29,17 +31,18 @@ def apply_compile(model: DiT) -> None:
         torch._dynamo.config.recompile_limit = max(limit, 8 + len(model.blocks))
     for block in model.blocks:
         layer = block.mlp
-        _compile(block, "attend")
-        _compile(block, "add")
+        if recompute == "none":  # the fewer parts, the fewer calls and the more is fused
+            parts = ["enter", "add"] if isinstance(layer, MoELayer) else ["dense"]
+        else:
+            parts = ["attend", "normalize" if isinstance(layer, MoELayer) else "feed", "add"]
+        for part in parts:
+            _compile(block, part)
         if isinstance(layer, MoELayer):
-            _compile(block, "normalize")
             layer.experts.forward = _CompiledExperts(layer.experts)  # type: ignore[method-assign]
             if layer.shared is not None:
                 _compile(layer.shared, "forward")
             if layer.unconditional is not None:
                 _compile(layer.unconditional, "forward", dynamic=True)  # its rows are another number in each step
-        else:
-            _compile(block, "feed")
 
 
 def _compile(module: Any, name: str, dynamic: bool = False) -> None:
