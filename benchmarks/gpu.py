@@ -7,7 +7,8 @@ its memory is its own and a part that fails loses its rows alone. A row is a pre
 - machine: a large matrix product and a copy within device memory against the data sheet. The planner assumes fractions
   of these.
 - layer: forward and backward of the mixture-of-experts layer, and of the dense MLP with the same arithmetic.
-- step: `Trainer.train_step` without reading data; its MFU; memory held between steps, and at the peak of a step.
+- step: `Trainer.train_step` without reading data, one after the other as in a run; its MFU; memory held between steps,
+  and at the peak of a step.
 - sampling: the Euler sampler without guidance. The prediction is a third of what the planner says of a training step's
   forward and backward pass: on the device or, where that is slower, on the host.
 
@@ -38,7 +39,7 @@ import torch
 
 from benchmarks import moe_layer, sampling
 from benchmarks.measuring import circumstances, peak_bytes, process_and_wall_seconds, told
-from benchmarks.train_step import EXPERTS, SIZES, config_for, make_trainer, tokens_of_image
+from benchmarks.train_step import EXPERTS, IN_A_ROW, SIZES, config_for, make_trainer, tokens_of_image
 from diffmoe_dist.config import Config
 from diffmoe_dist.planning.accelerators import ACCELERATORS, Accelerator, matmul_format, model_flop_utilization
 from diffmoe_dist.planning.estimate import Plan, make_plan
@@ -86,10 +87,15 @@ class Setting:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
-    def seconds(self, step: Callable[[], Any], warm_up: int = 3) -> float:
-        """The median wall time of some rounds after a warm-up."""
-        rounds = [process_and_wall_seconds(step, self.torch_device)[1] for _ in range(warm_up + self.rounds)]
-        return statistics.median(rounds[warm_up:])
+    def seconds(self, step: Callable[[], Any], warm_up: int = 3, in_a_row: int = 1) -> float:
+        """The median wall time of some rounds after a warm-up; of one of the steps that a round takes in a row."""
+
+        def some() -> None:
+            for _ in range(in_a_row):
+                step()
+
+        rounds = [process_and_wall_seconds(some, self.torch_device)[1] for _ in range(warm_up + self.rounds)]
+        return statistics.median(rounds[warm_up:]) / in_a_row
 
 
 def machine_rows(setting: Setting) -> list[Row]:
@@ -134,7 +140,7 @@ def step_rows(setting: Setting, size: str, model: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model.split(",")[0], config, Path(folder))
         device = trainer.topology.device
-        seconds = setting.seconds(trainer.train_step)
+        seconds = setting.seconds(trainer.train_step, in_a_row=IN_A_ROW[setting.device])
         held = held_bytes(device)
         peak = held + peak_bytes(trainer.train_step, device)
         trainer.close()

@@ -17,7 +17,9 @@ from diffmoe_dist.engine.adamw import AdamW
 
 BLOCK = 1024  # elements of one piece that one program of a kernel computes
 _WARPS = 4
-_ALIGNED = 16  # bytes of a gradient, elements of a piece: a thread then moves 16 bytes at once
+# A thread then moves 16 bytes at once. Elements of a piece, of which bf16 ones are 16 bytes; DeepSpeed's flat tensors
+# begin each parameter so.
+_ELEMENTS, _BYTES = 8, 16
 
 
 class PieceTable:
@@ -36,7 +38,7 @@ class PieceTable:
         self._first_block = torch.tensor([0, *blocks], dtype=torch.int64).cumsum(0)[:-1].to(device)
         self._size = torch.tensor(sizes, dtype=torch.int64, device=device)
         self._place = torch.tensor(places, dtype=torch.int64, device=device)
-        self._aligned = all(number % _ALIGNED == 0 for number in (*sizes, *places))
+        self._aligned = all(number % _ELEMENTS == 0 for number in (*sizes, *places))
 
     def addresses(self, gradients: Sequence[Tensor]) -> tuple[Tensor, bool]:
         """Of the gradients, contiguous and of one type: (pieces,) int64 on the device; and whether all is aligned."""
@@ -45,7 +47,7 @@ class PieceTable:
         if self._size.device.type == "cuda":
             table = table.pin_memory()
         return table.to(self._size.device, non_blocking=True), self._aligned and all(
-            address % _ALIGNED == 0 for address in found
+            address % _BYTES == 0 for address in found
         )
 
     def squares(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -116,7 +118,7 @@ def _block(pieces, first_blocks, sizes, ALIGNED: tl.constexpr, BLOCK: tl.constex
     piece = tl.load(pieces + block)
     size = tl.load(sizes + piece)
     if ALIGNED:
-        size = tl.multiple_of(size, 16)  # else the mask may differ between the elements of a vector
+        size = tl.multiple_of(size, 8)  # else the mask may differ between the elements of a vector
     at = (block - tl.load(first_blocks + piece)) * BLOCK + tl.arange(0, BLOCK)
     return piece, at, at < size
 
@@ -148,7 +150,7 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]  # noqa: PLR0913
     piece, at, inside = _block(pieces, first_blocks, sizes, ALIGNED, BLOCK)
     place = tl.load(places + piece)
     if ALIGNED:
-        place = tl.multiple_of(place, 16)
+        place = tl.multiple_of(place, 8)
     there = place + at
     g = _gradient(addresses, piece, at, inside, BF16, ALIGNED) / grad_scale
     m = tl.load(exp_avg + there, mask=inside, other=0.0)

@@ -25,14 +25,15 @@ from diffmoe_dist.planning.memory import (
 from diffmoe_dist.planning.traffic import CUT_LAYERS, GRADIENTS, PARAMETERS, ROW_GRADIENTS, ROWS, Transfer
 from diffmoe_dist.planning.workload import Workload
 
-# Fractions of the data sheet's numbers, and times that saved activations cross the memory bus, with their gradients and
-# what is not saved: of one H200 in bf16, 2026-11-26, sizes B and L (docs/performance.md, "On a GPU"). TF32 is assumed
-# to be like bf16; fp32 is an assumption.
+# Fractions of the data sheet's numbers, and times that saved activations are moved, with their gradients and what is
+# not saved: of one H100 and one H200 in bf16, 2026-11-26, sizes B and L (docs/performance.md, "On a GPU"). TF32 is
+# assumed to be like bf16; fp32 is an assumption.
 COMPUTE_FRACTION = {"bf16": 0.68, "tf32": 0.68, "fp32": 0.7}
 MEMORY_FRACTION = 0.8
-OPTIMIZER_FRACTION = 0.54  # of the bandwidth, as torch's AdamW and ours: 2.6 of 4.8 TB/s
-ACTIVATION_PASSES = 11
-MIXTURE_PASSES = 14  # more, of what mixture-of-experts layers save
+OPTIMIZER_FRACTION = 0.85  # of the bandwidth, in AdamW
+ACTIVATION_RATE = 2.7e12  # bytes a second at most: a faster memory did not make an H200 faster than an H100
+ACTIVATION_PASSES = 7.5
+MIXTURE_PASSES = 12  # more, of what mixture-of-experts layers save
 ROUNDING_PASSES = 3  # of the copies of fp32 weights in mixed precision: read in fp32, written in bf16
 # Kernels that a step launches, counted there, and what one costs the host with all the Python around it.
 LAUNCH = 29e-6
@@ -101,16 +102,15 @@ def device_seconds(
     moved += MIXTURE_PASSES * mixture_activation_bytes(once, work) + ROUNDING_PASSES * rounded_weight_bytes(once)
     return {
         "arithmetic": flops / (accelerator.peak_flops[kind] * COMPUTE_FRACTION[kind]),
-        "activations": moved * work.micro_steps / (accelerator.memory_bandwidth * MEMORY_FRACTION),
+        "activations": moved * work.micro_steps / min(accelerator.memory_bandwidth * MEMORY_FRACTION, ACTIVATION_RATE),
     }
 
 
 def optimizer_seconds(config: Config, accelerator: Accelerator, ranks: int) -> float:
     """From the gradients of the last backward pass to the average, collectives apart."""
     traffic = state_traffic(config, ranks)
-    adamw = sum(traffic.get(name, 0) for name in ("fp32 gradients", "AdamW", "model's weights"))
-    others = sum(traffic.values()) - adamw
-    return (adamw / OPTIMIZER_FRACTION + others / MEMORY_FRACTION) / accelerator.memory_bandwidth
+    others = sum(traffic.values()) - traffic["AdamW"]
+    return (traffic["AdamW"] / OPTIMIZER_FRACTION + others / MEMORY_FRACTION) / accelerator.memory_bandwidth
 
 
 def launches(config: Config, work: Workload, ranks: int) -> float:
@@ -148,10 +148,14 @@ def recomputed_flops(config: Config, accounting: Accounting, capacity: float) ->
     return 2 * again
 
 
-def state_traffic(config: Config, ranks: int) -> dict[str, int]:
+def state_traffic(config: Config, ranks: int, kernels: bool = True) -> dict[str, int]:
     """Bytes that a rank reads and writes of gradients, weights and optimizer state in a step, by pass.
 
-    From the gradients of the last backward pass on, collectives apart, and without clipping, which writes 4 bytes more.
+    From the gradients of the last backward pass on, collectives apart.
+
+    Args:
+        kernels: AdamW is that of `adamw_kernels`, as on CUDA. torch's wants gradients in fp32, leaves the bf16 weights
+            to a copy, and writes the gradients, 4 bytes more, in a step that clips.
     """
     e, wire = weight_bytes(config), wire_bytes(config)
     passes: Counter[str] = Counter()
@@ -160,10 +164,14 @@ def state_traffic(config: Config, ranks: int) -> dict[str, int]:
         made, summed = (e, e) if group.ranks == 1 else (wire, 4)
         if group.ranks > 1:
             passes["copies to be reduced"] += group.elements * (e + wire)
-        passes["fp32 gradients"] += owned * (made + 4) if made < 4 else 0
         passes["norm"] += owned * summed
-        passes["AdamW"] += owned * 28  # reads gradient, weight and moments, writes the latter
-        passes["model's weights"] += group.partition * (4 + e) if e < 4 else 0
+        rounded = e if e < 4 else 0
+        if kernels:
+            passes["AdamW"] += owned * (summed + 24 + rounded)  # reads gradient, weight and moments, writes the latter
+        else:
+            passes["fp32 gradients"] += owned * (made + 4) if made < 4 else 0
+            passes["AdamW"] += owned * 28
+            passes["model's weights"] += group.partition * (4 + e) if rounded else 0
         passes["EMA"] += config.ema.count * group.partition * 12
     return dict(passes)
 
