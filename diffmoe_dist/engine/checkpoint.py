@@ -73,6 +73,7 @@ def save_checkpoint(
     try:
         written = write_fragments(unfinished, fragments, group)
     except CheckpointException as error:
+        on_first_rank(claim.check, group)  # a newer attempt removes what this one has begun
         on_first_rank(lambda: shutil.rmtree(unfinished, ignore_errors=True), group)  # what it holds of a full disk
         for cause, _ in error.failures.values():
             if isinstance(cause, OSError):
@@ -111,6 +112,7 @@ def _publish(
     sums: list[dict[str, str]],
 ) -> None:
     try:
+        claim.check()  # first: what a newer attempt has removed would look like a folder that is not shared
         check_files(unfinished)
         save_config(config, unfinished / "config.yaml")
         write_json(unfinished / "state.json", asdict(progress))

@@ -140,13 +140,11 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def check_files(folder: Path) -> None:
-    """Every rank's file is here in its full length; ranks with a folder of their own would each have a part."""
+    """Raises UserError where a rank's file is not here in its full length: ranks have folders of their own."""
     for info in read_metadata(folder).storage_data.values():
         file = folder / info.relative_path
         if not file.is_file() or file.stat().st_size < info.offset + info.length:
-            raise RuntimeError(
-                f"{file} was written by no rank that shares this folder: run_dir must be on a shared disk"
-            )
+            raise UserError(f"{file} was written by no rank that shares this folder: choose a run_dir on a shared disk")
 
 
 def check_coverage(metadata: Metadata) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffmoe_dist.config import Config
+from diffmoe_dist.engine import checkpoint, fragment_io
 from diffmoe_dist.engine.checkpointer import Checkpointer
-from diffmoe_dist.engine.run_folder import NoClaim
+from diffmoe_dist.engine.progress import Progress
+from diffmoe_dist.engine.run_folder import Claim, FolderClaim, NoClaim
 from diffmoe_dist.engine.sharded_state import Fragment
+from diffmoe_dist.errors import UserError
 
 PARTS = {"a": (0, 30), "b": (30, 70), "c": (70, 100)}
 
@@ -29,9 +33,9 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_checkpointer(run_dir: Path, device: str) -> Checkpointer:
+def make_checkpointer(run_dir: Path, device: str, claim: Claim | None = None) -> Checkpointer:
     config = Config(run_dir=str(run_dir))
-    return Checkpointer(config, torch.device(device), NoClaim(), 0, timedelta(seconds=30))
+    return Checkpointer(config, torch.device(device), claim or NoClaim(), 0, timedelta(seconds=30))
 
 
 def make_state() -> tuple[list[Tensor], list[Fragment]]:
@@ -129,4 +133,44 @@ def test_on_cuda_the_thread_takes_its_ranks_device_first_and_pins_one_buffer_a_f
     copy = ["stream", "wait_event", "synchronize"]
     assert names == ["set_device", *["pinned"] * len(flats), *copy, *copy], "once, and no memory for the second copy"
     assert cuda.calls[0][2] == torch.device("cuda:3")
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("moment", ["before its files are written", "after"])
+def test_a_save_that_a_newer_attempt_interrupts_says_so_whatever_is_gone(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def taken_over(*arguments: Any) -> Any:
+        """The newer attempt removes what this one has begun to write."""
+        written = write(*arguments) if moment == "after" else None
+        (tmp_path / "attempt").write_text("4711.1\n")
+        shutil.rmtree(tmp_path / "checkpoints/.unfinished-step-00000005")
+        return write(*arguments) if written is None else written
+
+    write = fragment_io.write_fragments
+    monkeypatch.setattr(checkpoint, "write_fragments", taken_over)
+    (tmp_path / "attempt").write_text("4711.0\n")
+    checkpointer = make_checkpointer(tmp_path, "cpu", FolderClaim(tmp_path, "4711.0", None))
+    checkpointer.save(make_state()[1], Progress(5, 80, 0, "data", 16, 1))
+    with pytest.raises(UserError, match=r"another attempt has taken over \(4711.1, this is 4711.0\)"):
+        checkpointer.wait()
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+    checkpointer.close()
+
+
+def test_ranks_that_share_no_folder_are_told_to_choose_one_that_is_shared(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(folder: Path, *arguments: Any) -> Any:
+        written = write(folder, *arguments)
+        for file in folder.glob("*.distcp"):
+            file.unlink()
+        return written
+
+    write = fragment_io.write_fragments
+    monkeypatch.setattr(checkpoint, "write_fragments", elsewhere)
+    checkpointer = make_checkpointer(tmp_path, "cpu")
+    checkpointer.save(make_state()[1], Progress(5, 80, 0, "data", 16, 1))
+    with pytest.raises(UserError, match="choose a run_dir on a shared disk"):
+        checkpointer.wait()
     checkpointer.close()
