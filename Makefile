@@ -66,7 +66,7 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.train_step --device cpu --tokens 1024 2048 --rounds 4 --models dense ours published \
 		deepspeed ours,train.recompute=mlp --json build/bench/step.json
 	$(BIN)/python -m benchmarks.train_step --device cpu --tokens 8192 --rounds 3 --models dense ours published \
-		--json build/bench/step-8k.json # each of the three holds 7 GB
+		--json build/bench/step_8k.json # each of the three holds 7 GB
 	$(BIN)/python -m benchmarks.moe_layer --device cpu --sizes 384x8192x16 --json build/bench/layer.json
 	$(BIN)/python -m benchmarks.scaling --rounds 5 --json build/bench/scaling.json
 	$(BIN)/python -m benchmarks.page docs/performance.md build/bench/*.json
