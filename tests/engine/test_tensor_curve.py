@@ -32,7 +32,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "prototype": {"moe": {"router": "prototype", "activation": "swiglu", "shared_experts": 1}},
 }
 KINDS = {**ROUTERS, "ddpm": DDPM}
-LONG, SHORT = 60, 30
+LONG, SHORT = 40, 20
 STEPS = {kind: LONG if kind in ("global_pool", "ddpm") else SHORT for kind in KINDS}
 
 
