@@ -251,7 +251,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"  {CALL_LATENCY * 1e6:g} us for each collective, and {NVLINK_HOP * 1e6:g} or {NETWORK_HOP * 1e6:g} a hop;"
         " ranks fill nodes in order;",
         *(
-            ["  train.compile=true is not counted: it keeps, moves and starts less;"]
+            ["  train.compile=true is not counted: it keeps and moves less, and hardly spares the host;"]
             if plan.config.train.compile
             else []
         ),
