@@ -23,7 +23,16 @@ from studies.routing.report import (
 )
 from studies.routing.results import by_learning_rate
 from studies.routing.statistics import mean_of
-from studies.routing.systems import EXPERT_NUMBERS, POOLS, SENSITIVE_SYSTEMS, SYSTEMS, VARIANTS, Variant
+from studies.routing.systems import (
+    EXPERT_NUMBERS,
+    POOLS,
+    SEEDS,
+    SENSITIVE_SYSTEMS,
+    SYSTEMS,
+    VARIANTS,
+    Run,
+    Variant,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -127,7 +136,8 @@ def curves_plot(results: Results) -> Figure | None:
 
 
 def learning_rate_plot(results: Results) -> Figure | None:
-    _, axes = plt.subplots(figsize=(5, 3.4))
+    """Losses over the rates; and, of each rate, how far DiffMoE is from dense while training."""
+    figure, (axes, while_training) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     drawn = False
     for system, color in zip(("dense", *SENSITIVE_SYSTEMS), ("#1c1f24", "#1f5fa8", "#c44e52"), strict=True):
         losses = sorted(by_learning_rate(results.runs, system).items())
@@ -139,7 +149,21 @@ def learning_rate_plot(results: Results) -> Figure | None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="learning rate", ylabel="loss on held-out images, seed 0")
-    return _with_legend(axes) if drawn else None
+    for number, lr in enumerate(ticks):
+        dense, ours = (results.runs.get(Run(system, SEEDS[0], lr).name) for system in ("dense", "global_pool"))
+        if dense is not None and ours is not None:
+            of_dense, curve = dense["curve"]["validation"], ours["curve"]["validation"]
+            differences = [100 * (curve[step] / of_dense[step] - 1) for step in of_dense]
+            shade = plt.get_cmap("Blues")((number + 1) / len(ticks))
+            while_training.plot([int(step) for step in of_dense], differences, "o-", color=shade, label=f"{lr:g}")
+    while_training.axhline(0, color=GRAY, linewidth=1)
+    while_training.set_ylim(-6, 6)
+    while_training.set(xlabel="step", ylabel="DiffMoE's validation loss\nagainst dense, %, seed 0")
+    if not drawn:
+        return None
+    axes.legend()
+    while_training.legend(title="learning rate", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def load_plot(results: Results) -> Figure | None:

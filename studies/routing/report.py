@@ -397,7 +397,7 @@ PICTURES = {
     "differences": "Loss and Fréchet distance of every system minus those of dense, with a point for each seed",
     "noise-levels": "Loss of every system against dense, at ten noise levels",
     "curves": "Validation loss of every system against dense, while training",
-    "learning-rate": "Loss over the learning rate",
+    "learning-rate": "Loss over the learning rate; and DiffMoE against dense while training, for each rate",
     "load": "Tokens of the experts of a layer, the busiest first",
     "ablations": "Loss and Fréchet distance over the images in a pool, and over the number of experts",
     "experts": "Which patches of ten images the eight experts of a layer take",
