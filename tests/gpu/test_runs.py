@@ -33,8 +33,13 @@ def train(run_dir: Path, digits: Path, device: str, *settings: str) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_mixed"])
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        pytest.param("cpu", "bf16_mixed", marks=pytest.mark.slow),  # the others: tests/engine/test_one_curve.py
+        *(pytest.param("cuda", precision, marks=pytest.mark.gpu) for precision in ("fp32", "bf16", "bf16_mixed")),
+    ],
+)
 def test_a_deterministic_run_that_is_resumed_has_the_bits_of_one_that_is_not(
     device: str, precision: str, digits: Path, tmp_path: Path
 ) -> None:
@@ -49,11 +54,12 @@ def test_a_deterministic_run_that_is_resumed_has_the_bits_of_one_that_is_not(
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
-def test_recomputation_gives_the_same_bits(device: str, digits: Path, tmp_path: Path) -> None:
+@pytest.mark.gpu
+def test_recomputation_gives_the_same_bits(digits: Path, tmp_path: Path) -> None:
+    # On a CPU: tests/engine/test_recompute.py.
     settings = ("precision=bf16", "deterministic=true", "train.steps=4")
     for mode in ("none", "mlp", "block"):
-        train(tmp_path / mode, digits, device, *settings, f"train.recompute={mode}")
+        train(tmp_path / mode, digits, "cuda", *settings, f"train.recompute={mode}")
     assert curve(tmp_path / "none") == curve(tmp_path / "mlp") == curve(tmp_path / "block")
 
 
