@@ -77,6 +77,7 @@ def differences_plot(results: Results) -> Figure | None:
             _draw_difference(axes, results, name, measure, row)
         axes.axvline(0, color=GRAY, linewidth=1)
         axes.set(xlabel=f"{measure.title}, minus dense")
+        axes.locator_params(axis="x", nbins=6)
         axes.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
     panels[0].set_title("lower is better", loc="left", fontsize=9, color=GRAY)
