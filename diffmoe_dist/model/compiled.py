@@ -20,10 +20,11 @@ from diffmoe_dist.model.moe import ExpertInput, MoELayer
 
 def apply_compile(model: DiT, recompute: str) -> None:
     """Edit a model in place; `model.state_dict()` keeps its names. Nothing is compiled before a part is first called.
+    Without gradients nothing changes.
 
     Args:
         recompute: the mode of `apply_recompute`, which is to be called afterwards: what it computes again is a compiled
-            part of its own. Without gradients nothing changes.
+            part of its own.
     """
     if any(not parameter.requires_grad for parameter in model.parameters()):
         # What differs in its frozen parameters is other code; by default the ninth is an error.

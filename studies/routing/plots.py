@@ -158,7 +158,7 @@ def learning_rate_plot(results: Results) -> Figure | None:
             shade = plt.get_cmap("Blues")((number + 1) / len(ticks))
             while_training.plot([int(step) for step in of_dense], differences, "o-", color=shade, label=f"{lr:g}")
     while_training.axhline(0, color=GRAY, linewidth=1)
-    while_training.set_ylim(-6, 6)
+    while_training.set_ylim(-6, 6)  # the loss of one run jumps, by more than all else
     while_training.set(xlabel="step", ylabel="DiffMoE's validation loss\nagainst dense, %, seed 0")
     if not drawn:
         return None
