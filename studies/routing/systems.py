@@ -119,16 +119,16 @@ def planned_runs(lr: float) -> list[Run]:
     runs += [Run(system, first, rate) for rate in (lr / 2, lr / 4, lr * 2) for system in SENSITIVE_SYSTEMS]
     runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
     ablations = (
-        *FALLING.values(),
         "no_contrastive",
         "pool_1",
-        "pool_16",
         "experts_16",
         "experts_2",
+        "pool_16",
+        *FALLING.values(),
         "pool_4",
         "experts_4",
     )
-    runs += [Run(system, seed, lr) for system in ablations for seed in SEEDS]
+    runs += [Run(system, seed, lr) for seed in SEEDS for system in ablations]
     return runs + [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]
 
 
