@@ -62,7 +62,6 @@ def test_a_checkpoint_for_which_there_is_no_space_is_left_out_and_the_last_one_i
     assert (tmp_path / "checkpoints").read_text().split() == ["step-00000002"], "the one before is kept, and whole"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6], "training went on"
-    assert lines[-1]["failed_checkpoints"] <= 1
     assert "GB are free, a checkpoint needs 0.0131 GB; the checkpoints before are kept" in errors
     assert "make space and run the same command again" in errors.splitlines()[-1]
 
