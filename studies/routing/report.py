@@ -277,22 +277,18 @@ def by_images(results: Results, first: Variant, second: Variant, seed: int = SEE
 
 
 def ablation_rows(results: Results, systems: Mapping[Any, str], reference: str) -> list[list[str]]:
+    base = Variant("", reference, without_predictor(reference))
     rows = []
     for label, system in systems.items():
-        variant, base = (
-            Variant("", system, without_predictor(system)),
-            Variant("", reference, without_predictor(reference)),
-        )
-        losses, distances = results.values(variant, LOSS), results.values(variant, FRECHET)
+        variant = Variant("", system, without_predictor(system))
+        losses = results.values(variant, LOSS)
         if losses:
-            pairs = [
-                paired_difference(results.values(variant, one), results.values(base, one)) for one in (LOSS, FRECHET)
-            ]
-            is_base = system == reference
-            rows.append([
-                str(label), str(len(losses)), _mean_and_deviation(losses, 5), "" if is_base else told(pairs[0], 5),
-                _mean_and_deviation(distances, FRECHET.digits), "" if is_base else told(pairs[1], FRECHET.digits),
-            ])  # fmt: skip
+            row = [str(label), str(len(losses))]
+            for measure in (LOSS, FRECHET):
+                against = [told(one, measure.digits) for one in difference(results, variant, base, measure)]
+                row.append(_mean_and_deviation(results.values(variant, measure), measure.digits))
+                row += ["", ""] if system == reference else against
+            rows.append(row)
     return rows
 
 
@@ -303,7 +299,8 @@ def without_predictor(system: str) -> str:
 
 
 def _ablation(first: str, systems: Mapping[Any, str], reference: str) -> Callable[[Results], list[str]]:
-    head = [first, "seeds", "loss", "difference, own 95 %", "Fréchet distance", "difference, own 95 %"]
+    intervals = ["difference, own 95 %", "common 95 %"]
+    head = [first, "seeds", "loss", *intervals, "Fréchet distance", *intervals]
     return lambda results: table(head, ablation_rows(results, systems, reference))
 
 
