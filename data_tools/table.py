@@ -22,7 +22,7 @@ _PATHS = ("path", "file_name", "filename", "file", "image_path", "image")
 CAPTIONS = ("caption", "captions", "text", "prompt")
 LABELS = ("label", "labels", "cls", "class")
 
-logger = logging.getLogger("diffmoe_data")
+logger = logging.getLogger("data_tools")
 
 
 @dataclass(frozen=True)

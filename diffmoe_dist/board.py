@@ -77,9 +77,13 @@ def _free_name(run: Path, folder: Path, taken: Mapping[str, Path]) -> str:
     name = run.resolve().name if run == folder else str(run.relative_to(folder))
     whole = str(run.resolve()).lstrip("/")
     flat = whole.replace("/", "-")
-    names = chain((name, whole, flat), (f"{flat}-{number}" for number in count(2)))
-    ends = [f"{other}/" for other in taken]
-    return next(one for one in names if not any(f"{one}/".startswith(end) or end.startswith(f"{one}/") for end in ends))
+    candidates = chain((name, whole, flat), (f"{flat}-{number}" for number in count(2)))
+    return next(one for one in candidates if not any(_clash(one, other) for other in taken))
+
+
+def _clash(one: str, other: str) -> bool:
+    """Whether two paths are equal, or one lies below the other."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
 def link_runs(runs: Mapping[str, Path], links: Path) -> None:

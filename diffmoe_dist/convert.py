@@ -218,16 +218,18 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _convert_diffusers(arguments: argparse.Namespace, folder: Path) -> None:
     config = None
-    if not arguments.upcycle:
-        arguments.overrides = let_router_run(arguments.overrides)
     if arguments.upcycle:
         if arguments.config is None:
             raise UserError("--upcycle needs --config FILE, the mixture of experts that the model is to become")
         config = load_config(arguments.config, arguments.overrides, training=False)
-    elif arguments.config or arguments.overrides or arguments.weights:
-        given = "--config" if arguments.config else f"--weights {arguments.weights}"
-        given = arguments.overrides[0] if arguments.overrides else given
-        raise UserError(f"{given} has no effect with --from diffusers, whose folder has its settings; leave it out")
+    else:
+        unused = let_router_run(arguments.overrides)
+        unused += ["--config"] if arguments.config else []
+        unused += [f"--weights {arguments.weights}"] if arguments.weights else []
+        if unused:
+            raise UserError(
+                f"{unused[0]} has no effect with --from diffusers, whose folder has its settings; leave it out"
+            )
 
     from diffmoe_dist.engine.conversion import convert_diffusers
 

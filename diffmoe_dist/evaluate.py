@@ -13,7 +13,7 @@ from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import make_writable, write_json
 from diffmoe_dist.launch import detect_launch
-from diffmoe_dist.own_code import import_callable
+from diffmoe_dist.own_code import import_score
 from diffmoe_dist.sampling.settings import (
     PROMPTS_NAME,
     add_sampling_options,
@@ -196,7 +196,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     from diffmoe_dist.evaluation.scores import build_result, count_name, score, table
     from diffmoe_dist.parallel.topology import stop_process_group
 
-    own = None if arguments.score is None else import_callable(arguments.score, f"--score {arguments.score}", "score")
+    own = None if arguments.score is None else import_score(arguments.score)
     extractor = reference = clip = record = None
     if arguments.reference:
         of_folder = Path(arguments.reference).is_dir()
@@ -232,7 +232,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     return f"{table(result)}\nresult: {out}\n"
 
 
-def _own_score(function: Callable[..., Any], samples: NpzImages | FolderImages, name: str) -> float:
+def _own_score(function: Callable[[Any], float], samples: NpzImages | FolderImages, name: str) -> float:
     """What the user's function, in this process alone, makes of all images."""
     import torch
 
@@ -241,11 +241,7 @@ def _own_score(function: Callable[..., Any], samples: NpzImages | FolderImages, 
         raise UserError(
             f"--score {name} takes images of one size, but those of {samples.path} have several; resize them"
         )
-    value = function(torch.stack(list(images)).permute(0, 2, 3, 1).contiguous().numpy())
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"--score {name}: it returned a {type(value).__name__}; return a number") from None
+    return function(torch.stack(list(images)).permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def sample_run(arguments: argparse.Namespace, folder: Path, launch: Launch, device: torch.device) -> Path:

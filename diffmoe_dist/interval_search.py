@@ -9,7 +9,7 @@ from pathlib import Path
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.launch import detect_launch
-from diffmoe_dist.own_code import import_callable
+from diffmoe_dist.own_code import import_score
 from diffmoe_dist.sampling.settings import add_sampling_options, settings_from
 
 DESCRIPTION = """\
@@ -54,7 +54,7 @@ def main() -> None:
         write_points,
     )
 
-    score = None if arguments.score is None else import_callable(arguments.score, f"--score {arguments.score}", "score")
+    score = None if arguments.score is None else import_score(arguments.score)
     device = choose_device(arguments.device, detect_launch())
     launch = start_process_group(device)
     set_up_logging(None, launch.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -63,6 +64,28 @@ def import_callable(name: str, named: str, default: str | None = None) -> Callab
     if not callable(found):
         raise UserError(f"{named}: {module_name} has no callable {attribute!r}; give module:callable")
     return found
+
+
+def import_score(name: str) -> Callable[[Any], float]:
+    """The metric that `--score module:callable` names, a function of images, (N, H, W, C) uint8.
+
+    Raises:
+        UserError: as `import_callable`; and when it is called, for what is no finite number.
+    """
+    named = f"--score {name}"
+    function = import_callable(name, named, "score")
+
+    def score(images_NHWC: Any) -> float:
+        value = function(images_NHWC)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"{named}: it returned a {type(value).__name__}; return a number") from None
+        if not math.isfinite(number):
+            raise UserError(f"{named}: it returned {number}; return a finite number")
+        return number
+
+    return score
 
 
 def _see_working_folder() -> None:

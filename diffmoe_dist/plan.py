@@ -75,11 +75,12 @@ def main() -> None:
         return
     cluster = Cluster(arguments.nodes, arguments.gpus_per_node, accelerator)
     plan = make_plan(config, cluster, arguments.capacity)
-    as_object, text = as_dict(plan), as_text(plan, arguments.config)
-    if arguments.dense:
-        as_object["dense_models"] = dense_models_dict(plan)
-        text = "\n".join([text, *dense_models(plan)])
-    sys.stdout.write((json.dumps(as_object, indent=2) if arguments.json else text) + "\n")
+    if arguments.json:
+        dense_entries = {"dense_models": dense_models_dict(plan)} if arguments.dense else {}
+        sys.stdout.write(json.dumps({**as_dict(plan), **dense_entries}, indent=2) + "\n")
+    else:
+        dense_lines = dense_models(plan) if arguments.dense else []
+        sys.stdout.write("\n".join([as_text(plan, arguments.config), *dense_lines]) + "\n")
 
 
 def _parse() -> argparse.Namespace:

@@ -15,8 +15,6 @@ from diffmoe_dist.errors import STOPPED_EXIT_CODE, UserError
 from diffmoe_dist.launch import Launch, detect_launch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from diffmoe_dist.config import Config
@@ -92,7 +90,7 @@ def train(config: Config, stop: StopSignals) -> int:
     device = open_device(config, launch)
 
     from diffmoe_dist.data.open import open_data, with_text_encoder
-    from diffmoe_dist.engine.build import build_trainer
+    from diffmoe_dist.engine.build import build_trainer, fit_device
     from diffmoe_dist.engine.resume import find_start
     from diffmoe_dist.engine.run_folder import claim_run_dir, prepare_run_dir
     from diffmoe_dist.engine.trainer import RunGuards
@@ -149,29 +147,6 @@ def open_device(config: Config, launch: Launch) -> torch.device:
 
         check_compiler(device)
     return device
-
-
-def fit_device(
-    config: Config, data: TrainingData | StreamedData, ranks: int, device: torch.device, ordered: Sequence[str]
-) -> Config:
-    """The settings of a run that goes on with other ranks, with less memory where they would not fit a GPU.
-
-    Args:
-        ordered: settings that stay as they are.
-
-    Raises:
-        UserError: it fits in no way.
-    """
-    from diffmoe_dist.data.dataset import TrainingData
-    from diffmoe_dist.parallel.topology import device_memory
-    from diffmoe_dist.planning.fit import fit_to_memory
-
-    memory = device_memory(device)
-    if memory is None:
-        return config
-    if isinstance(data, TrainingData) and data.encoders is not None:
-        memory -= data.encoders.num_bytes
-    return fit_to_memory(config, ranks, memory, ordered)
 
 
 def open_periodic_jobs(config: Config, data: TrainingData | StreamedData, device: torch.device) -> list[Periodic]:

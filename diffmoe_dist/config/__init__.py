@@ -1,6 +1,6 @@
 """Every setting of a run: what it is called, its default, and which combinations are impossible. No torch here."""
 
-from diffmoe_dist.config.checks import check, for_world, pool_samples
+from diffmoe_dist.config.checks import check, competing_samples, for_world, pool_samples
 from diffmoe_dist.config.elastic import Earlier, for_nodes, for_ranks, orders, wishes
 from diffmoe_dist.config.load import (
     OBJECTIVE_DEFAULTS,
@@ -42,6 +42,7 @@ __all__ = [
     "RouterSettings",
     "build_config",
     "check",
+    "competing_samples",
     "data_sets",
     "draw_schedule",
     "expert_slots",

@@ -1,4 +1,4 @@
-"""What makes a setting, or a combination of settings, impossible. Nothing here changes a setting."""
+"""What makes a setting, or a combination of settings, impossible, and what a launch's ranks decide."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def _check_activations(config: Config, experts: RouterSettings) -> None:
 def _check_parallel(config: Config) -> None:
     parallel = config.parallel
     _check_tensor(config)
-    kind = "sample" if config.experts is None else config.experts.pool_kind()
+    kind = pool_kind(config)
     if kind not in ("global", "expert_parallel") and parallel.score_exchange != "auto":
         what = f"moe.pool={kind}" if hasattr(config.moe, "pool") else f"moe.router={config.moe.router}"
         raise UserError(
@@ -406,8 +406,7 @@ def for_world(config: Config, world_size: int) -> Config:
         )
     fitted = replace(config, train=replace(config.train, micro_batch_size=micro))
     if config.experts is not None:
-        samples = pool_samples(fitted, world_size) if config.experts.pool_kind() != "sample" else 1
-        config.experts.check_pool(samples * config.tokens_per_sample)
+        config.experts.check_pool(competing_samples(fitted, world_size) * config.tokens_per_sample)
     return fitted
 
 
@@ -423,14 +422,31 @@ def name_ranks(numbers: list[int]) -> str:
     return f"{' or '.join(map(str, numbers))} rank{'' if numbers == [1] else 's'}"
 
 
-def pool_samples(config: Config, world_size: int) -> int:
-    """How many samples of a training micro-step compete in one token pool, or have a loss of the batch in common.
+def pool_kind(config: Config) -> str:
+    """Who competes: global, expert_parallel, rank or sample."""
+    return "sample" if config.experts is None else config.experts.pool_kind()
 
-    Args:
-        config: as `for_world` returns it.
-    """
-    kind = "sample" if config.experts is None else config.experts.pool_kind()
-    if config.experts is not None and config.experts.shares_batch():
-        kind = "global"
-    ranks = {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}
-    return 1 if kind == "sample" else config.train.micro_batch_size * ranks[kind]
+
+def shared_kind(config: Config) -> str:
+    """Who competes, or has a loss in common."""
+    return "global" if config.experts and config.experts.shares_batch() else pool_kind(config)
+
+
+def ranks_together(kind: str, config: Config, world_size: int) -> int | None:
+    """How many ranks' micro-batches are one pool of this kind; None: each image is one."""
+    return {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}.get(kind)
+
+
+def competing_samples(config: Config, world_size: int) -> int:
+    """How many samples of a training micro-step compete in one token pool; `config` as `for_world` returns it."""
+    return _samples_of(pool_kind(config), config, world_size)
+
+
+def pool_samples(config: Config, world_size: int) -> int:
+    """How many samples compete, or have a loss of the batch in common; `config` as `for_world` returns it."""
+    return _samples_of(shared_kind(config), config, world_size)
+
+
+def _samples_of(kind: str, config: Config, world_size: int) -> int:
+    ranks = ranks_together(kind, config, world_size)
+    return 1 if ranks is None else ranks * config.train.micro_batch_size

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from diffmoe_dist.config.checks import check, for_world, name_ranks, pool_samples
+from diffmoe_dist.config.checks import (
+    check,
+    competing_samples,
+    for_world,
+    name_ranks,
+    pool_samples,
+    ranks_together,
+    shared_kind,
+)
 from diffmoe_dist.config.schema import Config, flat_settings
 from diffmoe_dist.errors import UserError
 
@@ -139,19 +147,19 @@ def _divisors_below(most: int, world_size: int, config: Config) -> list[int]:
 
 def _micro_batches(config: Config, world_size: int, earlier: Earlier) -> Iterator[int]:
     """What to try as micro-batch with the sizes of `parallel` that `config` has."""
-    train, kind = config.train, _pool_kind(config)
-    other_run = train.global_batch_size != earlier.config.train.global_batch_size or kind != _pool_kind(earlier.config)
+    train, kind = config.train, shared_kind(config)
+    other_run = train.global_batch_size != earlier.config.train.global_batch_size or kind != shared_kind(earlier.config)
     ordered = other_run or _is_order("train.micro_batch_size", config, earlier)
     if ordered or config.checkpoint.allow_pool_change:
         yield train.micro_batch_size
     if ordered or train.global_batch_size % world_size:
         return
     share = train.global_batch_size // world_size
-    if kind == "sample":  # images are on their own
+    together = ranks_together(kind, config, world_size)
+    if together is None:  # images are on their own
         most = train.micro_batch_size or share
         yield next(size for size in range(min(most, share), 0, -1) if share % size == 0)
         return
-    together = {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}[kind]
     micro, left_over = divmod(earlier.pool_samples, together)
     if micro and not left_over and share % micro == 0:
         yield micro
@@ -175,18 +183,9 @@ def _is_order(name: str, config: Config, earlier: Earlier) -> bool:
     return now not in (before[name], (earlier.asked or before)[name])
 
 
-def _pool_kind(config: Config) -> str:
-    """Of what must stay: who competes, or has a loss in common."""
-    if config.experts is None:
-        return "sample"
-    return "global" if config.experts.shares_batch() else config.experts.pool_kind()
-
-
 def _pools(config: Config, world_size: int) -> tuple[int, int]:
     """Images with a loss in common, and images that compete: two sizes only of a router that has both."""
-    kind = "sample" if config.experts is None else config.experts.pool_kind()
-    ranks = {"global": world_size, "expert_parallel": config.parallel.expert, "rank": 1}.get(kind)
-    return pool_samples(config, world_size), 1 if ranks is None else ranks * config.train.micro_batch_size
+    return pool_samples(config, world_size), competing_samples(config, world_size)
 
 
 def _remedy(config: Config, world_size: int, earlier: Earlier) -> str:

@@ -41,7 +41,7 @@ class EncoderChoice:
     def kind(self) -> str:
         """`clip`, `t5`, or the model_type of another encoder. Raises UserError for a folder that holds no encoder."""
         config = read_model_config(self.folder, self.named, "give the local folder of a text encoder")
-        found = config.get("model_type") if isinstance(config, dict) else None
+        found = config.get("model_type")
         model_type = found if isinstance(found, str) else str(found)
         if model_type not in _KINDS:
             _check_class(self.named, model_type)

@@ -103,7 +103,7 @@ class LatentSpec:
 class TextSpec:
     """What `text.npy`, fp16 (valid tokens, D), and `pooled.npy`, fp16 (P,), hold, and the same of an empty caption."""
 
-    encoder: str  # "clip", "t5", a model_type of transformers, or several joined by "+"
+    encoder: str  # "clip", "t5", a model_type of transformers, or several joined by "+" and "|"
     encoder_sha256: str
     max_length: int  # tokens; a longer caption was cut
     hidden_size: int  # D

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import refuse_irregular, refuse_pointer
+from diffmoe_dist.files import read_json_object, refuse_pointer
 
 
 def check_model_folder(
@@ -31,7 +30,7 @@ def check_model_folder(
         UserError: no config.json, another kind of model, or a file that is missing.
     """
     config = read_model_config(folder, named, f"give the local folder of {wanted}")
-    kind = config.get(entry) if isinstance(config, dict) else None
+    kind = config.get(entry)
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{named}: is {kind}; give the local folder of {wanted}")
     refuse_pointers(folder, named, [pattern for patterns in files for pattern in patterns])
@@ -41,11 +40,11 @@ def check_model_folder(
     return str(kind)
 
 
-def read_model_config(folder: Path, named: str, remedy: str = "fetch it again") -> Any:
-    """What config.json holds. Raises UserError where it cannot be read, or is nested deeper than Python goes."""
+def read_model_config(folder: Path, named: str, remedy: str = "fetch it again") -> dict[str, Any]:
+    """What config.json holds. Raises UserError where it cannot be read, or holds no object."""
     try:
-        return json.loads(refuse_irregular(folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(folder / "config.json")
+    except (OSError, ValueError):
         raise UserError(f"{named}: no config.json that can be read; {remedy}") from None
 
 

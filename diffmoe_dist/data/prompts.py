@@ -49,7 +49,7 @@ class EncodedPrompts:
 
     prompts: Sequence[Prompt]
     negative_prompt: str | None
-    kind: str  # "clip", "t5", a model_type of transformers, or several joined by "+"
+    kind: str  # "clip", "t5", a model_type of transformers, or several joined by "+" and "|"
     encoder_sha256: str
     max_length: int  # tokens; a longer prompt was cut
     null: EncodedText

@@ -36,7 +36,7 @@ from diffmoe_dist.data.index import CorruptShardError
 from diffmoe_dist.data.loader import BatchLoader, make_loader, parse_label, read_pixels
 from diffmoe_dist.data.order import BatchSplit
 from diffmoe_dist.data.randomness import Stream, permutation, sample_generator
-from diffmoe_dist.data.streamed_tar import TarDamageError, stream_samples
+from diffmoe_dist.data.streamed_tar import StreamDamageError, stream_samples
 from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("diffmoe_dist.data")
@@ -177,7 +177,7 @@ class StreamedDataset(IterableDataset[Batch]):
             try:
                 for key, payloads in stream_samples(url):
                     yield {_KEY: key, _URL: url, **payloads}
-            except TarDamageError as error:
+            except StreamDamageError as error:
                 logger.warning("%s; the rest of this shard is left out", error)
                 self._damaged_shards += 1
 

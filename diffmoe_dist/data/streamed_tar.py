@@ -21,7 +21,7 @@ _END = tarfile.EOFHeaderError  # type: ignore[attr-defined]  # a block of zeros
 _DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ArithmeticError, LookupError, ValueError)
 
 
-class TarDamageError(CorruptShardError):
+class StreamDamageError(CorruptShardError):
     """The rest of a shard is lost."""
 
 
@@ -29,8 +29,8 @@ def stream_samples(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, payloads by field) of each sample, grouped as for an index.
 
     Raises:
-        TarDamageError: after the samples before the damage, the last of which might not be whole and is left out; also
-            where a server breaks off, or a command fails after it has written some.
+        StreamDamageError: after the samples before the damage, the last of which might not be whole and is left out;
+            also where a server breaks off, or a command fails after it has written some.
         CorruptShardError: the shard cannot be read at all.
     """
     last, source = "none", _Source()
@@ -41,7 +41,7 @@ def stream_samples(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     except (*_DAMAGE, OSError) as error:
         if isinstance(error, OSError) and not source.num_bytes:
             raise CorruptShardError(f"{url}: cannot be read ({error})") from error
-        raise TarDamageError(f"{url}: damaged after sample {last} ({error}); restore it") from error
+        raise StreamDamageError(f"{url}: damaged after sample {last} ({error}); restore it") from error
 
 
 class _Source:

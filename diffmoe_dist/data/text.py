@@ -42,7 +42,7 @@ def pooled_field(caption: int) -> str:
 def captions_of(base: ShardIndex, sample_id: int) -> list[str]:
     """All captions of a sample, of which there may be none; strings that are no text in UTF-8 do not count.
 
-    Raises CorruptShardError for a `json` that is none.
+    Raises CorruptShardError for a `json` that is none, and a `txt` that is no text.
     """
     try:
         return captions_in(base.read(sample_id, (CAPTION_FIELD, METADATA_FIELD)))

@@ -34,10 +34,30 @@ from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.model.freezing import freeze, frozen_parameters, told
 from diffmoe_dist.model.recompute import apply_recompute
 from diffmoe_dist.parallel.expert_parallel import apply_expert_parallel, parameter_groups
-from diffmoe_dist.parallel.topology import Topology
+from diffmoe_dist.parallel.topology import Topology, device_memory
+from diffmoe_dist.planning.fit import fit_to_memory
 from diffmoe_dist.planning.memory import REDUCTION_CHUNK
 
 UNGUARDED = RunGuards(NoClaim(), stop_asked=lambda: False, watchdog=Watchdog.off())
+
+
+def fit_device(
+    config: Config, data: TrainingData | StreamedData, ranks: int, device: torch.device, ordered: Sequence[str]
+) -> Config:
+    """The settings of a run that goes on with other ranks, with less memory where they would not fit a GPU.
+
+    Args:
+        ordered: settings that stay as they are.
+
+    Raises:
+        UserError: it fits in no way.
+    """
+    memory = device_memory(device)
+    if memory is None:
+        return config
+    if isinstance(data, TrainingData) and data.encoders is not None:
+        memory -= data.encoders.num_bytes
+    return fit_to_memory(config, ranks, memory, ordered)
 
 
 def build_trainer(

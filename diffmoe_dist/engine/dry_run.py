@@ -152,7 +152,8 @@ def _report(
     total = sum(parameter.numel() for parameter in whole.parameters())
     held = sum(parameter.numel() for parameter in model.parameters())
     yield "model", f"{total / 1e6:,.2f} M parameters, {held / 1e6:,.2f} M of them on a rank"
-    if frozen := frozen_parameters(config):
+    frozen = frozen_parameters(config)
+    if frozen:
         sizes_of = {name: parameter.numel() for name, parameter in whole.named_parameters() if name in frozen}
         yield "frozen", f"{sum(sizes_of.values()) / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters: {told(sizes_of)}"
     if config.experts is not None:
@@ -180,7 +181,7 @@ def _report(
             "encoders",
             f"{format_bytes(data.encoders.num_bytes)} more on every rank, for what is encoded as it is read",
         )
-    still = sum(whole.get_parameter(name).numel() for name in frozen_parameters(config))
+    still = sum(whole.get_parameter(name).numel() for name in frozen)
     # Weights, and of what trains two moments and averages, fp32.
     written = 4 * (total + (2 + config.ema.count) * (total - still))
     yield (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffmoe_dist.data.batch import Batch
-from diffmoe_dist.files import write_atomically
+from diffmoe_dist.files import write_json
 from diffmoe_dist.logs import logger
 
 
@@ -130,10 +129,9 @@ def keep_sample_ids(folder: Path, step: int, what: str, batches: Sequence[Batch]
     dist.all_gather_object(ranks, mine)
     path = folder / f"step-{step:08d}.json"
     if dist.get_rank() == 0:
-        text = json.dumps({"step": step, "what": what, "micro_steps_of_rank": ranks}, indent=1) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text)
+            write_json(path, {"step": step, "what": what, "micro_steps_of_rank": ranks})
         except OSError as error:
             logger.warning("%s cannot be written (%s); the sample ids are lost", path, error.strerror)
     return path

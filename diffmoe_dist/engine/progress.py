@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from diffmoe_dist.config import Earlier, load_config
 from diffmoe_dist.config.elastic import FITTED
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import file_sha256, refuse_irregular
+from diffmoe_dist.files import file_sha256, read_json_object, refuse_irregular
 
 SUMS = "SHA256SUMS"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -51,8 +50,8 @@ def read_sums(folder: Path) -> dict[str, str]:
 def read_progress(checkpoint: Path) -> Progress:
     """What state.json holds. Raises UserError where that is damaged, or no progress of this checkpoint."""
     try:
-        progress = Progress(**json.loads((checkpoint / "state.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        progress = Progress(**read_json_object(checkpoint / "state.json"))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"checkpoint {checkpoint}: state.json is damaged ({error}); remove that folder") from None
     for name, value in asdict(progress).items():
         if name == "data_fingerprint":

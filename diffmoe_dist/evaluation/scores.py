@@ -135,8 +135,8 @@ def score(
     if ours.classes is not None:
         scores["inception_score"] = ours.classes.score()
     if theirs is not None and reference.images is not None and reference.has_manifold:
-        features_RF = gather_rows(theirs.features_NF, reference.images.num_images, rank, ranks)
-        features_SF = gather_rows(ours.features_NF, samples.num_images, rank, ranks)
+        features_RF = gather_rows(theirs.features_NF, reference.images.num_images, ranks)
+        features_SF = gather_rows(ours.features_NF, samples.num_images, ranks)
         scores["precision"], scores["recall"] = precision_recall(features_RF, features_SF, rank, ranks)
     return {f"{key}_{count_name(samples.num_images)}": value for key, value in scores.items()}
 
@@ -150,9 +150,7 @@ def precision_recall(features_RF: Tensor, features_SF: Tensor, rank: int, ranks:
     centre_F = features_RF.mean(dim=0)
     inside = []
     both = (features_RF - centre_F, features_SF - centre_F)
-    radii = [
-        gather_rows(neighbour_radii(x[_slice(x, rank, ranks)], x)[:, None], len(x), rank, ranks)[:, 0] for x in both
-    ]
+    radii = [gather_rows(neighbour_radii(x[_slice(x, rank, ranks)], x)[:, None], len(x), ranks)[:, 0] for x in both]
     for points, centres, radii_of_centres in ((both[1], both[0], radii[0]), (both[0], both[1], radii[1])):
         inside.append(count_inside(points[_slice(points, rank, ranks)], centres, radii_of_centres))
     counts = torch.tensor(inside, dtype=torch.float64, device=features_RF.device)
@@ -160,7 +158,7 @@ def precision_recall(features_RF: Tensor, features_SF: Tensor, rank: int, ranks:
     return float(counts[0] / len(features_SF)), float(counts[1] / len(features_RF))
 
 
-def gather_rows(mine_NF: Tensor, num: int, rank: int, ranks: int) -> Tensor:
+def gather_rows(mine_NF: Tensor, num: int, ranks: int) -> Tensor:
     """All ranks' parts of `num` rows in their order, on every rank; collective."""
     longest = -(-num // ranks)
     padded = mine_NF.new_zeros(longest, mine_NF.shape[1])

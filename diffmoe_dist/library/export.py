@@ -12,7 +12,7 @@ import torch
 
 from diffmoe_dist.config import Config
 from diffmoe_dist.data.class_names import label_texts
-from diffmoe_dist.data.text_encoder import TextEncoder, parts_of
+from diffmoe_dist.data.text_encoder import parts_of
 from diffmoe_dist.diffusion.objectives import DDPM_SCHEDULE
 from diffmoe_dist.engine.conversion import read_weights
 from diffmoe_dist.engine.weights import complete_folder, portable_settings, read_class_names
@@ -26,6 +26,7 @@ from diffmoe_dist.logs import logger
 from diffmoe_dist.model.diffusers_names import diffusers_settings, not_of_dit, to_diffusers
 from diffmoe_dist.sampling.generate import find_autoencoder, makes_latents
 from diffmoe_dist.sampling.model import weights_fingerprint
+from diffmoe_dist.sampling.prompts import open_encoder
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,7 @@ def _text(config: Config, parts: Parts) -> dict[str, Any]:
     if folder is None:
         raise UserError("--encoder is missing: the folder of the text encoder that the model was trained with")
     tokenizer = parts.tokenizer or (config.data.tokenizer if parts.encoder is None else None)
-    opened = TextEncoder.open(folder, tokenizer, config.model.text_max_length, "cpu", "--encoder")
-    if opened.sha256 != config.model.text_encoder_sha256:
-        raise UserError(
-            f"--encoder {folder}: is not the encoder that the model was trained with: SHA-256 {opened.sha256[:12]}..., "
-            f"the model's {str(config.model.text_encoder_sha256)[:12]}...; use that"
-        )
-    parted = parts_of(opened)
+    parted = parts_of(open_encoder(folder, tokenizer, config, "cpu"))
     encoders = [encoder for encoder, _ in parted]
     if len(encoders) > len(ENCODERS):
         raise UserError(f"--encoder {folder}: {len(encoders)} encoders, but a pipeline has up to {len(ENCODERS)}")

@@ -24,7 +24,7 @@ def sweep(
     """Plans on 1 to `nodes` nodes that fit: every expert- and tensor-parallel size and precision.
 
     Tensor-parallel groups stay inside a node. Nothing is recomputed that need not be. Where images compete for experts
-    the micro-batch stays as the settings have it, since a smaller one divides the pool; else it is halved where memory
+    the micro-batch stays as the settings have it, since a smaller one divides the pool; else it is smaller where memory
     asks for it.
 
     Args:

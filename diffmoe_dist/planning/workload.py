@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffmoe_dist.config import Config, RouterSettings
+from diffmoe_dist.config import Config, competing_samples
 from diffmoe_dist.planning.accelerators import Accelerator
 
 
@@ -51,13 +51,8 @@ def workload(config: Config, ranks: int, capacity: float | None = None) -> Workl
         return Workload(images, tokens, micro_steps, 0.0, 0.0)
     unconditional = tokens * config.train.label_dropout if experts.unconditional_expert else 0.0
     if capacity is None:
-        assignments = (tokens - unconditional) * _experts_per_token(config, experts, ranks, tokens)
+        pool_tokens = competing_samples(config, ranks) * config.tokens_per_sample
+        assignments = (tokens - unconditional) * experts.experts_per_token(pool_tokens)
     else:
         assignments = max(capacity * tokens - unconditional, 0.0)
     return Workload(images, tokens, micro_steps, assignments, unconditional)
-
-
-def _experts_per_token(config: Config, experts: RouterSettings, ranks: int, tokens: int) -> float:
-    """Routed experts per routed token in training, once a capacity schedule has ended."""
-    pools = {"global": ranks * tokens, "expert_parallel": config.parallel.expert * tokens, "rank": tokens}
-    return experts.experts_per_token(pools.get(experts.pool_kind(), config.tokens_per_sample))

@@ -15,6 +15,7 @@ from diffmoe_dist.config import Config, load_config
 from diffmoe_dist.engine.progress import complete_checkpoints, read_progress
 from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.errors import UserError
+from diffmoe_dist.files import write_atomically
 from diffmoe_dist.model.accounting import account
 from diffmoe_dist.report_page import figures
 from diffmoe_dist.report_page.html import document, figure, note, section, short, table
@@ -53,7 +54,7 @@ def write_report(run_dir: Path, asked: SamplingSettings | FinishedSamples, devic
         sections.append(section("Samples", "This run has no complete checkpoint yet.", []))
     cards["images per second in training"] = f"{np.median([line['images_per_second'] for line in lines]):,.0f}"
     page = run_dir / "report.html"
-    page.write_text(_page(run_dir.resolve().name, config, cards, sections))
+    write_atomically(page, _page(run_dir.resolve().name, config, cards, sections))
     return page
 
 

@@ -38,14 +38,14 @@ def open_prompts(
                     "to encode-prompts"
                 )
         encoded = open_encoded_prompts(file)
-        _check_encoder(encoded, config, f"--prompts {file}")
+        check_encoder(encoded.encoder_sha256, encoded.max_length, config, f"--prompts {file}")
         return encoded
     if settings.encoder is None:
         raise UserError("--encoder is missing: the folder of the text encoder that the model was trained with")
     prompts = [Prompt(str(settings.prompt))] if file is None else read_prompts(file)
     if opened is None or (settings.encoder, settings.tokenizer) != (config.data.text_encoder, config.data.tokenizer):
-        opened = _open_encoder(settings.encoder, settings.tokenizer, config, device)
-    return _encode(prompts, settings.negative_prompt, opened, config, f"--encoder {settings.encoder}")
+        opened = open_encoder(settings.encoder, settings.tokenizer, config, device)
+    return encode_prompts(prompts, settings.negative_prompt, opened)
 
 
 def encode_for_model(
@@ -61,27 +61,25 @@ def encode_for_model(
     Raises:
         UserError: it is not the encoder that the model was trained with.
     """
-    opened = _open_encoder(encoder, tokenizer, config, device)
-    return _encode(prompts, negative_prompt, opened, config, f"--encoder {encoder}")
+    return encode_prompts(prompts, negative_prompt, open_encoder(encoder, tokenizer, config, device))
 
 
-def _open_encoder(folder: str, tokenizer: str | None, config: Config, device: torch.device) -> TextEncoder:
-    return TextEncoder.open(folder, tokenizer, config.model.text_max_length, device, "--encoder")
+def open_encoder(folder: str, tokenizer: str | None, config: Config, device: torch.device | str) -> TextEncoder:
+    """The text encoder in the folder --encoder.
+
+    Raises:
+        UserError: it is not the encoder that the model was trained with.
+    """
+    opened = TextEncoder.open(folder, tokenizer, config.model.text_max_length, device, "--encoder")
+    check_encoder(opened.sha256, opened.max_length, config, f"--encoder {folder}")
+    return opened
 
 
-def _encode(
-    prompts: list[Prompt], negative_prompt: str | None, encoder: TextEncoder, config: Config, named: str
-) -> EncodedPrompts:
-    encoded = encode_prompts(prompts, negative_prompt, encoder)
-    _check_encoder(encoded, config, named)
-    return encoded
-
-
-def _check_encoder(encoded: EncodedPrompts, config: Config, named: str) -> None:
+def check_encoder(sha256: str, max_length: int, config: Config, named: str) -> None:
+    """Raises UserError for another encoder, or another number of tokens, than the model was trained with."""
     expected = config.model.text_encoder_sha256
-    if encoded.encoder_sha256 != expected or encoded.max_length != config.model.text_max_length:
+    if sha256 != expected or max_length != config.model.text_max_length:
         raise UserError(
-            f"{named}: is not the encoder that the model was trained with: SHA-256 {encoded.encoder_sha256[:12]}..., "
-            f"{encoded.max_length} tokens, the model's {str(expected)[:12]}..., {config.model.text_max_length} tokens; "
-            "use that"
+            f"{named}: is not the encoder that the model was trained with: SHA-256 {sha256[:12]}..., {max_length} "
+            f"tokens, the model's {expected[:12]}..., {config.model.text_max_length} tokens; use that"
         )

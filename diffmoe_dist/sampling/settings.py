@@ -127,8 +127,8 @@ def read_classes(text: str) -> str:
 
 _FLAG: dict[str, Any] = {"action": "store_true", "default": None}
 _FOLDER: dict[str, Any] = {"metavar": "DIR"}
-# What argparse needs to know of the option of each field.
 _MOST = 10**8  # images, steps, ranks: beyond it a job would not end
+# What argparse needs to know of the option of each field.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "num": {"type": int, "metavar": "N", "help": "how many images (default with prompts: one of each)"},
     "steps": {"type": int, "metavar": "N", "help": "sampler steps (default 50; adaptive samplers choose their own)"},

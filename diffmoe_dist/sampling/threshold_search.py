@@ -74,7 +74,7 @@ def with_scores(points: list[Point], out: Path, score: Score) -> list[Point]:
 
     def judged(point: Point) -> Point:
         with np.load(_folder(out, point.threshold) / "samples.npz") as file:
-            return replace(point, score=float(score(file["arr_0"])))
+            return replace(point, score=score(file["arr_0"]))
 
     return [judged(point) for point in points]
 

@@ -21,7 +21,7 @@ from studies.routing.report import (
     relative_load,
     without_predictor,
 )
-from studies.routing.results import by_learning_rate
+from studies.routing.results import LEVELS, by_learning_rate
 from studies.routing.statistics import mean_of
 from studies.routing.systems import (
     EXPERT_NUMBERS,
@@ -80,7 +80,8 @@ def differences_plot(results: Results) -> Figure | None:
         axes.locator_params(axis="x", nbins=6)
         axes.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
-    panels[0].set_title("lower is better", loc="left", fontsize=9, color=GRAY)
+    panels[0].set_title("lower is better; dots: seeds", loc="left", fontsize=9, color=GRAY)
+    panels[1].set_title("line: own 95 %; band: common 95 %", loc="left", fontsize=9, color=GRAY)
     return figure
 
 
@@ -109,30 +110,31 @@ def noise_levels_plot(results: Results) -> Figure | None:
             continue
         rows = np.array([np.array(losses_by_level(run, name)) / dense[seed] - 1 for seed, run in runs.items()]) * 100
         estimates = [mean_of(list(column)) for column in rows.T]
-        level = np.arange(len(estimates)) + 0.5
+        level = np.arange(len(estimates)) + 1
         axes.plot(level, [one.mean for one in estimates], "o-", color=COLORS[name], label=variant.title, markersize=3)
         drawn = True
     axes.axhline(0, color=GRAY, linewidth=1)
+    axes.set_xticks(range(1, LEVELS + 1))
     axes.set(xlabel="noise level: tenths of the training times, least noise first", ylabel="loss against dense, %")
     return _with_legend(axes) if drawn else None
 
 
 def curves_plot(results: Results) -> Figure | None:
-    """Validation losses while training, routed as in training, minus those of dense."""
-    dense = {seed: run["curve"]["validation"] for seed, run in results.of(REFERENCE).items()}
+    """Losses while training, of the weights themselves, against those of dense on the same batches."""
+    dense = {seed: run["curve"]["training"] for seed, run in results.of(REFERENCE).items()}
     _, axes = plt.subplots(figsize=(7.5, 4))
     drawn = False
     for name, variant in VARIANTS.items():
-        runs = {seed: run["curve"]["validation"] for seed, run in results.of(variant.system).items() if seed in dense}
+        runs = {seed: run["curve"]["training"] for seed, run in results.of(variant.system).items() if seed in dense}
         if name in (REFERENCE, "global_pool_dynamic") or not runs:
             continue
         steps = sorted(map(int, next(iter(runs.values()))))
         means = [fmean(curve[str(step)] / dense[seed][str(step)] - 1 for seed, curve in runs.items()) for step in steps]
         title = SYSTEMS[variant.system].title
-        axes.plot(steps, 100 * np.array(means), "o-", color=COLORS[name], label=title, markersize=3)
+        axes.plot(steps, 100 * np.array(means), color=COLORS[name], label=title)
         drawn = True
     axes.axhline(0, color=GRAY, linewidth=1)
-    axes.set(xlabel="step", ylabel="validation loss against dense, %")
+    axes.set(xlabel="step", ylabel="training loss against dense, %,\nmeans of 50 steps")
     return _with_legend(axes) if drawn else None
 
 
@@ -153,13 +155,13 @@ def learning_rate_plot(results: Results) -> Figure | None:
     for number, lr in enumerate(ticks):
         dense, ours = (results.runs.get(Run(system, SEEDS[0], lr).name) for system in ("dense", "global_pool"))
         if dense is not None and ours is not None:
-            of_dense, curve = dense["curve"]["validation"], ours["curve"]["validation"]
+            of_dense, curve = dense["curve"]["training"], ours["curve"]["training"]
             differences = [100 * (curve[step] / of_dense[step] - 1) for step in of_dense]
             shade = plt.get_cmap("Blues")((number + 1) / len(ticks))
-            while_training.plot([int(step) for step in of_dense], differences, "o-", color=shade, label=f"{lr:g}")
+            while_training.plot([int(step) for step in of_dense], differences, color=shade, label=f"{lr:g}")
     while_training.axhline(0, color=GRAY, linewidth=1)
     while_training.set_ylim(-6, 6)  # the loss of one run jumps, by more than all else
-    while_training.set(xlabel="step", ylabel="DiffMoE's validation loss\nagainst dense, %, seed 0")
+    while_training.set(xlabel="step", ylabel="DiffMoE's training loss\nagainst dense, %, seed 0")
     if not drawn:
         return None
     axes.legend()

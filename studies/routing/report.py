@@ -137,21 +137,21 @@ def main_table(results: Results) -> list[str]:
         runs = results.of(variant.system)
         if not runs:
             continue
-        measured = [run["measures"][variant.rule] for run in runs.values()]
-        samples = [one["samples"] for one in measured]
-        capacities = [one["capacity"] for one in samples if one["capacity"] is not None]
+        measured = [run["measures"][variant.rule]["held_out"] for run in runs.values()]
+        capacities = [one["capacity"] for one in measured if one["capacity"] is not None]
         losses = results.values(variant, LOSS)
         own, pooled = difference(results, variant, VARIANTS[REFERENCE], LOSS)
         is_reference = name == REFERENCE
         rows.append([
             variant.title, str(len(runs)),
-            f"{fmean(one['activated_parameters'] for one in samples) / 1e6:.3f}",
+            f"{measured[0]['parameters'] / 1e6:.3f}",
+            f"{fmean(one['activated_parameters'] for one in measured) / 1e6:.3f}",
             f"{fmean(capacities):.3f}" if capacities else "-",
             _mean_and_deviation(losses, LOSS.digits),
             "" if is_reference else told(own, LOSS.digits), "" if is_reference else told(pooled, LOSS.digits),
         ])  # fmt: skip
-    head = ["system", "seeds", "activated (M)", "C", "loss, mean (deviation)", "minus dense, own 95 %", "common 95 %"]
-    return table(head, rows)
+    head = ["system", "seeds", "parameters (M)", "activated at this C", "C", "loss, mean (deviation)"]
+    return table([*head, "minus dense, own 95 %", "common 95 %"], rows)
 
 
 def samples_table(results: Results) -> list[str]:
@@ -234,7 +234,7 @@ def load_table(results: Results) -> list[str]:
             variant.title, f"{fmean(map(max, layers)):.2f}", f"{fmean(map(min, layers)):.2f}",
             f"{dead:.2f} of {len(layers[0])}",
         ])  # fmt: skip
-    return table(["system", "largest", "smallest", "dead"], rows)
+    return table(["tokens over an equal share", "largest", "smallest", "dead experts of a layer"], rows)
 
 
 def relative_load(run: dict[str, Any], rule: str) -> list[list[float]]:
@@ -393,7 +393,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
 PICTURES = {
     "differences": "Loss and Fréchet distance of every system minus those of dense, with a point for each seed",
     "noise-levels": "Loss of every system against dense, at ten noise levels",
-    "curves": "Validation loss of every system against dense, while training",
+    "curves": "Training loss of every system against dense",
     "learning-rate": "Loss over the learning rate; and DiffMoE against dense while training, for each rate",
     "load": "Tokens of the experts of a layer, the busiest first",
     "ablations": "Loss and Fréchet distance over the images in a pool, and over the number of experts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,8 @@ def planned_runs(lr: float) -> list[Run]:
     runs = [Run(system, first, lr) for system in MAIN_SYSTEMS]
     runs += [Run(system, first, rate) for rate in (lr / 2, lr / 4, lr * 2) for system in SENSITIVE_SYSTEMS]
     runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
+    between = round(lr / math.sqrt(2), 4)  # and the next smaller one, where another system may have its best
+    runs += [Run(system, first, between) for system in ("dense", *SENSITIVE_SYSTEMS)]
     ablations = (
         "no_contrastive",
         "pool_1",

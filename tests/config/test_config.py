@@ -282,6 +282,19 @@ def test_the_pool_is_what_its_name_says() -> None:
     assert sizes == {"global": 16, "expert_parallel": 8, "rank": 4, "sample": 1}
 
 
+def test_slots_are_checked_in_the_pool_where_images_compete_though_a_loss_spans_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pools = []
+    sharing = config({"train": {"global_batch_size": 16}, "moe": {"pool": "rank"}})
+    monkeypatch.setattr(type(sharing.moe), "shares_batch", lambda self: True)
+    monkeypatch.setattr(type(sharing.moe), "check_pool", lambda self, pool_tokens: pools.append(pool_tokens))
+
+    fitted = for_world(sharing, 4)
+
+    assert pool_samples(fitted, 4) == 16 and pools == [4 * fitted.tokens_per_sample]
+
+
 def test_expert_slots_are_the_papers_rule() -> None:
     assert expert_slots(16_384, 16, 1.0) == 1024
     assert expert_slots(256, 8, 1.0) == 32

@@ -30,7 +30,7 @@ def test_the_kind_of_a_model_is_read_from_its_folder(tmp_path: Path, tokenizer: 
         ("{", "no config.json that can be read; give the local folder of a CLIP"),
         ("[" * 100_000, "no config.json that can be read; give the local folder of a CLIP"),
         ('{"model_type": ["clip"]}', "is ['clip']; give the local folder of a CLIP"),
-        ("[]", "is None; give the local folder of a CLIP"),
+        ("[]", "no config.json that can be read; give the local folder of a CLIP"),
         ('{"model_type": "bert"}', "is bert; give the local folder of a CLIP"),
         ('{"model_type": "clip"}', "no tokenizer.json or vocab.json; fetch it too"),
     ],
