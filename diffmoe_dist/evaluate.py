@@ -11,7 +11,7 @@ from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.data.images import find_images
 from diffmoe_dist.data.model_folder import check_model_folder
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import make_writable, write_json
+from diffmoe_dist.files import beside, make_writable, write_json
 from diffmoe_dist.launch import detect_launch
 from diffmoe_dist.own_code import import_score
 from diffmoe_dist.sampling.settings import (
@@ -205,7 +205,7 @@ def score_samples(arguments: argparse.Namespace, launch: Launch, device: torch.d
     if arguments.clip:
         clip = open_clip(arguments.clip, device)
     path = Path(arguments.samples)
-    out = arguments.out or path.with_name("scores.json")
+    out = arguments.out or beside(path, "scores.json")
     _check_writable(out, "--out")
     if samples_run(arguments):
         path = sample_run(arguments, out.parent, launch, device)
@@ -254,7 +254,7 @@ def sample_run(arguments: argparse.Namespace, folder: Path, launch: Launch, devi
 
 
 def _prompts_beside(samples: Path) -> Path:
-    path = samples.with_name(PROMPTS_NAME)
+    path = beside(samples, PROMPTS_NAME)
     if not path.is_file():
         raise UserError(f"--samples {samples}: no {PROMPTS_NAME} beside it; sample with diffmoe_dist.sample --prompts")
     return path

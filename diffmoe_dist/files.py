@@ -137,6 +137,11 @@ def make_writable(folder: Path, named: str) -> None:
         raise UserError(f"{named}: cannot be written ({error.strerror}); {remedy}") from None
 
 
+def beside(path: Path, name: str) -> Path:
+    """The path with this name in the folder that a file or folder lies in, be that `.` or `..`."""
+    return (path if path.name not in ("", "..") else Path(os.path.abspath(path))).with_name(name)
+
+
 def refuse_irregular(path: Path) -> Path:
     """The path. Raises OSError for a pipe, which would be waited for, a device or a socket."""
     if not (path.is_file() or path.is_dir()) and path.exists():

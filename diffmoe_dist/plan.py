@@ -27,10 +27,10 @@ the assumptions that the last lines print, and are for comparing settings, not f
 - Does it fit? See MEMORY. Optimizer state and average are sharded over the ranks (of the experts: over the ranks that
   hold the same ones), so more ranks hold less of it each. A larger parallel.expert divides the experts' weights. A
   smaller train.micro_batch_size divides the activations, and the token pool with them.
-- What bounds it? See STEP. Communication: keep an expert group inside a node (parallel.expert at most
-  --gpus-per-node), or give each GPU more images. Compute and memory (its bandwidth): more GPUs; precision=bf16 makes
-  both faster. Host: the GPU waits for kernels to be started, so more GPUs do not help; give each more images, or set
-  train.compile=true, which starts fewer.
+- What bounds it? See STEP. Communication: give each GPU more images; --sweep says whether an expert group
+  inside a node (parallel.expert at most --gpus-per-node) is faster. Compute and memory (its bandwidth): more GPUs;
+  precision=bf16 makes both faster. Host: the GPU waits for kernels to be started, so more GPUs do not help; give each
+  more images, or take fewer GPUs.
 - Which settings, and how many machines? --sweep plans every expert- and tensor-parallel size, precision and, where no
   pool depends on it, micro-batch size on 1 to N machines, with recomputation where memory asks for it. It prints the
   command of the best. Settings given here stay as they are.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffmoe_dist.errors import UserError
-from diffmoe_dist.files import AppendedFile, full_disk_told
+from diffmoe_dist.files import AppendedFile, beside, full_disk_told
 from tests.machine import ROOT
 
 
@@ -63,3 +63,13 @@ run_command(main)
 """
     with open("/dev/full", "w") as full:
         assert subprocess.run([sys.executable, "-c", program], stderr=full, cwd=ROOT).returncode == code
+
+
+def test_a_file_beside_a_folder_is_found_also_for_the_folders_that_have_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert beside(Path("samples/png"), "scores.json") == Path("samples/scores.json")
+    assert beside(Path("."), "scores.json") == tmp_path / "above" / "scores.json"
+    assert beside(Path(".."), "scores.json") == tmp_path / "scores.json"

@@ -62,6 +62,8 @@ def find_config(path: str | Path) -> Path:
         found = shipped / (path.relative_to("configs") if path.parts[:1] == ("configs",) else path)
         if found.is_file():
             return found
+    if path.is_dir():
+        raise UserError(f"--config {path}: is a folder; give a file in it")
     raise UserError(f"--config {path}: no such file, nor one of {shipped}; see there for examples")
 
 

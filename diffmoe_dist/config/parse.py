@@ -7,6 +7,7 @@ text setting is taken as written, and a number is a number in decimal digits.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -111,13 +112,13 @@ def merge(lower: Any, upper: Any) -> Any:
 
 
 def check_scalars(given: Any, hint: Any, name: str = "") -> Any:
-    """The settings with text where text is meant, `~` expanded, and every number in decimal digits.
+    """The settings with text where text is meant, `~` expanded, every number in decimal digits, every choice known.
 
     Args:
         hint: the type of the setting `name`, or an instance of its dataclass.
 
     Raises:
-        UserError: a number is written otherwise, or a home folder is not known.
+        UserError: a number is written otherwise, a choice is none, a list is missing, or a home folder is not known.
     """
     kind = _without_none(hint)
     if isinstance(given, (dict, list, tuple)) and isinstance(kind, type) and kind in _SCALARS:
@@ -130,7 +131,23 @@ def check_scalars(given: Any, hint: Any, name: str = "") -> Any:
         return [
             check_scalars(value, item, f"{name}[{n}]") for n, (value, item) in enumerate(zip(given, items, strict=True))
         ]
+    if given is None:
+        return None
+    if get_origin(kind) in (list, tuple):
+        raise UserError(f"{name}={given}: give a list, such as [1, 2]")
+    if get_origin(kind) is Literal:
+        return _check_choice(given, get_args(kind), name)
     return _check_text(given, kind, name) if isinstance(given, str) else given
+
+
+def _check_choice(given: Any, choices: Sequence[Any], name: str) -> Any:
+    for choice in choices:
+        if str(choice) == str(given):
+            return choice
+    names = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.8)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UserError(f"{name}={given} is none of the choices; {hint}choose from {', '.join(names)}")
 
 
 def _check_text(text: str, kind: Any, name: str) -> Any:
@@ -141,8 +158,6 @@ def _check_text(text: str, kind: Any, name: str) -> Any:
         if not form.fullmatch(text):
             raise UserError(f"{name}={text}: give {meant}, in decimal digits")
         return text.replace(".inf", "inf").replace(".nan", "nan")
-    if get_origin(kind) is Literal:
-        return next((choice for choice in get_args(kind) if str(choice) == text), text)
     if kind is bool and text.lower() not in ("true", "false"):
         raise UserError(f"{name}={text}: give true or false")
     if kind is str and text.startswith("~"):

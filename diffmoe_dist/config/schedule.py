@@ -57,6 +57,8 @@ def draw_schedule(config: Config) -> list[str]:
         return [f"{optim.lr:g} in every step"]
     rates = [learning_rate(config, 1 + round(place * (steps - 1) / (_COLUMNS - 1))) for place in range(_COLUMNS)]
     warm_up = [f"{optim.lr:g} from step {optim.warmup_steps} on"] if optim.warmup_steps else [f"{optim.lr:g}"]
+    if optim.warmup_steps > steps:
+        warm_up[0] += f"; the run ends before, at {learning_rate(config, steps):g}"
     words = [optim.schedule, *warm_up, *_decay_in_words(config)]
     # A column reaches a row if it is nearer to it than to the one below.
     rows = ["".join("#" if rate / optim.lr * _ROWS > row + 0.5 else " " for rate in rates) for row in range(_ROWS)]

@@ -121,7 +121,7 @@ def open_clean_inception(path: str, device: torch.device) -> Extractor:
     """The same network; images enter as clean-fid resizes them. Raises UserError: it cannot be used."""
     named = f"--inception {path}"
     model = load_inception(path, named).to(device)
-    identity = f"clean-fid inception {file_sha256(Path(path))}"
+    identity = f"clean-fid 0.1.35 inception {file_sha256(Path(path))}"
 
     def function(inputs: Tensor) -> Features:
         return Features(model.of_inputs(inputs).pooled)
@@ -130,10 +130,10 @@ def open_clean_inception(path: str, device: torch.device) -> Extractor:
 
 
 def resize_as_clean_fid(image: Tensor) -> Tensor:
-    """(3, H, W) uint8 to (3, 299, 299) fp32, unrounded: Pillow's bicubic of each channel."""
+    """(3, H, W) uint8 to (3, 299, 299) fp32, unrounded: Pillow's bicubic of each channel, clipped to [0, 255]."""
     size = (INPUT_SIZE, INPUT_SIZE)
     channels = [Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC) for channel in image.float().numpy()]
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+    return torch.from_numpy(np.stack([np.asarray(channel).clip(0, 255) for channel in channels]))
 
 
 def open_features(features: str, device: torch.device, named: str | None = None) -> Extractor:

@@ -31,7 +31,7 @@ from diffmoe_dist.evaluation.metrics import (
     neighbour_radii,
 )
 from diffmoe_dist.evaluation.reference import Reference, write_reference
-from diffmoe_dist.files import read_json_object
+from diffmoe_dist.files import beside, read_json_object
 from diffmoe_dist.parallel.topology import all_gather
 
 FULL_SAMPLES = 50_000  # what FID-50K and its like are called for
@@ -245,7 +245,7 @@ def build_result(
 
 def read_sampling_record(samples: NpzImages | FolderImages) -> dict[str, Any]:
     """What the sampling.json beside the samples says, if it is about as many images; else nothing."""
-    path = samples.path.with_name("sampling.json")
+    path = beside(samples.path, "sampling.json")
     try:
         record = read_json_object(path)
     except (OSError, ValueError):

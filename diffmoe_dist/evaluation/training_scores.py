@@ -41,8 +41,8 @@ class TrainingScores:
         num, batch = config.fid.num, config.train.micro_batch_size
         share = -(-num // ranks)
         objective = build_objective(config)
-        bad = torch.zeros(1)
         moments = Moments(len(self.reference.mean_F), self.extractor.device)
+        bad = moments.sums.new_zeros(1)
         for start in range(rank * share, (rank + 1) * share, batch):
             numbers = list(range(start, min(start + batch, (rank + 1) * share)))
             sampled = generate(model, objective, numbers, self.conditions, run_sampler(config))

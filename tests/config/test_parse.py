@@ -149,7 +149,7 @@ def test_a_file_that_is_not_utf8_or_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9\n")
     with pytest.raises(UserError, match="not readable as YAML"):
         load_config(tmp_path / "latin.yaml")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is a folder; give a file in it"):
         load_config(tmp_path)
 
 

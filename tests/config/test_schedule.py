@@ -82,7 +82,7 @@ def test_milestones_are_those_of_torch_a_tenth_each_or_down_to_the_final_rate() 
         ({"milestones": [5]}, "optim.milestones=[5] has no effect with optim.schedule=constant"),
         ({"schedule": "wsd", "milestones": [5]}, "optim.milestones=[5] has no effect with optim.schedule=wsd"),
         ({"schedule": "milestones", "milestones": [5], "decay_steps": 5}, "optim.decay_steps=5 has no effect with"),
-        ({"schedule": "step"}, "optim.schedule: Invalid value 'step'"),
+        ({"schedule": "step"}, "optim.schedule=step is none of the choices"),
         ({"schedule": "wsd"}, "optim.decay_steps is not set; optim.schedule=wsd needs"),
         ({"schedule": "milestones"}, "optim.milestones is not set; optim.schedule=milestones needs steps"),
         ({"schedule": "milestones", "milestones": [5, 5]}, "optim.milestones=[5, 5] must be growing steps"),
@@ -118,4 +118,7 @@ def test_the_picture_of_a_schedule_has_its_shape() -> None:
     )
     assert draw_schedule(config(100, schedule="cosine", decay_steps=200))[0] == (
         "cosine, 0.02, down from step 0 to 0 at step 200; the run ends before, at 0.01"
+    )
+    assert draw_schedule(config(100, warmup_steps=1000))[0] == (
+        "constant, 0.02 from step 1000 on; the run ends before, at 0.002"
     )
