@@ -59,7 +59,7 @@ def import_callable(name: str, named: str, default: str | None = None) -> Callab
     """
     module_name, _, attribute = name.partition(":")
     attribute = attribute or default or ""
-    module = import_module(module_name, named, "give module:callable, such as my_metrics:fid")
+    module = import_module(module_name, named, "give module:callable, as my_module:my_function")
     found: Callable[..., Any] | None = getattr(module, attribute, None)
     if not callable(found):
         raise UserError(f"{named}: {module_name} has no callable {attribute!r}; give module:callable")

@@ -145,7 +145,9 @@ def _check(arguments: argparse.Namespace, runs: Sequence[Path]) -> None:
     if images is not None and images < (0 if several else 1):
         raise UserError(f"--images {images}: choose at least {0 if several else 1}")
     if arguments.out and not several:
-        raise UserError(f"--out {arguments.out} has no effect with one run: its page is {runs[0]}/report.html")
+        raise UserError(
+            f"--out {arguments.out} has no effect with one run, whose page is {runs[0]}/report.html; leave it out"
+        )
     if len(samples) > 1 and not several:
         raise UserError(f"--samples {samples[1]}: the page of one run shows one folder of samples; leave it out")
     if several and samples and images is not None:
