@@ -33,6 +33,7 @@ from diffmoe_dist.files import format_bytes
 
 _SECONDS_BETWEEN_LINES = 5.0
 _THUMBNAIL = 96  # pixels
+_MAX_REASONS = 3
 
 _SOURCES_HELP = """\
 SOURCE is the data to read; --source-format names its kind where the name does not tell:
@@ -249,8 +250,14 @@ def _add_pack_options(add: Callable[..., Any]) -> None:
     add("--order", choices=("shuffled", "listed"), default="shuffled", help="listed: unpermuted (default: shuffled)")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 0")
+    return int(text)
+
+
 def _add_max_bad(add: Callable[..., Any]) -> None:
-    add("--max-bad", type=int, default=100, metavar="N", help="give up at more bad items (default: %(default)s)")
+    add("--max-bad", type=_count, default=100, metavar="N", help="give up at more bad items (default: %(default)s)")
 
 
 def _open(arguments: argparse.Namespace) -> Source:
@@ -313,7 +320,7 @@ def _tell_packed(packed: PackedFolder, section: str, out: Path) -> None:
         f"packed {packed.num_samples} samples into {packed.num_shards} shards, {packed.num_bytes} bytes: "
         f"{section}.shards={out}\n"
     )
-    _tell_bad(packed.num_bad, out)
+    _tell_bad(packed, out)
 
 
 def _index(arguments: argparse.Namespace, workers: Workers) -> None:
@@ -322,12 +329,18 @@ def _index(arguments: argparse.Namespace, workers: Workers) -> None:
     sys.stdout.write(
         f"indexed {packed.num_samples} samples in {packed.num_shards} tars: data.shards={arguments.folder}\n"
     )
-    _tell_bad(packed.num_bad, arguments.folder)
+    _tell_bad(packed, arguments.folder)
 
 
-def _tell_bad(num_bad: int, folder: Path) -> None:
-    if num_bad:
-        sys.stdout.write(f"left out {num_bad} bad items: {folder / QUARANTINE_NAME}\n")
+def _tell_bad(packed: PackedFolder, folder: Path) -> None:
+    if packed.num_bad:
+        sys.stdout.write(f"left out {packed.num_bad} bad items ({_reasons(packed)}): {folder / QUARANTINE_NAME}\n")
+
+
+def _reasons(packed: PackedFolder) -> str:
+    """The commonest ones, with their counts."""
+    told = [f'{count} "{reason}"' for reason, count in packed.bad_reasons.most_common(_MAX_REASONS)]
+    return ", ".join([*told, *(["..."] if len(packed.bad_reasons) > _MAX_REASONS else [])])
 
 
 def _verify(arguments: argparse.Namespace, workers: Workers) -> None:
@@ -361,7 +374,7 @@ def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
     from data_tools.side import choose_encoder_device
 
     base = ShardIndex.open(arguments.base, f"BASE={arguments.base}")
-    size = arguments.size or base.image_size
+    size = base.image_size if arguments.size is None else arguments.size
     if size is None:
         raise UserError(f"--size: {arguments.base} has images of many sizes; give the side of the square, such as 256")
     device = choose_encoder_device(arguments.device, arguments.workers)
@@ -374,7 +387,9 @@ def _encode_latents(arguments: argparse.Namespace, workers: Workers) -> None:
         )
     _tell_encoded("latents", written, arguments.out)
     if written.num_bad:
-        sys.stdout.write(f"{written.num_bad} images have no latent: {arguments.out / QUARANTINE_NAME}\n")
+        sys.stdout.write(
+            f"{written.num_bad} images have no latent ({_reasons(written)}): {arguments.out / QUARANTINE_NAME}\n"
+        )
 
 
 def _encode_text(arguments: argparse.Namespace, workers: Workers) -> None:

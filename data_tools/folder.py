@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,12 @@ PROGRESS_NAME = ".progress"  # a folder: the records of finished shards, until t
 INDEX_FILES = (INDEX_NAME, OFFSETS_NAME, KEYS_NAME, QUARANTINE_NAME)
 _IDENTITY_NAME = "pack.json"
 _LOCK_NAME = "lock"
+_OPTION_OF = {"image_size": "size", "shuffled": "order"}  # other entries have the names of their options
+_OPTIONS = (
+    "samples_per_shard", "seed", "order", "crop", "size", "encoding", "upright", "hold_out", "parametrisation",
+    "max_length", "batch_size", "device",
+)  # fmt: skip
+_DETAIL = re.compile(r"'[^']*'|\d+")  # where reasons of one kind differ
 
 
 def lock_progress(folder: Path, named: str) -> int | None:
@@ -65,8 +73,12 @@ class PackedFolder:
     num_samples: int
     num_shards: int
     num_bytes: int
-    num_bad: int
+    bad_reasons: Counter[str]  # how many items were bad; reasons of one kind count as the first of them
     num_cut: int  # captions that were cut, without those of shards that a finished run had written
+
+    @property
+    def num_bad(self) -> int:
+        return self.bad_reasons.total()
 
 
 @dataclass(frozen=True)
@@ -183,11 +195,18 @@ class ShardFolder:
         begun, index = self._progress / _IDENTITY_NAME, self.out / INDEX_NAME
         try:
             found = json.loads(begun.read_bytes()) if begun.exists() else json.loads(index.read_bytes())["packing"]
-            pairs = [(name, value, found.get(name)) for name, value in self.identity.items()]
+            there, here = _by_option(found), _by_option(self.identity)
         except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError):
             return ""
-        other = [f"{name}={there}, now {here}" for name, here, there in pairs if there != here]
-        return f" ({other[0]})" if other else ""
+        other = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+        options = [
+            f"--{name.replace('_', '-')} {_told(there.get(name))}, now {_told(here.get(name))}"
+            for name in _OPTIONS
+            if name in other
+        ]
+        others = [f"{name} {there[name]}, now {here[name]}" for name in other if name in there.keys() & here.keys()]
+        told = options or others[:1]
+        return f" ({'; '.join(told)})" if told else ""
 
     def _is_same(self) -> bool:
         begun, index = self._progress / _IDENTITY_NAME, self.out / INDEX_NAME
@@ -212,6 +231,22 @@ class ShardFolder:
             return
         for slot, record in zip(self.slots, _split(self.out, meta), strict=True):
             slot.save(record)
+
+
+def _by_option(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an identity, those of `images` among them, under the names of their options."""
+    entries = {**identity, **identity.get("images", {})}
+    entries.pop("images", None)
+    if "shuffled" in entries:
+        entries["shuffled"] = "shuffled" if entries["shuffled"] else "listed"
+    return {_OPTION_OF.get(name, name): value for name, value in entries.items()}
+
+
+def _told(value: Any) -> str:
+    """The value of an option, as it is given."""
+    if value is None or isinstance(value, bool):
+        return "given" if value else "not given"
+    return str(value)
 
 
 def write_index(
@@ -242,7 +277,7 @@ def write_index(
     }
     write_json(out / INDEX_NAME, index)
     num_bytes = sum(shard.num_bytes for shard in summary.shards)
-    return PackedFolder(summary.num_samples, len(summary.shards), num_bytes, summary.num_bad, summary.num_cut)
+    return PackedFolder(summary.num_samples, len(summary.shards), num_bytes, summary.bad_reasons, summary.num_cut)
 
 
 def write_quarantine(out: Path, records: Iterator[ShardRecord]) -> None:
@@ -284,17 +319,23 @@ class _Summary:
     """What the records say together."""
 
     num_samples: int = 0
-    num_bad: int = 0
     num_cut: int = 0
     num_classes: int = 0
     longest_key: int = 1
     fields: set[str] = field(default_factory=set)
     shards: list[Any] = field(default_factory=list)
     image_sizes: set[int | None] = field(default_factory=set)
+    bad_reasons: Counter[str] = field(default_factory=Counter)
+    first_reasons: dict[str, str] = field(default_factory=dict)  # by kind
+
+    @property
+    def num_bad(self) -> int:
+        return self.bad_reasons.total()
 
     def add(self, record: ShardRecord) -> None:
         self.shards.append(record.shard)
-        self.num_bad += len(record.bad)
+        for item in record.bad:
+            self.bad_reasons[self.first_reasons.setdefault(_DETAIL.sub("", item.reason), item.reason)] += 1
         self.num_cut += record.num_cut
         if not record.keys:
             return

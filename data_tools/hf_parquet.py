@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.labels import number_labels
+from data_tools.image_folder import name_some
+from data_tools.labels import number_labels, refuse_max_label
 from data_tools.source import IMAGE, BadItemError, caption_payloads
 from data_tools.table import CAPTIONS, LABELS, Columns, as_captions, choose_column, tell_unlabelled
 from data_tools.table_files import column_cells, import_pyarrow, open_parquet
-from diffmoe_dist.data.format import is_hidden
+from diffmoe_dist.data.images import walk_files
 from diffmoe_dist.errors import UserError
 
 
@@ -30,7 +31,7 @@ class HfParquetSource:
     image_size = None
 
     def __init__(self, root: Path, columns: Columns, split: str | None, max_label: int | None = None) -> None:
-        self._files = _files_of(root, split) if root.is_dir() else [root]
+        self._files, self._named_from = _files_of(root, split) if root.is_dir() else ([root], root.parent)
         files = [open_parquet(path) for path in self._files]
         schema = files[0].schema_arrow
         self._image = _image_column(self._files[0], schema, columns.image)
@@ -54,6 +55,8 @@ class HfParquetSource:
             self._labels = number_labels(values, known, max_label)
             if self._labels is None and values:
                 tell_unlabelled(root, self._label, len(values), needed=False)
+        if self._labels is None:
+            refuse_max_label(max_label, "there are no labels")
         self.class_names: Sequence[str] = () if self._labels is None else self._labels.class_names
         self._read_ahead: dict[int, tuple[bytes | None, Any]] = {}
 
@@ -66,7 +69,7 @@ class HfParquetSource:
 
     def item_name(self, item: int) -> str:
         number, group, row = self._places[item].tolist()
-        return f"{self._files[number].name}: row {row} of group {group}"
+        return f"{self._files[number].relative_to(self._named_from)}: row {row} of group {group}"
 
     def part(self, items: np.ndarray) -> HfParquetSource:
         part = copy.copy(self)
@@ -111,12 +114,14 @@ def _rows(number: int, group: int, file: Any) -> np.ndarray:
     return np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], axis=1)
 
 
-def _files_of(root: Path, split: str | None) -> list[Path]:
-    """The files of one split, by name: `train-00000-of-00004.parquet`, or `train/0000.parquet`."""
+def _files_of(root: Path, split: str | None) -> tuple[list[Path], Path]:
+    """The files of one split, by name: `train-00000-of-00004.parquet`, or `train/0000.parquet`.
+
+    With them the folder that their paths are told from: their own, or `root` where other splits have the same names.
+    Raises UserError where they lie in several folders, for those are configurations of one repository.
+    """
     files: dict[str, list[Path]] = {}
-    for path in sorted(root.rglob("*.parquet")):
-        if is_hidden(str(path.relative_to(root))):
-            continue
+    for path in (root / name for name in walk_files(root) if name.endswith(".parquet")):
         if not path.is_file():
             raise UserError(f"SOURCE={path}: not a regular file; remove it")
         numbered = re.match(r"(.+?)-\d", path.name)
@@ -127,7 +132,15 @@ def _files_of(root: Path, split: str | None) -> list[Path]:
         raise UserError(f"--split={split}: not in {root}, which has {', '.join(files)}")
     if split is None and len(files) > 1:
         raise UserError(f"SOURCE={root}: holds several splits ({', '.join(files)}); name one with --split")
-    return files[split] if split is not None else next(iter(files.values()))
+    split = next(iter(files)) if split is None else split
+    folders = list(dict.fromkeys(path.parent for path in files[split]))
+    if len(folders) > 1:
+        names = name_some([str(folder.relative_to(root)) for folder in folders])
+        raise UserError(
+            f"SOURCE={root}: {split} lies in several folders ({names}), as configurations do; name one of them"
+        )
+    names_of_files = [path.name for paths in files.values() for path in paths]
+    return files[split], root if len(names_of_files) > len(set(names_of_files)) else folders[0]
 
 
 def _read(path: Path, group: int | None, columns: list[str]) -> Any:

@@ -7,13 +7,14 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.source import IMAGE, BadItemError, Strings, caption_payloads, label_payload, read_file
+from diffmoe_dist.data.images import walk_files
 from diffmoe_dist.errors import UserError
 
 logger = logging.getLogger("data_tools")
@@ -80,6 +81,19 @@ class Listing:
     others: Counter[str] = field(default_factory=Counter)  # files that are neither image nor text of one, by suffix
     repeated: list[str] = field(default_factory=list)  # links to folders that were visited before
 
+    def add(self, folder: str, subfolders: Sequence[str], files: Sequence[str]) -> None:
+        """Note what a folder holds beside the images; "" is the one that all others lie in."""
+        images = [name for name in files if is_image_name(name)]
+        texts, used = {name for name in files if name.endswith(_TEXTS)}, set(images)
+        for name in images:
+            own = texts.intersection(os.path.splitext(name)[0] + suffix for suffix in _TEXTS)
+            self.num_texts += bool(own)
+            used |= own
+        if not folder:
+            self.num_top, self.top_folders = len(images), list(subfolders)
+            self.top_files = [name for name in files if not is_image_name(name)]
+        self.others.update(os.path.splitext(name)[1].lower() for name in files if name not in used)
+
     def tell(self, found: str, num_strays: int = 0) -> None:
         """Say what was found, and what was left aside."""
         aside = [f"{number} {suffix or 'without suffix'}" for suffix, number in self.others.most_common(_MAX_NAMED)]
@@ -95,55 +109,12 @@ class Listing:
 def list_images(root: Path) -> Listing:
     """Look at everything below a folder once. Raises UserError where that is not allowed."""
     listing = Listing(Strings(()))
+    paths = walk_files(root, listing.add, lambda folder: listing.repeated.append(folder.rstrip("/")))
     try:
-        listing.paths = Strings(_walk(root, listing))
+        listing.paths = Strings(path for path in paths if is_image_name(os.path.basename(path)))
     except OSError as error:
         raise UserError(f"SOURCE={root}: {error.filename} cannot be listed ({error.strerror}); repair it") from error
     return listing
-
-
-def _walk(root: Path, listing: Listing) -> Iterator[str]:
-    """Paths of the images; the rest is noted in `listing`."""
-    visited: set[tuple[int, int]] = set()
-    begun = [_enter(root, "", listing, visited)]
-    while begun:
-        path = next(begun[-1], None)
-        if path is None:
-            begun.pop()
-        elif not path.endswith("/"):
-            yield path
-        else:
-            begun.append(_enter(root, path, listing, visited))
-
-
-def _enter(root: Path, folder: str, listing: Listing, visited: set[tuple[int, int]]) -> Iterator[str]:
-    """Of one folder, the paths of its images and, with a slash at the end, of its subfolders."""
-    status = os.stat(root / folder)
-    if (status.st_dev, status.st_ino) in visited:
-        listing.repeated.append(folder.rstrip("/"))
-        return
-    visited.add((status.st_dev, status.st_ino))
-    names = sorted(name for name in os.listdir(root / folder) if not name.startswith("."))
-    subfolders = {name for name in names if os.path.isdir(root / folder / name)}
-    texts = {name for name in names if name.endswith(_TEXTS)} - subfolders
-    used: set[str] = set()
-    for name in names:
-        if name in subfolders:
-            listing.top_folders += [] if folder else [name]
-            yield f"{folder}{name}/"
-        elif is_image_name(name):
-            own = texts.intersection(os.path.splitext(name)[0] + suffix for suffix in _TEXTS)
-            listing.num_texts += bool(own)
-            listing.num_top += not folder
-            used |= own
-            yield f"{folder}{name}"
-        elif not folder:
-            listing.top_files.append(name)
-    listing.others.update(
-        os.path.splitext(name)[1].lower()
-        for name in names
-        if name not in subfolders and name not in used and not is_image_name(name)
-    )
 
 
 def is_image_name(name: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from data_tools.source import BadItemError, label_payload
 from data_tools.table_files import UnreadableCell, is_missing
 from diffmoe_dist.data.labels import MAX_LABEL, is_number, label_number
+from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import is_utf8
 
 _QUOTED = 40  # characters of a label in a message
@@ -43,14 +44,17 @@ def number_labels(values: Sequence[Any], known: Sequence[str] = (), largest: int
 
     They are numbers where most of the different ones are, else names, whose label is their rank. `known` names of
     classes are numbered already: a text is one of them, a number stays.
+    Raises UserError for a `largest` label of classes that have names.
     """
     texts = [_as_text(value) for value in values]
     different = {text for text in texts if text is not None and not isinstance(text, UnreadableCell)}
     if all(text is None or (text in different and _is_negative(text)) for text in texts):
         return None
-    largest = largest or MAX_LABEL
     named = {text for text in different if not is_number(text)}
     counted = {text for text in different - named if not _is_negative(text)}
+    if known or len(counted) <= len(named):
+        refuse_max_label(largest, "the classes have names")
+    largest = MAX_LABEL if largest is None else largest
     names: Sequence[str] = known
     if known:
         rank = {name.strip(): label for label, name in enumerate(known)} if _holds_text(values) else {}
@@ -67,6 +71,12 @@ def number_labels(values: Sequence[Any], known: Sequence[str] = (), largest: int
     found = [of_text[text] if text in different else text or "no label" for text in texts]
     labels = np.array([one if isinstance(one, int) else -1 for one in found], dtype=np.int64)
     return Labels(names, labels, {item: str(one) for item, one in enumerate(found) if not isinstance(one, int)})
+
+
+def refuse_max_label(largest: int | None, problem: str) -> None:
+    """Raises UserError where --max-label is given to data that it changes nothing of."""
+    if largest is not None:
+        raise UserError(f"--max-label={largest}: {problem}, so it would change nothing; leave it out")
 
 
 def _as_text(value: Any) -> str | UnreadableCell | None:

@@ -96,7 +96,9 @@ def encode_latents(
 def _check(vae: Autoencoder, settings: LatentSettings) -> None:
     if vae.image_channels not in (1, 3):
         raise UserError(f"--vae={settings.vae}: takes images of {vae.image_channels} channels; 1 or 3 are known")
-    if settings.image_size < 1 or settings.image_size % vae.downsampling:
+    if settings.image_size < 1:
+        raise UserError(f"--size={settings.image_size}: not a number of pixels; 256 and 512 are usual")
+    if settings.image_size % vae.downsampling:
         raise UserError(
             f"--size={settings.image_size}: one latent pixel stands for {vae.downsampling} pixels; use a multiple"
         )

@@ -40,6 +40,8 @@ class PackSettings:
             raise UserError(
                 f"--samples-per-shard={self.samples_per_shard}: must be at least 1; 512 is usual for small images"
             )
+        if self.seed and not self.shuffled:
+            raise UserError(f"--seed={self.seed}: --order=listed permutes nothing; leave one of them out")
 
 
 @dataclass(frozen=True)

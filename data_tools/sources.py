@@ -22,6 +22,7 @@ from data_tools.source import Source, Strings
 from data_tools.table import SUFFIXES, Columns, TableSource
 from data_tools.tars import TarFile
 from data_tools.webdataset_tars import WebDatasetSource, is_tar_name
+from diffmoe_dist.data.labels import MAX_LABEL
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.own_code import import_callable, is_import_path
 
@@ -37,6 +38,12 @@ class SourceOptions:
     columns: Columns = Columns()
     split: str | None = None
     max_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_label is not None and not 0 <= self.max_label <= MAX_LABEL:
+            raise UserError(
+                f"--max-label={self.max_label}: must be from 0 to {MAX_LABEL}; give the number of the last class"
+            )
 
 
 _READERS: dict[str, Callable[[Path, SourceOptions], Source]] = {

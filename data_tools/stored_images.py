@@ -9,12 +9,13 @@ from typing import Literal
 
 from PIL import ExifTags, Image
 
-from diffmoe_dist.data.images import Crop, convert_image, crop_image, open_image
+from diffmoe_dist.data.images import Crop, ImageError, convert_image, crop_image, open_image
 from diffmoe_dist.errors import UserError
 
 _FIELD_OF_FORMAT = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif",
 }  # fmt: skip
+_MAX_WEBP_SIDE = 16_383  # pixels
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class ImageRules:
             )
         if self.size is not None and self.size < 1:
             raise UserError(f"--size={self.size}: not a number of pixels; 256 and 512 are usual")
+        if self.encoding != "webp" and self.size is None and not self.upright:
+            raise UserError(
+                f"--encoding={self.encoding}: images are stored as they are; leave it out, or give --crop and --size"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,13 @@ def common_side(sizes: Collection[tuple[int, int]]) -> int | None:
 
 
 def encode_image(image: Image.Image, field: str) -> bytes:
-    """Encode without loss, the same bytes every time."""
+    """Encode without loss, the same bytes every time. Raises ImageError for an image that the format cannot hold."""
     file = io.BytesIO()
     if field == "webp":
+        if max(image.size) > _MAX_WEBP_SIDE:
+            raise ImageError(
+                f"a side of {max(image.size)} pixels is longer than WebP's {_MAX_WEBP_SIDE}; use --encoding=png"
+            )
         image.save(file, format="WEBP", lossless=True, method=0, quality=0)
     else:
         image.save(file, format="PNG", compress_level=6)

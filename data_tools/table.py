@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.labels import number_labels
+from data_tools.labels import number_labels, refuse_max_label
 from data_tools.source import IMAGE, BadItemError, Strings, caption_payloads, read_file
 from data_tools.table_files import UnreadableCell, is_missing, open_table
 from diffmoe_dist.errors import UserError
@@ -61,6 +61,8 @@ class TableSource:
         self._labels = None if label is None else number_labels(values, largest=max_label)
         if label is not None and self._labels is None:
             tell_unlabelled(path, label, len(values), needed=caption is None)
+        if self._labels is None:
+            refuse_max_label(max_label, "there are no labels")
         self.class_names: Sequence[str] = () if self._labels is None else self._labels.class_names
 
     @property

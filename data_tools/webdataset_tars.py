@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.labels import refuse_max_label
 from data_tools.source import IMAGE, BadItemError, Strings, label_payload
 from data_tools.tars import Member, TarFile
 from diffmoe_dist.data.captions import captions_in
@@ -47,7 +48,7 @@ class WebDatasetSource:
     labels = None
 
     def __init__(self, root: Path, max_label: int | None = None) -> None:
-        self._max_label = max_label or MAX_LABEL
+        self._max_label = MAX_LABEL if max_label is None else max_label
         self._tars = [TarFile(path) for path in list_tars(root)]
         found = Found()
         self._items = Strings(  # tar, key, and (field, offset, size) of each member
@@ -61,6 +62,8 @@ class WebDatasetSource:
                 np.array([item for item, text in enumerate(self._items) if self._is_kept(text)])
             )
         self._required = found.required_fields()
+        if LABEL_FIELD not in self._required:
+            refuse_max_label(max_label, "there are no labels")
 
     def __len__(self) -> int:
         return len(self._items)

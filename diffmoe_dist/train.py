@@ -113,8 +113,9 @@ def train(config: Config, stop: StopSignals) -> int:
         launch = start_process_group(device, collective_timeout(config.train.hang_timeout))
     with abort_all_on_failure(watchdog), full_disk_told(f"run_dir={run_dir}"):
         check_agreement(
-            {**flat_settings(config), "the data's fingerprint": data.fingerprint},
+            {**flat_settings(config), "the device": device.type, "the data's fingerprint": data.fingerprint},
             "start all ranks with the same settings, code and data",
+            config.own_code,
         )
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size, asked))

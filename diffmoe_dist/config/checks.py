@@ -359,11 +359,11 @@ def _check_periods(config: Config) -> None:
         )
 
 
-def check_places(config: Config) -> None:
-    """Refuse a training run without a folder to write to, or without data.
+def check_run(config: Config) -> None:
+    """Refuse a training run without a folder to write to, without data, or with settings that do nothing in it.
 
     Raises:
-        UserError: one is not set.
+        UserError: names the first.
     """
     if not config.run_dir:
         raise UserError("run_dir is not set; give the folder of this run, such as run_dir=runs/first")
@@ -376,6 +376,16 @@ def check_places(config: Config) -> None:
                 f"{section}.text is not set, but model.condition=text; make it with `python -m data_tools encode-text` "
                 "or give data.text_encoder"
             )
+    profile, steps = config.profile.steps, config.train.steps
+    if profile is not None and profile[0] > steps:
+        raise UserError(f"profile.steps={list(profile)} begin after train.steps={steps}; lower them")
+    experts, ratio = config.experts, config.model.mlp_ratio
+    used = () if experts is None else (experts.expert_mlp_ratio, experts.shared_mlp_ratio)
+    if experts and len(config.moe_blocks) == config.model.depth and ratio not in (ModelConfig.mlp_ratio, *used):
+        raise UserError(
+            f"model.mlp_ratio={ratio:g} has no effect where moe.blocks={experts.blocks} leaves no dense layer and "
+            f"moe.expert_mlp_ratio={experts.expert_mlp_ratio:g}; remove it"
+        )
 
 
 def for_world(config: Config, world_size: int) -> Config:

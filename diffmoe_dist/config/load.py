@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffmoe_dist.config.checks import check, check_places
+from diffmoe_dist.config.checks import check, check_run
 from diffmoe_dist.config.parse import Given, apply_overrides, check_scalars, merge, read_yaml
 from diffmoe_dist.config.router import MoEConfig, RouterSettings
 from diffmoe_dist.config.schema import MODEL_SIZES, Config
@@ -110,7 +110,7 @@ def build_config(
     assert isinstance(config, Config)
     check(config)
     if training:
-        check_places(config)
+        check_run(config)
     return config
 
 

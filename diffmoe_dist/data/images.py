@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,44 @@ _MAX_PIXELS = 178_956_970  # what Pillow decodes; a resized image may not be lar
 
 
 def find_images(folder: Path) -> Iterator[Path]:
-    """The image files in a folder and those below it, by their endings, in any order."""
-    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file())
+    """The image files in a folder and those below it, by their endings, in the order of `walk_files`."""
+    paths = (folder / name for name in walk_files(folder) if name.lower().endswith(IMAGE_ENDINGS))
+    return (path for path in paths if path.is_file())
+
+
+def walk_files(
+    root: Path,
+    on_folder: Callable[[str, Sequence[str], Sequence[str]], None] = lambda folder, subfolders, files: None,
+    on_repeated: Callable[[str], None] = lambda folder: None,
+) -> Iterator[str]:
+    """All files below a folder, as paths relative to it, in their order; what is hidden is left out.
+
+    Links to folders are followed, each folder once. `on_folder` is told each folder that is entered, with the names of
+    its subfolders and files; `on_repeated` a link to one that was entered before. Folders are told with a slash at the
+    end; the first one is "".
+    """
+    visited: set[tuple[int, int]] = set()
+
+    def enter(folder: str) -> Iterator[str]:
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in visited:
+            on_repeated(folder)
+            return
+        visited.add((status.st_dev, status.st_ino))
+        names = sorted(name for name in os.listdir(root / folder) if not name.startswith("."))
+        subfolders = {name: None for name in names if os.path.isdir(root / folder / name)}
+        on_folder(folder, list(subfolders), [name for name in names if name not in subfolders])
+        yield from (f"{folder}{name}/" if name in subfolders else f"{folder}{name}" for name in names)
+
+    begun = [enter("")]
+    while begun:
+        path = next(begun[-1], None)
+        if path is None:
+            begun.pop()
+        elif path.endswith("/"):
+            begun.append(enter(path))
+        else:
+            yield path
 
 
 class ImageError(ValueError):

@@ -39,7 +39,7 @@ from diffmoe_dist.files import file_sha256
 
 _MAX_OPEN_FILES = 64  # a large set has more shards than a process may open files
 _SHORT_NAME = 100  # bytes of a member's name at the start of its header
-_PACK = "python -m data_tools pack SOURCE OUT"
+_COMMANDS = {"latents": "encode-latents BASE OUT --vae DIR", "text": "encode-text BASE OUT --encoder DIR"}  # by setting
 _T = TypeVar("_T")
 
 
@@ -81,7 +81,7 @@ class ShardIndex:
         path = Path(folder)
         named = f"data.shards={path}" if named is None else named
         if not path.is_dir():
-            _refuse(named, "no such folder", f"pack the data there: {_PACK}")
+            _refuse(named, "no such folder", f"make it: {_command(named)}")
         raw = _load(named, INDEX_NAME, lambda: _check_regular(path / INDEX_NAME).read_bytes())
         meta = _load(named, INDEX_NAME, lambda: json.loads(raw))
         known = isinstance(meta, dict) and meta.get("format") == FORMAT
@@ -269,6 +269,12 @@ def _check_regular(path: Path) -> Path:
     return path
 
 
+def _command(named: str) -> str:
+    """The command that makes a folder named so: `data.latents=FOLDER` is one of latents."""
+    setting = named.partition("=")[0].rpartition(".")[2]
+    return f"python -m data_tools {_COMMANDS.get(setting, 'pack SOURCE OUT')}"
+
+
 def _refuse(named: str, problem: str, remedy: str) -> NoReturn:
     raise UserError(f"{named}: {problem}; {remedy}")
 
@@ -280,7 +286,7 @@ def _load(named: str, name: str, action: Callable[[], _T]) -> _T:
     except RecursionError:
         _refuse(named, f"{name} is damaged (nested too deeply)", "restore or pack it again")
     except FileNotFoundError:
-        _refuse(named, f"{name} is missing", f"restore it or finish packing: {_PACK}")
+        _refuse(named, f"{name} is missing", f"restore it or finish the folder: {_command(named)}")
     except OSError as error:
         _refuse(named, f"{name} cannot be read ({error.strerror})", "check the disk and the permissions")
     except KeyError as error:

@@ -26,7 +26,8 @@ Y = TypeVar("Y")  # what a model is conditioned on; samplers do not look at it
 
 # Those of torchdiffeq, by its names: on a grid of equal steps, and adaptive ones, which take as many as their
 # tolerances need. Its `euler` is the one here, its `heun2` the `heun`.
-FIXED_GRID = ("midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+ADAMS = ("explicit_adams", "implicit_adams")  # whose coefficients are those of equal steps
+FIXED_GRID = ("midpoint", "heun2", "heun3", "rk4", *ADAMS)
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 # Of these the images of a batch decide together how often they are evaluated.
 JOINT = (*ADAPTIVE, "implicit_adams")
@@ -35,7 +36,9 @@ SAMPLERS = {
     **dict.fromkeys(("euler", "heun", "sde", *FIXED_GRID, *ADAPTIVE), "flow"),
     **dict.fromkeys(("ddpm", "ddim", "dpm-solver++"), "ddpm"),
 }
-ADAMS_ORDER = 4  # torchdiffeq's default of 12 multiplies rounding: docs/log.md has what comes out
+# torchdiffeq's `max_order`; its explicit method is of one order less. Its default of 12 multiplies rounding:
+# docs/log.md has what comes out.
+ADAMS_ORDER = 4
 RTOL, ATOL = 1e-3, 1e-6  # of torchdiffeq's, those of SiT
 LAST_SDE_STEP = 0.04  # of the way from noise to data (SiT)
 
@@ -56,7 +59,8 @@ def sample(
         noise: (N, C, H, W) standard normal, where the images start.
         steps: None for the adaptive samplers.
         generators: one for each image, of the noise that a sampler adds at each step; only `ddpm` and `sde` add any.
-        time_shift: of a flow's steps, which are equal before `RectifiedFlow.shifted`; 1 for the adaptive samplers.
+        time_shift: of a flow's steps, which are equal before `RectifiedFlow.shifted`; 1 for the adaptive samplers, and
+            for `ADAMS`, which a shift takes to order 2.
 
     Returns:
         (N, C, H, W).
@@ -158,7 +162,7 @@ def sample_fixed_grid(name: str, denoise: Denoiser, noise: Tensor, times: list[f
     grid, ends = (torch.tensor(values, device=noise.device) for values in (times, [times[0], times[-1]]))
     # With the grid in the place of the times every state on it would be kept.
     options: dict[str, Any] = {"grid_constructor": lambda f, z, t: grid}
-    if name.endswith("adams"):
+    if name in ADAMS:
         options["max_order"] = ADAMS_ORDER
     return _odeint(name, denoise, noise, ends, options)
 

@@ -127,7 +127,9 @@ def _publish(
             _remove(final)
         unfinished.rename(final)
         flush_directory(final.parent)
-        for old in checkpoints_to_delete(complete_checkpoints(final.parent), config.checkpoint):
+        # Later ones are damaged, else the run would have started from them: they stand in for none.
+        valid = [found for found in complete_checkpoints(final.parent) if _step_of(found) <= progress.step]
+        for old in checkpoints_to_delete(valid, config.checkpoint):
             _remove(old)
     except OSError as error:
         raise CheckpointError(f"checkpoint {final}: {error.strerror} ({error.filename})") from None

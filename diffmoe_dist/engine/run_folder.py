@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,9 @@ class FolderClaim:
                 f"run_dir={self.run_dir}: another attempt has taken over ({holder}, this is {self.attempt}); "
                 "nothing more is written by this one"
             )
+        if self._lock is None:  # an attempt before, which this one has taken over, may have ended since
+            with suppress(BlockingIOError):
+                self._lock = lock_file(self.run_dir / "lock")
 
     def mark_going_on(self) -> None:
         (self.run_dir / "DONE").unlink(missing_ok=True)

@@ -242,8 +242,13 @@ class Trainer:
         self.set_deadline("finding capacity thresholds", SLOW_FACTOR)
         steps = range(THRESHOLD_STEPS)
         batches = (self._next_batch(ahead) for ahead in steps for _ in range(self.progress.micro_steps))
+        routers = [layer.router for layer in self.model.moe_layers]
         with self.averages.applied(), self.timings.left_out():
+            for router in routers:
+                router.end_schedule()  # inference is at the last capacity, whatever that of this step was
             thresholds_LN = proposed_thresholds(self.model, self.config, batches)
+            for router in routers:
+                router.start_step(self.progress.step - 1)
         self.thresholds_of_average = thresholds_of_average(self.model, self.topology.mean(thresholds_LN))
         logger.info("found the capacity thresholds of the averaged weights on %d batches", len(steps))
 

@@ -239,7 +239,7 @@ def build_result(
     if clip is not None:
         result["clip"] = clip
     facts = [*SAMPLING_FACTS, *(PROMPT_FACTS if "prompts" in recorded else CLASS_FACTS)]
-    facts += [name for name in (*TOLERANCES, "class_names") if name in recorded]
+    facts += [name for name in (*TOLERANCES, "class_names", "recalibrated_on") if name in recorded]
     return {**result, "sampling": {name: recorded.get(name, NOT_RECORDED) for name in facts}}
 
 

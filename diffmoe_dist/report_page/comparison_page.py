@@ -34,7 +34,7 @@ from diffmoe_dist.report_page.comparison_charts import Line, line_chart, swatch
 from diffmoe_dist.report_page.comparison_images import images_section
 from diffmoe_dist.report_page.html import document, note, section
 from diffmoe_dist.report_page.run_history import AXES, Curve, RunHistory
-from diffmoe_dist.report_page.scored_samples import ScoredSamples, higher_is_better
+from diffmoe_dist.report_page.scored_samples import ScoredSamples, found_scores, higher_is_better
 from diffmoe_dist.sampling.settings import SamplingSettings
 
 PAGE, CURVES, RESULTS, SETTINGS = "comparison.html", "curves.csv", "results.csv", "settings.csv"
@@ -100,9 +100,10 @@ def write_comparison(
         finished: folders of samples, shown in their place, and scores.
 
     Raises:
-        UserError: a checkpoint or samples are damaged, or a setting is not for a run's model.
+        UserError: a checkpoint or samples are damaged, two of them are of one step and way, or a setting is not for a
+            run's model.
     """
-    comparison = compare(histories, [score for samples in finished for score in samples.found_scores()])
+    comparison = compare(histories, found_scores(finished))
     runs, rows = comparison.runs, results(comparison)
     images, capacities = images_section(runs, asked, finished, device)
     rows += capacities

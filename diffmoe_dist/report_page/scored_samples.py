@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,18 @@ from diffmoe_dist.sampling.settings import PROMPTS_NAME
 _SCORE = re.compile(r"[a-z]\w*_\d+k?")  # fid_50k, frechet_distance_200; with the number of samples
 _HIGHER = ("inception_score", "precision", "recall", "clip_score")
 _STEP = re.compile(r"step-(\d+)")
+# What the name of a score tells where folders differ in it, with the value that goes without saying.
+_OF_SAMPLES: dict[str, Any] = {
+    "time_shift": None, "one_pass": False, "cfg_channels": "all", "ema_decay": None, "ema_length": None,
+    "labels": "balanced", "classes": "all", "negative_prompt": None, "prompts": None,
+}  # fmt: skip
+# The same where folders of one run differ: of two runs each is compared under its own rule, which may be no other's.
+_OF_RUN: dict[str, Any] = {
+    "inference": None, "constant_threshold": None, "recalibrate": 0, "recalibrated_on": None, "precision": None,
+    "tf32": False,
+}  # fmt: skip
+_DEFAULTS = _OF_SAMPLES | _OF_RUN
+_LONGEST = 24  # letters of what a name tells; of a longer text the begin and a fingerprint
 
 
 @dataclass(frozen=True)
@@ -38,13 +51,6 @@ class ScoredSamples:
     step: int
     sampling: dict[str, Any]
     scores: dict[str, float]
-
-    def found_scores(self) -> list[FoundScore]:
-        told = how_sampled(self.sampling)
-        return [
-            FoundScore(self.run_folder, f"{name} ({told})" if told else name, self.step, value)
-            for name, value in self.scores.items()
-        ]
 
     def images(self, most: int) -> tuple[np.ndarray, list[int]]:
         """The first images, (N, H, W, C) uint8, and their labels. Raises UserError where the file is damaged."""
@@ -70,16 +76,70 @@ class ScoredSamples:
             raise UserError(f"{path}: no prompt of image {number}; sample again") from None
 
 
-def how_sampled(sampling: dict[str, Any]) -> str:
-    """What a score depends on beside the model, of those that scores of one name may differ in."""
+def found_scores(finished: Iterable[ScoredSamples]) -> list[FoundScore]:
+    """The scores of all folders: those that were made in two ways have two names.
+
+    Raises:
+        UserError: two folders have a score of one name at one step of a run.
+    """
+    scored = [samples for samples in finished if samples.scores]
+    differing = _differing(scored)
+    folders: dict[tuple[Path, str, int], Path] = {}
+    found = []
+    for samples in scored:
+        told = how_sampled(samples.sampling, differing)
+        for score, value in samples.scores.items():
+            name = f"{score} ({told})" if told else score
+            key = samples.run_folder, name, samples.step
+            if key in folders:
+                raise UserError(
+                    f"--samples {folders[key]} {samples.folder}: both have {name} of {samples.run_folder} at step "
+                    f"{samples.step}; leave one out"
+                )
+            folders[key] = samples.folder
+            found.append(FoundScore(*key, value))
+    return found
+
+
+def _differing(scored: Sequence[ScoredSamples]) -> list[str]:
+    """The names of what is told of some of these folders."""
+    values: dict[tuple[str, Path | None], set[str]] = {}
+    for samples in scored:
+        for name in _DEFAULTS:
+            among = samples.run_folder if name in _OF_RUN else None
+            values.setdefault((name, among), set()).add(str(_value(samples.sampling, name)))
+    return list(dict.fromkeys(name for (name, _), found in values.items() if len(found) > 1))
+
+
+def how_sampled(sampling: dict[str, Any], differing: Sequence[str]) -> str:
+    """What a score depends on beside the model, of those that scores of one name may differ in.
+
+    Args:
+        differing: what folders differ in, of `_DEFAULTS`.
+    """
     parts = {
         "sampler": "{}", "steps": "{} steps", "cfg_scale": "CFG {:g}", "cfg_interval": "at {}", "decoder": "{}",
     }  # fmt: skip
-    told = {name: form for name, form in parts.items() if sampling.get(name) not in (None, "not recorded")}
+    forms = {name: form for name, form in parts.items() if _value(sampling, name) is not None}
     try:
-        return ", ".join(form.format(sampling[name]) for name, form in told.items())
+        told = [form.format(sampling[name]) for name, form in forms.items()]
     except (TypeError, ValueError):  # edited
-        return ", ".join(str(sampling[name]) for name in told)
+        told = [str(sampling[name]) for name in forms]
+    others = {name: _value(sampling, name) for name in differing}
+    told += [_shown(name, value) for name, value in others.items() if value != _DEFAULTS[name]]
+    return ", ".join(told)
+
+
+def _value(sampling: dict[str, Any], name: str) -> Any:
+    value = sampling.get(name)
+    return _DEFAULTS.get(name) if value in (None, "not recorded") else value
+
+
+def _shown(name: str, value: Any) -> str:
+    text = str(value)
+    if len(text) > _LONGEST:
+        text = f"{text[:12]}... {hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return name if value is True else f"{name} {text}"
 
 
 def is_score(name: str) -> bool:

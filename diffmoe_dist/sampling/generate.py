@@ -25,6 +25,7 @@ from diffmoe_dist.data.latents import Autoencoder, same_scaling
 from diffmoe_dist.data.randomness import Stream, philox, sample_generator
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, Objective, build_objective
 from diffmoe_dist.diffusion.samplers import (
+    ADAMS,
     ADAPTIVE,
     SAMPLERS,
     Guidance,
@@ -213,14 +214,18 @@ def choose_time_shift(given: float | None, sampler: str, config: Config) -> floa
     """The shift of the sampler's steps: the given one, or the run's `sample.time_shift`.
 
     Raises:
-        UserError: the sampler has no steps to shift.
+        UserError: the sampler has no steps to shift, or is for equal ones.
     """
     if sampler in ADAPTIVE or config.objective.name != "flow":
         if given is not None:
             why = "which chooses its own steps" if sampler in ADAPTIVE else "which is not of a flow"
             raise UserError(f"--time-shift {given:g} has no effect with --sampler {sampler}, {why}; leave it out")
         return 1.0
-    return config.sample.time_shift if given is None else given
+    shift = config.sample.time_shift if given is None else given
+    if sampler in ADAMS and shift != 1:
+        named = f"sample.time_shift={shift:g}" if given is None else f"--time-shift {shift:g}"
+        raise UserError(f"{named}: --sampler {sampler} is for equal steps; give --time-shift 1, or another sampler")
+    return shift
 
 
 def open_decoder(

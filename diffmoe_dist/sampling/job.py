@@ -59,6 +59,7 @@ from diffmoe_dist.sampling.model import open_model, uses_tf32
 from diffmoe_dist.sampling.settings import PROMPTS_NAME, SamplingSettings
 
 OTHER_CAPACITY = 0.05  # relative; a measured capacity so far from the one trained for is warned of
+RECALIBRATED_ON = "recalibrated_on"
 AS_BEFORE_0_2 = {"precision": "fp32", "tf32": False}  # what jobs of older versions do not say
 
 
@@ -72,6 +73,7 @@ class Source:
     weights: str  # their fingerprint, with the thresholds as they are in the checkpoint
     conditions: Conditions
     decode: Decode
+    data: str | None = None  # the fingerprint of those that --recalibrate reads
 
 
 def sample_to_folder(settings: SamplingSettings, out: str | Path, device: torch.device, launch: Launch) -> None:
@@ -105,7 +107,7 @@ def open_source(settings: SamplingSettings, device: torch.device, launch: Launch
     decoder = settings.decoder or config.sample.decoder
     decode = open_decoder(config, decoder, "--decoder", device, encoders.autoencoder if encoders else None)
     model, weights = open_model(settings, checkpoint, device, launch, data)
-    return Source(checkpoint, config, model, weights, conditions, decode)
+    return Source(checkpoint, config, model, weights, conditions, decode, data.fingerprint if data else None)
 
 
 def run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launch) -> None:
@@ -129,8 +131,9 @@ def _lock(out: Path) -> int | None:
 
 
 def _run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launch) -> None:
-    job = describe_job(settings, source.config, source.weights, source.conditions)
-    check_agreement({"--out": str(out), **job}, "start all ranks with the same options, code and weights")
+    job = describe_job(settings, source.config, source.weights, source.conditions, source.data)
+    values = {"--out": str(out), **job}
+    check_agreement(values, "start all ranks with the same options, code and weights", source.config.own_code)
     if _is_finished(out, job, settings):
         logger.info("%s has these %d images already", out, job["num"])
     else:
@@ -153,11 +156,14 @@ def _run_job(settings: SamplingSettings, source: Source, out: Path, launch: Laun
         _write_geneval(out, source.conditions)
 
 
-def describe_job(settings: SamplingSettings, config: Config, weights: str, conditions: Conditions) -> dict[str, Any]:
+def describe_job(
+    settings: SamplingSettings, config: Config, weights: str, conditions: Conditions, data: str | None = None
+) -> dict[str, Any]:
     """What decides the images: two jobs with the same description make the same images.
 
     Args:
         weights: their fingerprint.
+        data: that of the data the thresholds are found on, which is one on every device, as thresholds are not.
 
     Raises:
         UserError: a setting does not fit the model.
@@ -203,6 +209,7 @@ def describe_job(settings: SamplingSettings, config: Config, weights: str, condi
         "inference": inference,
         "constant_threshold": getattr(config.moe, "constant_threshold", None),
         "recalibrate": settings.recalibrate,
+        **({RECALIBRATED_ON: data} if data else {}),
         "decoder": settings.decoder or config.sample.decoder or config.data.autoencoder,
         "uint8_rule": UINT8_RULE,
         "precision": precision,
@@ -255,6 +262,8 @@ def _is_finished(out: Path, job: dict[str, Any], settings: SamplingSettings) -> 
         text = from_first_rank((out / name).read_text() if (out / name).is_file() else None)
         if text is not None:
             found[name] = AS_BEFORE_0_2 | _parsed(text, out / name)
+            if name == "sampling.json":  # of an older version: it does not say the data, but nothing is added to it
+                found[name].setdefault(RECALIBRATED_ON, job.get(RECALIBRATED_ON))
             _check_same_job(out, found[name], job, settings)
     return "sampling.json" in found
 
@@ -277,6 +286,12 @@ def _check_same_job(out: Path, begun: dict[str, Any], job: dict[str, Any], setti
             raise UserError(
                 f"--out {out}: its images are of other weights than {settings.checkpoint} now has; give that "
                 "checkpoint's step folder, or another --out"
+            )
+        if key == RECALIBRATED_ON:
+            known = "other data than the run now has" if key in begun else "data that an older version did not record"
+            raise UserError(
+                f"--out {out}: the thresholds of its images were found by --recalibrate {settings.recalibrate} on "
+                f"{known}; {'give those data, or' if key in begun else 'give'} another --out"
             )
         raise UserError(
             f"--out {out}: its images have {key} {begun.get(key)}, not {value}; "

@@ -153,6 +153,18 @@ def test_a_size_is_a_preset_of_depth_width_and_heads() -> None:
         ({"model": {"qk_norm": True}}, r"model\.qk_norm=True is none of the choices; choose from .*layer"),
         ({"optim": {"schedule": "cosin"}}, r"optim\.schedule=cosin is none of the choices; did you mean cosine\?"),
         ({"parallel": {"zero_stage": 3}}, r"parallel\.zero_stage=3 is none of the choices; choose from 1, 2"),
+        (
+            {"train": {"steps": 9}, "profile": {"steps": [10, 12]}},
+            r"profile\.steps=\[10, 12\] begin after train\.steps=9",
+        ),
+        (
+            {"model": {"mlp_ratio": 3.0}, "moe": {"blocks": "all", "expert_mlp_ratio": 2.0}},
+            r"model\.mlp_ratio=3 has no effect where moe\.blocks=all leaves no dense layer",
+        ),
+        (
+            {"moe": {"router": "prototype", "contrastive_loss_weight": 0, "contrastive_temperature": 0.1}},
+            r"moe\.contrastive_temperature=0\.1 has no effect with moe\.contrastive_loss_weight=0; remove it",
+        ),
         ({"ema": {"decays": 0.99}}, r"ema\.decays=0\.99: give a list, such as \[1, 2\]"),
         ({"model": {"head_dim": 0}}, r"model\.head_dim=0 must be from 1"),
         ({"moe": {"blocks": "even"}}, r"moe\.blocks=even must be odd, all, or the numbers of blocks"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffmoe_dist.config import Config, build_config, load_config, save_config
-from diffmoe_dist.data.dataset import TrainingData
+from diffmoe_dist.data.dataset import DataSet, TrainingData
 from diffmoe_dist.data.open import open_data, open_held_out
 from diffmoe_dist.data.stream import StreamedData
 from diffmoe_dist.errors import UserError
@@ -92,6 +92,20 @@ def test_a_folder_that_does_not_open_is_named_by_its_own_setting(shards: tuple[s
         config = _config(data, **layers)
         with pytest.raises(UserError, match=f"^{re.escape(named)}"):
             open_held_out(config, open_data(config))
+
+
+@pytest.mark.parametrize(
+    ("setting", "command"),
+    [("shards", "pack SOURCE"), ("latents", "encode-latents BASE"), ("text", "encode-text BASE")],
+)
+def test_a_folder_that_is_missing_is_told_the_command_that_makes_one_of_its_kind(
+    shards: tuple[str, str], tmp_path: Path, setting: str, command: str
+) -> None:
+    (tmp_path / "begun").mkdir()
+    for folder, problem in (("nowhere", "no such folder"), ("begun", "index.json is missing")):
+        folders: dict[str, Any] = {"shards": shards[0], setting: tmp_path / folder}
+        with pytest.raises(UserError, match=f"{setting}=.*{problem}; .*: python -m data_tools {command} OUT"):
+            DataSet.open(**folders, section="data.mixture[0]")
 
 
 def test_the_same_data_twice_in_a_mixture_or_in_validation_are_refused_by_whatever_path(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tarfile
@@ -107,9 +108,10 @@ def test_the_commands_run_one_after_the_other(messy: Path, tmp_path: Path) -> No
     done = _run("pack", str(messy), str(out), "--crop", "center", "--size", "24", "--encoding", "png")
     assert done.returncode == 0, done.stderr
     num_bytes = (out / "image-folder-000000.tar").stat().st_size
+    bad = [json.loads(line)["reason"] for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert done.stdout == (
         f"packed 60 samples into 1 shards, {num_bytes} bytes: data.shards={out}\n"
-        f"left out 4 bad items: {out / 'quarantine.jsonl'}\n"
+        f'left out 4 bad items (1 "{bad[0]}", 1 "{bad[1]}", 1 "{bad[2]}", ...): {out / "quarantine.jsonl"}\n'
     )
     for how, said in (("--quick", "sizes and two samples of each shard"), ("--full", "every byte")):
         done = _run("verify", str(out), how)
@@ -123,6 +125,16 @@ def test_the_commands_run_one_after_the_other(messy: Path, tmp_path: Path) -> No
     assert (done.returncode, done.stdout) == (0, f"indexed 60 samples in 1 tars: data.shards={out}\n")
     index = ShardIndex.open(out)
     assert (index.image_size, index.num_classes, index.meta.packing) == (24, 2, None)
+
+
+def test_reasons_of_one_kind_are_counted_together_and_the_commonest_told_first(tmp_path: Path) -> None:
+    labels = ["0", "x", "7", "y", "z", "0", "1", "2", "3"]
+    rows = [f"{'no' if label == '1' else 'a'}.jpg,{label}\n" for label in labels]
+    (tmp_path / "a.jpg").write_bytes(encoded(one_picture(20, 20)))
+    (tmp_path / "t.csv").write_text("path,label\n" + "".join(rows))
+    done = _run("pack", str(tmp_path / "t.csv"), str(tmp_path / "out"), "--order", "listed", "--max-label", "6")
+    reasons = '''3 "label 'x' is not a number", 1 "label 7 is not a whole number from 0 to 6", 1 "no such file"'''
+    assert f"left out 5 bad items ({reasons}): {tmp_path / 'out'}" in done.stdout, done
 
 
 def test_verify_names_the_damage_and_ends_with_exit_code_2(packed: Path, tmp_path: Path) -> None:
@@ -153,6 +165,7 @@ def test_listed_order_is_the_order_of_the_source(messy: Path, tmp_path: Path) ->
         (("pack", "digits", "OUT", "--crop", "oval"), "invalid choice: 'oval'"),
         (("plan", "digits", "--source-format", "imagenet"), "--source-format=imagenet: no reader"),
         (("pack", "digits", "OUT", "--workers", "0"), "--workers=0"),
+        (("pack", "digits", "OUT", "--order", "listed", "--seed", "1"), "--seed=1: --order=listed permutes nothing; "),
         (("verify", "nowhere"), "FOLDER=nowhere: no such folder"),
         (("index", "nowhere"), "FOLDER=nowhere: not a folder"),
     ],

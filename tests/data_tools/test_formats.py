@@ -12,7 +12,7 @@ import pytest
 
 from data_tools.index_tars import index_tars
 from data_tools.pack import PackSettings, pack
-from data_tools.source import Source
+from data_tools.source import BadItemError, Source
 from data_tools.sources import SourceOptions, guess_format, open_source
 from data_tools.verify import verify
 from diffmoe_dist.data.index import ShardIndex
@@ -106,6 +106,16 @@ def _members(keys: str, *fields: str, hidden: bool = False) -> list[tuple[str, b
         return names
     pairs = [[(f"d/._{name}", b"Mac OS X"), (f"d/{name}", payload)] for name, payload in names]
     return [("d/.DS_Store", b"x"), *(member for pair in pairs for member in pair), ("__MACOSX/d/q.jpg", b"x")]
+
+
+def test_the_largest_label_of_tars_may_be_zero_and_is_refused_where_they_have_none(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "t.tar", _members("ab", "jpg", "cls"))
+    source = open_source(str(tmp_path / "in"), None, SourceOptions(max_label=0))
+    with pytest.raises(BadItemError, match="label 1 is not a whole number from 0 to 0"):
+        source.read(0)
+    write_tar(tmp_path / "in" / "t.tar", _members("ab", "jpg", "txt"))
+    with pytest.raises(UserError, match="--max-label=0: there are no labels, so it would change nothing; leave it out"):
+        open_source(str(tmp_path / "in"), None, SourceOptions(max_label=0))
 
 
 @pytest.mark.parametrize("by_index", [False, True])

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.image_folder import ImageFolderSource
+from data_tools.pack import PackSettings, pack
 from data_tools.stored_images import ImageRules, store_image
-from diffmoe_dist.data.images import ImageError, crop_image, decode_image
+from diffmoe_dist.data.images import ImageError, crop_image, decode_image, find_images
 from diffmoe_dist.errors import UserError
 from tests.data_tools.messy import encoded, gray16, picture, transparent, turned
 
@@ -198,6 +202,38 @@ def test_an_image_turned_upright_is_stored_without_loss_and_others_keep_their_by
     np.testing.assert_array_equal(_pixels(stored.payload), _pixels(turned(), upright=True))
     plain = encoded(picture(40, 30))
     assert store_image(plain, 3, rules).payload == plain
+
+
+def test_an_image_too_long_for_webp_is_left_out_with_its_reason_and_fits_png(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (20, 2000)).save(tmp_path / "in" / "long.png")
+    (tmp_path / "in" / "plain.jpg").write_bytes(encoded(picture(40, 30)))
+    rules = ImageRules("keep-ratio", 256)
+    assert pack(ImageFolderSource(tmp_path / "in"), tmp_path / "out", PackSettings(images=rules)).num_samples == 1
+    bad = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
+    reason = "a side of 25600 pixels is longer than WebP's 16383; use --encoding=png"
+    assert (bad["item"], bad["reason"]) == ("long.png", reason)
+    payload = (tmp_path / "in" / "long.png").read_bytes()
+    assert store_image(payload, 3, ImageRules("keep-ratio", 256, "png")).size == (256, 25_600)
+
+
+def test_images_are_found_behind_links_once_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for place in (folder / "b", folder / ".ipynb_checkpoints", other):
+        place.mkdir(parents=True)
+        (place / "x.png").touch()
+    for name in ("a.JPG", "c.webp", "._c.webp", "notes.txt"):
+        (folder / name).touch()
+    (folder / "b" / "linked").symlink_to(other)
+    (other / "up").symlink_to(folder)
+    found = [path.relative_to(folder).as_posix() for path in find_images(folder)]
+    assert found == ["a.JPG", "b/linked/x.png", "b/x.png", "c.webp"]
+
+
+def test_an_encoding_of_images_that_are_stored_as_they_are_is_refused() -> None:
+    with pytest.raises(UserError, match="--encoding=png: images are stored as they are; leave it out"):
+        ImageRules(encoding="png")
+    assert store_image(turned(), 3, ImageRules(encoding="png", upright=True)).field == "png"
 
 
 @pytest.mark.parametrize(("crop", "size"), [("adm", None), ("none", 64), ("center", 0)])

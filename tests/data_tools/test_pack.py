@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from data_tools.digits import DigitsSource
+from data_tools.image_folder import ImageFolderSource
 from data_tools.pack import PackSettings, pack
+from data_tools.stored_images import ImageRules
 from diffmoe_dist.data.index import ShardIndex
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.files import file_sha256
@@ -215,5 +219,19 @@ def test_two_packs_into_one_folder_are_refused_by_naming_the_other(tmp_path: Pat
             _pack_few(tmp_path)
         other.communicate(timeout=TIME_LIMIT)
     _pack_few(tmp_path)
-    with pytest.raises(UserError, match=r"packed before with other arguments .*\(seed=0, now 3\)"):
+    with pytest.raises(UserError, match=r"packed before with other arguments .*\(--seed 0, now 3\)"):
         _pack_few(tmp_path, seed=3)
+
+
+def test_of_another_pack_in_the_folder_only_the_options_that_differ_are_told(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "in" / "a.png")
+    source, out = ImageFolderSource(tmp_path / "in"), tmp_path / "out"
+    pack(source, out)
+    other = PackSettings(shuffled=False, images=ImageRules("adm", 8, upright=True))
+    said = "--order shuffled, now listed; --crop none, now adm; --size not given, now 8; --upright not given, now given"
+    with pytest.raises(UserError, match=re.escape(f" ({said}); name")):
+        pack(source, out, other)
+    Image.new("RGB", (20, 20)).save(tmp_path / "in" / "b.png")
+    with pytest.raises(UserError, match=re.escape(" (num_items 1, now 2); name")):
+        pack(ImageFolderSource(tmp_path / "in"), out)

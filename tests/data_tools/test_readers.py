@@ -204,6 +204,24 @@ def test_splits_of_hugging_face_parquet_are_not_mixed(tmp_path: Path) -> None:
     assert len(test) == 3 and test.read(0)["image"] == JPEGS[3]
 
 
+def test_configurations_of_hugging_face_parquet_are_not_mixed(tmp_path: Path) -> None:
+    for folder in ("256px", "512px"):
+        _write_hf(tmp_path / folder, 0, 3, captions=False)
+    (tmp_path / "256px" / "train-00000.parquet").rename(tmp_path / "256px" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"train lies in several folders \(256px, 512px\).*; name one of them"):
+        _open(tmp_path)
+    assert len(_open(tmp_path / "512px", split="train")) == 3
+
+
+def test_rows_of_hugging_face_parquet_are_told_apart_where_the_splits_have_files_of_one_name(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        _write_hf(tmp_path, 0, 3, captions=False)
+        (tmp_path / "train-00000.parquet").rename(tmp_path / "default" / split / "0000.parquet")
+    assert _open(tmp_path, split="test").item_name(2) == "default/test/0000.parquet: row 0 of group 1"
+    assert _open(tmp_path / "default" / "test").item_name(2) == "0000.parquet: row 0 of group 1"
+
+
 def _write_idx(folder: Path, images: np.ndarray, labels: np.ndarray, compressed: bool = True) -> Path:
     suffix = ".gz" if compressed else ""
     for name, values in (("images-idx3", images), ("labels-idx1", labels)):

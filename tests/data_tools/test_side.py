@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.__main__ import _parser
 from data_tools.latents import LatentSettings, encode_latents
+from data_tools.parallel import SERIAL
 from data_tools.prompts import write_prompts
 from data_tools.side import choose_encoder_device, worker_device
 from data_tools.text import TextSettings, encode_text
@@ -100,6 +102,13 @@ def test_another_autoencoder_in_the_same_folder_is_not_taken_for_the_one_before(
     encode_latents(base, tmp_path / "second", settings)
     first, second = (LatentReader(ShardIndex.open(tmp_path / name)).moments(0) for name in ("first", "second"))
     assert abs((second - first).astype(float) - 1.0).max() < 0.01
+
+
+def test_a_size_of_nothing_is_not_taken_for_the_size_of_the_images(base: ShardIndex, tmp_path: Path) -> None:
+    line = f"encode-latents {base.folder} {tmp_path}/out --vae {save_autoencoder(tmp_path / 'vae')} --size 0"
+    arguments = _parser().parse_args(line.split())
+    with pytest.raises(UserError, match="--size=0: not a number of pixels"):
+        arguments.run(arguments, SERIAL)
 
 
 def test_a_gpu_that_is_not_there_or_would_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,23 @@ def test_the_largest_label_is_an_option(tmp_path: Path) -> None:
     assert source.read(0)["cls"] == b"5"
     with pytest.raises(BadItemError, match="label 9 is not a whole number from 0 to 8"):
         source.read(1)
+    (tmp_path / "zero").mkdir()
+    path = _write(tmp_path / "zero", "csv", [{"path": "a.jpg", "label": label} for label in (0, 1)])
+    with pytest.raises(BadItemError, match="label 1 is not a whole number from 0 to 0"):
+        open_source(str(path), None, SourceOptions(max_label=0)).read(1)
+    for largest in (-1, 1_000_001):
+        with pytest.raises(UserError, match=f"--max-label={largest}: must be from 0 to 1000000; give"):
+            SourceOptions(max_label=largest)
+
+
+@pytest.mark.parametrize("kind", ["csv", "hf"])
+def test_the_largest_label_of_classes_with_names_or_of_no_labels_is_refused(tmp_path: Path, kind: str) -> None:
+    for column, problem in (("label", "the classes have names"), ("caption", "there are no labels")):
+        path = _write(tmp_path, kind, [{"path": "a.jpg", column: value} for value in ("dog", "cat")])
+        with pytest.raises(UserError, match=f"--max-label=3: {problem}, so it would change nothing; leave it out"):
+            open_source(str(path), None, SourceOptions(max_label=3))
+    with pytest.raises(UserError, match="--max-label=3: the classes have names"):
+        number_labels([0, 1], ["cat", "dog"], 3)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hf"])

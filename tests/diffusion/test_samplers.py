@@ -411,6 +411,25 @@ def test_a_fixed_grid_of_torchdiffeq_is_its_own_solution_at_the_last_of_all_time
     assert (images - (1.5 + 0.4 * noise)).abs().max() < 0.03
 
 
+@pytest.mark.parametrize(("name", "order", "most"), [("explicit_adams", 3, 1), ("implicit_adams", 4, 5)])
+def test_the_adams_samplers_are_of_order_3_and_4_on_equal_steps(name: str, order: int, most: int) -> None:
+    noise = torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    errors = []
+    for steps in (40, 80):
+        asked: list[float] = []
+
+        def denoise(z: Tensor, t: Tensor, asked: list[float] = asked) -> Prediction:
+            asked.append(float(t[0]))
+            return gaussian_denoiser(1.5, 0.4, "data_at_one")(z, t)
+
+        images = sample(name, denoise, noise, make_flow(), steps, [])
+        errors.append(float((images - (1.5 + 0.4 * noise)).abs().max()))
+        of_step = (len(asked) - 2 * 4) / (steps - 2)  # after two of rk4
+        assert of_step == most if most == 1 else 2 <= of_step <= most
+    found = math.log2(errors[0] / errors[1])
+    assert found == pytest.approx(order, abs=0.1) if most == 1 else found > order  # it leaves rounding alone
+
+
 def test_heun2_is_heun() -> None:
     noise = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     ours, theirs = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import CheckpointConfig, Config
 from diffmoe_dist.engine import checkpoint, fragment_io
 from diffmoe_dist.engine.checkpointer import Checkpointer
 from diffmoe_dist.engine.progress import Progress
 from diffmoe_dist.engine.run_folder import Claim, FolderClaim, NoClaim
 from diffmoe_dist.engine.sharded_state import Fragment
 from diffmoe_dist.errors import UserError
+from tests.machine import ROOT, TIME_LIMIT
 
 PARTS = {"a": (0, 30), "b": (30, 70), "c": (70, 100)}
 
@@ -33,8 +36,8 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_checkpointer(run_dir: Path, device: str, claim: Claim | None = None) -> Checkpointer:
-    config = Config(run_dir=str(run_dir))
+def make_checkpointer(run_dir: Path, device: str, claim: Claim | None = None, keep: int = 3) -> Checkpointer:
+    config = Config(run_dir=str(run_dir), checkpoint=CheckpointConfig(keep=keep))
     return Checkpointer(config, torch.device(device), claim or NoClaim(), 0, timedelta(seconds=30))
 
 
@@ -174,3 +177,43 @@ def test_ranks_that_share_no_folder_are_told_to_choose_one_that_is_shared(
     with pytest.raises(UserError, match="choose a run_dir on a shared disk"):
         checkpointer.wait()
     checkpointer.close()
+
+
+def test_a_damaged_later_checkpoint_takes_no_place_among_those_that_are_kept(alone: None, tmp_path: Path) -> None:
+    checkpointer = make_checkpointer(tmp_path, "cpu", keep=1)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000300").mkdir(parents=True)
+    (folder / "step-00000300" / "state.json").write_text("{")
+    for step in (200, 250):
+        checkpointer.save(make_state()[1], Progress(step, 80, 0, "data", 16, 1))
+        checkpointer.wait()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000250", "step-00000300"]
+    checkpointer.close()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from diffmoe_dist.files import lock_file
+try:
+    lock_file(Path(sys.argv[1]))
+except BlockingIOError:
+    sys.exit("taken")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_attempt_that_took_over_has_the_folder_for_itself_once_the_other_is_gone(tmp_path: Path) -> None:
+    """Locks are of processes."""
+    hold = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
+    (tmp_path / "attempt").write_text("4711.1\n")
+    claim = FolderClaim(tmp_path, "4711.1", None)
+    with subprocess.Popen(hold, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as the_first:
+        assert the_first.stdout is not None and the_first.stdout.readline() == "held\n"
+        claim.check()
+        the_first.communicate()
+    claim.check()
+    third = subprocess.run(hold, cwd=ROOT, input="", capture_output=True, text=True, timeout=TIME_LIMIT)
+    assert third.stderr == "taken\n"
+    claim.release()

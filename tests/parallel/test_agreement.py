@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 import subprocess
 import sys
@@ -83,6 +84,25 @@ def told_with_other_code(rank: int, world_size: int) -> str:
     with pytest.raises(UserError) as refused:
         check_agreement({}, "start all alike")
     return str(refused.value)
+
+
+def told_with_another_router_of_ones_own(rank: int, world_size: int, folders: list[Path]) -> str:
+    sys.path.insert(0, str(folders[rank]))
+    importlib.import_module("routers_of_mine.by_place")
+    with pytest.raises(UserError) as refused:
+        check_agreement({}, "start all alike", "routers_of_mine.by_place")
+    return str(refused.value)
+
+
+def test_a_stale_copy_of_a_router_of_ones_own_is_refused_and_of_what_lies_beside_it(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("new", "old")]
+    for folder in folders:
+        package = folder / "routers_of_mine"
+        package.mkdir(parents=True)
+        (package / "by_place.py").write_text("from routers_of_mine import places\n")
+        (package / "places.py").write_text(f"WHERE = {folder.name!r}\n")
+    (_, told) = run_ranks(2, told_with_another_router_of_ones_own, folders)
+    assert told.startswith("the code of routers_of_mine.by_place=") and told.endswith("on rank 1; start all alike")
 
 
 def test_a_stale_clone_on_one_node_is_refused() -> None:

@@ -35,7 +35,7 @@ from diffmoe_dist.report_page.comparison_images import images_section
 from diffmoe_dist.report_page.comparison_page import write_comparison
 from diffmoe_dist.report_page.figures import image_uri
 from diffmoe_dist.report_page.run_history import Curve, read_history
-from diffmoe_dist.report_page.scored_samples import is_score, read_scored_samples
+from diffmoe_dist.report_page.scored_samples import found_scores, is_score, read_scored_samples
 from tests.engine.runs import TINY
 from tests.report_page.browser import CHROMIUM, open_in_browser
 
@@ -268,7 +268,7 @@ def test_scores_of_finished_samples_stand_at_the_step_of_their_checkpoint(folder
     (tmp_path / "scores.json").write_text(json.dumps(scores))
 
     found = read_scored_samples(tmp_path, folders)
-    compared = compare([read_history(folder) for folder in folders], found.found_scores())
+    compared = compare([read_history(folder) for folder in folders], found_scores([found]))
 
     name = "fid_50k (heun, 125 steps, CFG 1.5)"
     curve = compared.curve(compared.runs[0], name)
@@ -284,6 +284,66 @@ def test_scores_of_finished_samples_stand_at_the_step_of_their_checkpoint(folder
     assert [is_score(name) for name in ("fid_2k", "fd_dinov2_50k", "loss_val_t0", "step", "expert_load_max")] == [
         True, True, False, False, False,
     ]  # fmt: skip
+
+
+Way = tuple[int, int, dict[str, Any]]  # which run, the step, what is not as usual
+
+
+def names_of_scores(folders: list[Path], tmp_path: Path, *ways: Way) -> list[str]:
+    """What the scores of folders of samples are called, behind `euler, 50 steps`."""
+    finished = []
+    for number, (run, step, changes) in enumerate(ways):
+        folder = tmp_path / f"way-{number}"
+        folder.mkdir(exist_ok=True)
+        usual = {"sampler": "euler", "steps": 50, "inference": "threshold", "recalibrate": 0, "precision": "fp32"}
+        sampling = {**usual, "checkpoint": str(folders[run] / f"checkpoints/step-{step:08d}"), **changes}
+        (folder / "scores.json").write_text(json.dumps({"scores": {"fid_1k": float(number)}, "sampling": sampling}))
+        finished.append(read_scored_samples(folder, folders))
+    compared = compare([read_history(folder) for folder in folders], found_scores(finished))
+    for score, (run, step, _) in zip(compared.scores, ways, strict=True):
+        assert compared.curve(compared.runs[run], score.name).at(step) == score.value
+    return [score.name.removeprefix("fid_1k (euler, 50 steps").removesuffix(")") for score in compared.scores]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"inference": "constant", "constant_threshold": 0.3}, "inference constant, constant_threshold 0.3"),
+        ({"recalibrate": 8, "recalibrated_on": "f" * 64}, "recalibrate 8, recalibrated_on ffffffffffff... df0790"),
+        ({"ema_decay": 0.99}, "ema_decay 0.99"),
+        ({"ema_length": 0.1}, "ema_length 0.1"),
+        ({"time_shift": 3.0}, "time_shift 3.0"),
+        ({"cfg_channels": 3, "one_pass": True}, "one_pass, cfg_channels 3"),
+        ({"precision": "bf16", "tf32": True}, "precision bf16, tf32"),
+        ({"labels": "random", "classes": [1, 2]}, "labels random, classes [1, 2]"),
+        ({"negative_prompt": "blurred", "prompts": "abc"}, "negative_prompt blurred, prompts abc"),
+    ],
+)
+def test_scores_of_samples_that_were_made_in_two_ways_have_two_names(
+    changes: dict[str, Any], told: str, folders: list[Path], tmp_path: Path
+) -> None:
+    one, other = names_of_scores(folders, tmp_path, (0, 20, {}), (0, 20, changes))
+    assert one != other
+    assert [part for part in other.split(", ") if part not in one.split(", ")] == told.split(", ")
+    alike = names_of_scores(folders, tmp_path, (0, 20, changes), (0, 40, changes), (1, 20, changes))
+    assert alike == ["", "", ""], "what is the same in all goes without saying"
+
+
+def test_runs_compare_under_rules_of_their_own_and_with_other_classes_do_not(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    dense: Way = (2, 20, {"inference": None})
+    recalibrated = {"recalibrate": 8, "precision": "bf16"}
+    assert names_of_scores(folders, tmp_path, dense, (0, 20, recalibrated)) == ["", ""]
+    assert names_of_scores(folders, tmp_path, dense, (0, 20, {"classes": [1]})) == ["", ", classes [1]"]
+    found = names_of_scores(folders, tmp_path, dense, (0, 20, {}), (0, 20, {"recalibrate": 8}))
+    assert found == ["", "", ", recalibrate 8"]
+
+
+def test_two_folders_of_samples_with_one_score_of_one_step_are_refused(folders: list[Path], tmp_path: Path) -> None:
+    both = rf"--samples {tmp_path}/way-0 {tmp_path}/way-1: both have fid_1k \(euler, 50 steps\) of .*pool-0 at step 20;"
+    with pytest.raises(UserError, match=f"^{both} leave one out$"):
+        names_of_scores(folders, tmp_path, (0, 20, {"seed": 0}), (0, 20, {"seed": 1}))
 
 
 def test_images_of_finished_samples_are_shown_as_they_are(

@@ -7,7 +7,7 @@ import torch
 
 from diffmoe_dist.config import build_config
 from diffmoe_dist.diffusion.objectives import build_objective
-from diffmoe_dist.diffusion.samplers import Guidance
+from diffmoe_dist.diffusion.samplers import ADAMS, Guidance
 from diffmoe_dist.errors import UserError
 from diffmoe_dist.model.dit import DiT, initialize
 from diffmoe_dist.sampling.conditions import ClassLabels
@@ -16,6 +16,7 @@ from diffmoe_dist.sampling.generate import (
     Generated,
     SamplerSettings,
     choose_sampler,
+    choose_time_shift,
     generate,
     to_uint8,
 )
@@ -96,6 +97,16 @@ def test_without_a_name_the_sampler_is_that_of_the_objective(objective: str, sam
 def test_a_sampler_that_does_not_fit_is_refused(name: str | None, steps: int, objective: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose_sampler(name, steps, objective)
+
+
+@pytest.mark.parametrize("of_run", ["objective", "sample"])
+@pytest.mark.parametrize("sampler", ADAMS)
+def test_the_adams_samplers_refuse_the_time_shift_of_a_run_but_not_one_of_1(sampler: str, of_run: str) -> None:
+    config = build_config({**CONFIG, "objective": {"name": "flow"}}, {of_run: {"time_shift": 3.0}})
+    with pytest.raises(UserError, match=rf"^sample\.time_shift=3: --sampler {sampler} .*; give --time-shift 1, or"):
+        choose_time_shift(None, sampler, config)
+    assert choose_time_shift(1.0, sampler, config) == 1.0
+    assert choose_time_shift(None, "rk4", config) == 3.0
 
 
 def test_eight_bit_pixels_follow_the_recorded_rule() -> None:

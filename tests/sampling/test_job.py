@@ -18,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_tools.digits import DigitsSource
+from data_tools.pack import PackSettings, pack
 from diffmoe_dist.config import load_config
 from diffmoe_dist.engine.conversion import export_checkpoint
 from diffmoe_dist.engine.weights import find_model, read_model, write_weights
@@ -145,6 +147,32 @@ def refused(rank: int, ranks: int, settings: SamplingSettings, out: Path) -> Non
     record.write_text(text)
 
 
+def test_a_folder_whose_thresholds_were_found_on_other_data_is_refused(trained: Path, tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    pack(DigitsSource(), other, PackSettings(seed=1))
+    settings = settings_for(trained, recalibrate=1)
+    run_ranks(1, recalibrated_on, settings, replace(settings, overrides=(f"data.shards={other}",)), out)
+
+
+def recalibrated_on(rank: int, ranks: int, own: SamplingSettings, other: SamplingSettings, out: Path) -> None:
+    finished, begun = out / "sampling.json", out / "blocks/job.json"
+    run_jobs(rank, ranks, [(own, out), (own, out)])
+    text = finished.read_text()
+    of_older = re.sub(r'.*"recalibrated_on".*\n', "", text)
+    with pytest.raises(
+        UserError, match=r"found by --recalibrate 1 on other data .*; give those data, or another --out"
+    ):
+        run_jobs(rank, ranks, [(other, out)])
+    finished.write_text(of_older)
+    run_jobs(rank, ranks, [(own, out)])  # nothing is added to it
+    finished.unlink()
+    begun.parent.mkdir()
+    for record, message in ((text, "on other data"), (of_older, "on data that an older version did not record; give")):
+        begun.write_text(record)
+        with pytest.raises(UserError, match=message):
+            run_jobs(rank, ranks, [(other, out)])
+
+
 def count_by_hand(rank: int, ranks: int, jobs: list[tuple[SamplingSettings, Path]]) -> list[tuple[int, int]]:
     """Of each job the assignments and the tokens of every mixture-of-experts layer in every pass."""
     counted = []
@@ -252,6 +280,10 @@ def test_the_png_folder_holds_the_images_of_the_npz(trained: Path, tmp_path: Pat
         (
             {"sampler": "dopri8", "steps": None, "time_shift": 2.0},
             r"--time-shift 2 has no effect with --sampler dopri8",
+        ),
+        (
+            {"sampler": "explicit_adams", "time_shift": 3.0},
+            r"--time-shift 3: --sampler explicit_adams is for equal steps; give --time-shift 1, or another",
         ),
         ({"cfg_scale": 2.0, "cfg_channels": 3}, r"--cfg-channels 3: this model has 1; use --cfg-channels all"),
         ({"cfg_scale": 2.0, "cfg_interval": (0.2, 400.0)}, r"--cfg-interval 0\.2 400: the times .*flow are 0 to 1"),

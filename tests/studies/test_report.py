@@ -30,7 +30,8 @@ def write(folder: Path, run: Run, loss: float) -> None:
             "parameters": 4_300_000, "activated_parameters": 1_880_000,
         },
         "samples": {
-            "capacity": 1.0 if experts else None, "frechet": 10 * loss, "accuracy": 0.8, "accuracy_by_class": [0.8] * 10,
+            "capacity": 1.0 if experts else None, "frechet": 10 * loss, "accuracy": 0.8,
+            "accuracy_by_class": [0.8] * 10,
         },
     }  # fmt: skip
     training = {"50": loss + 0.1, "100": loss}

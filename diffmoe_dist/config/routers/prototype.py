@@ -74,7 +74,12 @@ class Settings(RouterSettings):
             )
 
     def _check_effects(self) -> None:
-        """Refuse what only token choice with several experts a token has."""
+        """Refuse what only token choice with several experts a token has, and what a loss has that is turned off."""
+        temperature = self.contrastive_temperature
+        if self.contrastive_loss_weight == 0 and temperature != Settings.contrastive_temperature:
+            raise UserError(
+                f"moe.contrastive_temperature={temperature} has no effect with moe.contrastive_loss_weight=0; remove it"
+            )
         if self.balance_loss_weight is not None and self.variant == "expert_choice":
             raise UserError(
                 f"moe.balance_loss_weight={self.balance_loss_weight} has no effect with moe.variant=expert_choice, "
