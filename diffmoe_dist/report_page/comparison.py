@@ -240,7 +240,7 @@ def _costs(runs: Sequence[Run]) -> list[Result]:
         _plain(COST, "training FLOPs", [_end(history, "training_flops") for history in histories]),
         _plain(COST, "device-hours", [_end(history, "device_hours") for history in histories]),
         Result(COST, "ranks", ranks, [_ranks(history) for history in histories]),
-        _plain(COST, "images per second", rates),
+        _plain(COST, "images per second, median", rates),
     ]
 
 
