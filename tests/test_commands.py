@@ -210,7 +210,7 @@ BAD = {
     "wrong type": ((*TRAIN, "train.steps=many"), "train.steps=many: give a whole number"),
     "no such router": ((*TRAIN, "moe.router=global"), "moe.router=global is not a router; did you mean global_pool?"),
     "a setting of another router": ((*TRAIN, "moe.shared=1"), "moe.shared"),
-    "no such precision": ((*TRAIN, "precision=fp8"), "precision: "),
+    "no such precision": ((*TRAIN, "precision=fp8"), "precision=fp8 is none of the choices"),
     "heads over width": ((*TRAIN, "model.num_heads=3"), "model.hidden_size=64 is not divisible by model.num_heads=3"),
     "patches over size": ((*TRAIN, "model.patch_size=3"), "model.input_size=8 is not divisible by model.patch_size=3"),
     "negative learning rate": ((*TRAIN, "optim.lr=-1"), "optim.lr=-1.0 must be above 0 and finite"),

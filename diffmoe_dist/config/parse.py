@@ -133,7 +133,7 @@ def check_scalars(given: Any, hint: Any, name: str = "") -> Any:
         ]
     if given is None:
         return None
-    if get_origin(kind) in (list, tuple):
+    if get_origin(kind) in (list, tuple) and not isinstance(given, tuple):
         raise UserError(f"{name}={given}: give a list, such as [1, 2]")
     if get_origin(kind) is Literal:
         return _check_choice(given, get_args(kind), name)

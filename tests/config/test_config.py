@@ -38,6 +38,10 @@ def test_the_resolved_config_reads_back_equal(path: Path, tmp_path: Path) -> Non
     assert load_config(tmp_path / "config.yaml") == resolved
 
 
+def test_settings_from_python_may_be_tuples() -> None:
+    assert config({"optim": {"betas": (0.9, 0.95)}}).optim.betas == (0.9, 0.95)
+
+
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("run_dir: r\ndata: {shards: s}\nmodel: {size: S}\noptim: {lr: 1.0e-3}\n")
