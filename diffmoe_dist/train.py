@@ -79,7 +79,7 @@ def dry_run(config: Config, world_size: int) -> None:
 
 def train(config: Config, stop: StopSignals) -> int:
     """Returns the exit code."""
-    from diffmoe_dist.config import flat_settings, for_ranks, orders, wishes
+    from diffmoe_dist.config import flat_settings, for_ranks, orders, own_router, wishes
     from diffmoe_dist.engine.progress import earlier_ranks
 
     launch, earlier = detect_launch(), earlier_ranks(Path(config.run_dir))
@@ -115,7 +115,7 @@ def train(config: Config, stop: StopSignals) -> int:
         check_agreement(
             {**flat_settings(config), "the device": device.type, "the data's fingerprint": data.fingerprint},
             "start all ranks with the same settings, code and data",
-            config.own_code,
+            own_router(config),
         )
         claim = claim_run_dir(run_dir)
         start = from_first_rank(find_start(config, data, launch.world_size, asked))

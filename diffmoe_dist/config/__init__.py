@@ -8,6 +8,7 @@ from diffmoe_dist.config.load import (
     is_given,
     let_router_run,
     load_config,
+    own_router,
     router_names,
     save_config,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "loss_weights",
     "model_settings",
     "orders",
+    "own_router",
     "pool_samples",
     "router_names",
     "save_config",

@@ -125,6 +125,11 @@ def router_names() -> list[str]:
     return ["dense", *sorted(path.stem for path in files)]
 
 
+def own_router(config: Config) -> str | None:
+    """The module of the user's own that the router is in; None: it is one of this package's."""
+    return None if config.moe.router in router_names() else config.moe.router
+
+
 def _tell_of_repeated(overrides: Sequence[str]) -> None:
     values: dict[str, str] = {}
     for key, _, value in (override.partition("=") for override in overrides):

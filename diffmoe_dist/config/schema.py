@@ -232,12 +232,6 @@ class Config:
         return self.moe if isinstance(self.moe, RouterSettings) else None
 
     @property
-    def own_code(self) -> str | None:
-        """The module of the user's own that the router is in; None: it is one of this package's."""
-        module = type(self.moe).__module__
-        return None if module.startswith("diffmoe_dist.") else module
-
-    @property
     def moe_blocks(self) -> list[int]:
         """The blocks that are mixtures of experts, counted from 0."""
         depth = self.model.depth

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from diffmoe_dist.config import Config
+from diffmoe_dist.config import Config, own_router
 from diffmoe_dist.data.dataset import TrainingData
 from diffmoe_dist.data.open import open_data
 from diffmoe_dist.diffusion.objectives import DDPM_STEPS, build_objective
@@ -133,7 +133,7 @@ def _lock(out: Path) -> int | None:
 def _run_job(settings: SamplingSettings, source: Source, out: Path, launch: Launch) -> None:
     job = describe_job(settings, source.config, source.weights, source.conditions, source.data)
     values = {"--out": str(out), **job}
-    check_agreement(values, "start all ranks with the same options, code and weights", source.config.own_code)
+    check_agreement(values, "start all ranks with the same options, code and weights", own_router(source.config))
     if _is_finished(out, job, settings):
         logger.info("%s has these %d images already", out, job["num"])
     else:

@@ -90,6 +90,8 @@ def test_a_router_by_its_import_path_is_trained_kept_and_missed_elsewhere(
     initialize(model, 0)
     write_weights(tmp_path / "weights", model.state_dict(), config, {})
     assert load_model(tmp_path / "weights").config.moe == config.moe
+    assert configuration.own_router(config) == "own_routers.by_place"
+    assert configuration.own_router(configuration.build_config(*LAYERS[:2])) is None
     assert configuration.loss_weights(config) == {"gate": 0.1} and workload_of(config) == 3 * 16
     for router, message in (
         (
