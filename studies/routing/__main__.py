@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffmoe_dist.command import CommandParser, run_command
 from diffmoe_dist.logs import logger, set_up_logging
-from studies.routing import classifier, driver, picture, plots, report, timing
+from studies.routing import classifier, driver, larger, picture, plots, report, timing
 from studies.routing.images import read_images
 from studies.routing.results import RESULTS, write_result
 from studies.routing.systems import SYSTEMS, Run
@@ -18,13 +18,16 @@ MIDDLE_LAYER = 1  # of three
 
 def parse() -> argparse.Namespace:
     parser = CommandParser(prog="studies.routing", description="Compares every router on Fashion-MNIST: docs/study.md.")
-    parser.add_argument("command", choices=["run", "left", "report", "timing", "experts", "classifier", "one"])
+    parser.add_argument(
+        "command", choices=["run", "left", "report", "timing", "experts", "classifier", "one", "larger"]
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/routing"), help="everything that is not committed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the results are written and read")
     parser.add_argument("--jobs", type=int, default=2, help="run: how many runs at a time, each on a core")
     parser.add_argument("--system", choices=SYSTEMS, help="one: the run of this system")
     parser.add_argument("--seed", type=int, help="one, experts: of this seed")
     parser.add_argument("--lr", type=float, help="one, experts: with this learning rate")
+    parser.add_argument("--minutes", type=float, default=30, help="larger: after which no run trains on; default: 30")
     parser.add_argument("--page", type=Path, default=PAGE, help="report: its tables are written, its plots beside it")
     return parser.parse_args()
 
@@ -47,6 +50,8 @@ def main() -> None:
         write_result(arguments.results / "timing.json", timing.time_steps(place))
     elif arguments.command == "experts":
         _draw_experts(place, Run("global_pool", arguments.seed or 0, arguments.lr), arguments.page)
+    elif arguments.command == "larger":
+        larger.train_and_sample(place, arguments.results / "larger", arguments.minutes)
     elif arguments.command == "classifier":
         _train_classifier(place, arguments.results)
 

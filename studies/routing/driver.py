@@ -87,10 +87,10 @@ def command(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", *arguments], check=True)
 
 
-def training_arguments(run: Run, run_dir: Path, place: Workplace) -> list[str]:
+def training_arguments(run: Run, run_dir: Path, place: Workplace, base_config: Path | None = None) -> list[str]:
     """Of the training command: what the run sets, and where things lie."""
     return [
-        "--config", str(BASE_CONFIG), *run.overrides, f"run_dir={run_dir}",
+        "--config", str(base_config or BASE_CONFIG), *run.overrides, f"run_dir={run_dir}",
         f"data.shards={place.shards('train')}", f"validation.shards={place.shards('test')}",
     ]  # fmt: skip
 
@@ -156,7 +156,7 @@ def make_one(run: Run, place: Workplace, results: Path) -> None:
     if not (run_dir / "DONE").is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
         commit = run_dir / "commit"
-        commit.write_text(_commit() if not commit.is_file() else commit.read_text())
+        commit.write_text(current_commit() if not commit.is_file() else commit.read_text())
         command("diffmoe_dist.train", *training_arguments(run, run_dir, place))
     for rule in SYSTEMS[run.system].rules:
         _sample(run, rule, place)
@@ -224,7 +224,7 @@ def curve(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"first": first, "training": means, "validation": validation}
 
 
-def _commit() -> str:
+def current_commit() -> str:
     found = subprocess.run(
         ["git", "-C", str(BASE_CONFIG.parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )

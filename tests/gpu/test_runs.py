@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -86,6 +87,17 @@ def test_a_run_traces_steps_times_their_parts_and_samples(device: str, digits: P
     ended = run(sys.executable, "-m", "diffmoe_dist.sample", "--checkpoint", run_dir, *options, env=ON_DEVICE)
     assert ended.returncode == 0, ended.stderr
     assert np.load(tmp_path / "samples/samples.npz")["arr_0"].shape == (4, 8, 8, 1)
+
+
+@pytest.mark.gpu
+def test_samples_are_scored_while_training(digits: Path, tmp_path: Path) -> None:
+    features = np.random.default_rng(0).random((50, 12))
+    extractor = "tests.evaluation.colours:colours"
+    np.savez(tmp_path / "r.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False), extractor=extractor)
+    scores = ("fid.every=2", "fid.num=6", f"fid.features={extractor}", f"fid.reference={tmp_path / 'r.npz'}")
+    train(tmp_path / "run", digits, "cuda", "train.steps=4", "sample.steps=2", *scores)
+    found = [line["frechet_distance_6"] for line in metrics(tmp_path / "run") if "frechet_distance_6" in line]
+    assert len(found) == 2 and all(map(math.isfinite, found))
 
 
 @pytest.mark.gpu
