@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from diffmoe_dist.data.batch import Batch
 from diffmoe_dist.files import write_json
@@ -26,10 +27,11 @@ class Origin:
     order: int  # in which modules end and gradients arrive
     rank: int
     name: str  # of a module (forward) or a parameter (backward)
+    too_large: bool = False  # a gradient of finite numbers whose squares are not
 
     def __str__(self) -> str:
         what = f"the gradient of {self.name}" if self.in_backward else f"the output of {self.name}"
-        return f"{what} on rank {self.rank}"
+        return f"{what} on rank {self.rank}{', finite but too large to be squared in fp32' if self.too_large else ''}"
 
 
 def find_origin(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> Origin | None:
@@ -42,7 +44,8 @@ def find_origin(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> Ori
         losses: compute the loss of a micro-step, each as it was.
 
     Returns:
-        The same on every rank; None if everything is finite this time: then the hardware has made a mistake.
+        The same on every rank; None if everything is finite this time: then the hardware has made a mistake, or a
+        kernel does not give the same twice.
     """
     rank = dist.get_rank()
     with torch.compiler.set_stance("force_eager"):  # compiled code calls no hooks
@@ -55,15 +58,15 @@ def find_origin(model: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> Ori
 def _look(model: nn.Module, loss: Callable[[], Tensor], micro_step: int, rank: int) -> Iterator[Origin]:
     with _watched_outputs(model) as seen:
         value = loss()
-    for order, name in seen[:1]:
+    for order, name, _ in seen[:1]:
         yield Origin(micro_step, False, order, rank, name)
     if not seen and not value.isfinite():
         yield Origin(micro_step, False, 2**31, rank, "the loss")
     with _watched_gradients(model) as seen:
         # This way, not by backward(): that would set off DeepSpeed's reductions.
         torch.autograd.grad(value, [parameter for _, parameter in _trained(model)], allow_unused=True)
-    for order, name in seen[:1]:
-        yield Origin(micro_step, True, order, rank, name)
+    for order, name, too_large in seen[:1]:
+        yield Origin(micro_step, True, order, rank, name, too_large)
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -75,18 +78,20 @@ class _Lookout:
 
     def __init__(self) -> None:
         self.passed = 0
-        self.seen: list[tuple[int, str]] = []
+        self.seen: list[tuple[int, str, bool]] = []  # when, what, and whether only its squares are not finite
 
     @torch.no_grad()  # looking keeps nothing for backward: what `train.recompute` computes again must keep the same
-    def look(self, name: str, value: Any) -> None:
+    def look(self, name: str, value: Any, squared: bool = False) -> None:
         self.passed += 1
         tensors = value if isinstance(value, tuple) else (value,)
-        if not all(t.isfinite().all() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()):
-            self.seen.append((self.passed, name))
+        numbers = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+        finite = all(t.isfinite().all() for t in numbers)
+        if not finite or (squared and not all(vector_norm(t, dtype=torch.float32).isfinite() for t in numbers)):
+            self.seen.append((self.passed, name, finite))
 
 
 @contextmanager
-def _watched_outputs(model: nn.Module) -> Iterator[list[tuple[int, str]]]:
+def _watched_outputs(model: nn.Module) -> Iterator[list[tuple[int, str, bool]]]:
     """Collects the modules whose output is not finite, as they end: the innermost of the earliest comes first."""
     lookout = _Lookout()
 
@@ -98,12 +103,12 @@ def _watched_outputs(model: nn.Module) -> Iterator[list[tuple[int, str]]]:
 
 
 @contextmanager
-def _watched_gradients(model: nn.Module) -> Iterator[list[tuple[int, str]]]:
-    """Collects the parameters whose gradient is not finite, in the order of the backward pass."""
+def _watched_gradients(model: nn.Module) -> Iterator[list[tuple[int, str, bool]]]:
+    """Collects the parameters whose gradient is not finite, or not its norm, in the order of the backward pass."""
     lookout = _Lookout()
 
     def hook(name: str) -> Callable[[Tensor], None]:
-        return lambda gradient: lookout.look(name, gradient)
+        return lambda gradient: lookout.look(name, gradient, squared=True)
 
     with _removed_afterwards([parameter.register_hook(hook(name)) for name, parameter in _trained(model)]):
         yield lookout.seen

@@ -373,7 +373,8 @@ class Trainer:
         step = self.progress.step + 1
         self.set_deadline(f"looking for what is not finite in step {step}", SLOW_FACTOR)
         origin = find_origin(self.model, [partial(self._loss_again, batch) for batch in batches])
-        where = f"first in {origin}" if origin else "in no output or gradient when computed again: look at the hardware"
+        unknown = "in no output or gradient when computed again: look at the hardware, or for a kernel that varies"
+        where = f"first in {origin}" if origin else unknown
         what = f"step {step}: {', '.join(report.non_finite)} not finite, {where}"
         ids = keep_sample_ids(self.run_dir / "non_finite", step, what, batches)
         if self.config.train.skip_non_finite:

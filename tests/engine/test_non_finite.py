@@ -23,18 +23,22 @@ EP2 = {"parallel": {"expert": 2}}
 BF16 = {"precision": "bf16", "parallel": {"expert": 2, "zero_stage": 2}}
 
 
-class InfiniteGradient(torch.autograd.Function):
+class OtherGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, value: float) -> torch.Tensor:
+        ctx.value = value
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(grad, torch.inf)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.full_like(grad, ctx.value), None
+
+
+GRADIENTS = {"gradient": torch.inf, "huge": 1e25}
 
 
 def poison(trainer: Trainer, kind: str) -> None:
-    """Spoil the step BAD_STEP of this rank: an input, a gradient on the way back, or the loss and no gradient."""
+    """Spoil the step BAD_STEP of this rank: an input, gradients on the way back, or the loss and no gradient."""
 
     def bad() -> bool:
         return trainer.progress.step + 1 == BAD_STEP
@@ -47,9 +51,9 @@ def poison(trainer: Trainer, kind: str) -> None:
 
     if kind == "noise":
         trainer.batches = with_bad_noise(trainer.batches)  # type: ignore[assignment]
-    elif kind == "gradient":
-        attention = trainer.model.get_submodule("blocks.0.attn")
-        attention.register_forward_hook(lambda m, args, out: InfiniteGradient.apply(out) if bad() else out)
+    elif kind in GRADIENTS:
+        attention, value = trainer.model.get_submodule("blocks.0.attn"), GRADIENTS[kind]
+        attention.register_forward_hook(lambda m, args, out: OtherGradient.apply(out, value) if bad() else out)
     elif kind == "loss":
         original = trainer._losses
 
@@ -78,7 +82,7 @@ def train_poisoned(rank: int, world_size: int, shards: Path, jobs: list[tuple[Pa
 
 
 SKIP = {"train": {"steps": 6, "skip_non_finite": True}}
-STOPPED = {"noise": EP2, "gradient": EP2, "loss": EP2, "loss-bf16": BF16, "gradient-bf16": BF16}
+STOPPED = {"noise": EP2, "gradient": EP2, "huge": EP2, "loss": EP2, "loss-bf16": BF16, "gradient-bf16": BF16}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,10 @@ def raised(root: Path, digits: Path) -> dict[str, list[str]]:
     [
         ("noise", "step 3: loss, loss_diffusion.* not finite, first in the output of x_embedder.* on rank 1"),
         ("gradient", "step 3: grad_norm not finite, first in the gradient of blocks.0.attn.proj.* on rank 1"),
+        (
+            "huge",
+            r"step 3: grad_norm not finite, first in the gradient of blocks\.0\.attn\.proj.* on rank 1, finite but too",
+        ),
         ("loss", "step 3: loss.* not finite, first in the output of the loss on rank 1"),
         ("gradient-bf16", "step 3: grad_norm not finite, first in the gradient of blocks.0.attn.proj.* on rank 1"),
     ],
