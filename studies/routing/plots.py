@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from studies.routing.larger import LARGER_SYSTEMS
 from studies.routing.report import (
     FRECHET,
     LOSS,
@@ -17,6 +18,8 @@ from studies.routing.report import (
     Measure,
     Results,
     difference,
+    is_finished,
+    last_loss,
     losses_by_level,
     relative_load,
     without_predictor,
@@ -140,30 +143,50 @@ def curves_plot(results: Results) -> Figure | None:
 
 def learning_rate_plot(results: Results) -> Figure | None:
     """Losses over the rates; and, of each rate, how far DiffMoE is from dense while training."""
+    losses = {system: by_learning_rate(results.runs, system) for system in ("dense", *SENSITIVE_SYSTEMS)}
+    return _rates_figure(losses, results.runs, limit=6)  # the loss of one run jumps, by more than all else
+
+
+def larger_plot(results: Results) -> Figure | None:
+    """The same of the larger model."""
+    finished = {name: run for name, run in results.larger.items() if is_finished(run)}
+    losses = {
+        system: {run["lr"]: last_loss(run) for run in finished.values() if run["system"] == system}
+        for system in LARGER_SYSTEMS
+    }
+    return _rates_figure(losses, finished, limit=12)
+
+
+def _rates_figure(
+    losses_by_rate: Mapping[str, Mapping[float, Any]], runs: Mapping[str, Any], limit: float
+) -> Figure | None:
+    """Left: the losses of each system. Right: the curves of dense and DiffMoE, in percent, within the limit."""
     figure, (axes, while_training) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    colors = COLORS | {"global_pool": COLORS["global_pool_static"]}
     drawn = False
-    for system, color in zip(("dense", *SENSITIVE_SYSTEMS), ("#1c1f24", "#1f5fa8", "#c44e52"), strict=True):
-        losses = sorted(by_learning_rate(results.runs, system).items())
+    for system, losses in losses_by_rate.items():
         if len(losses) > 1:
-            axes.plot(*zip(*losses, strict=True), "o-", color=color, label=SYSTEMS[system].title)
+            axes.plot(
+                *zip(*sorted(losses.items()), strict=True), "o-", color=colors[system], label=SYSTEMS[system].title
+            )
             drawn = True
+    if not drawn:
+        return None
     axes.set_xscale("log")
-    ticks = sorted({run["lr"] for run in results.runs.values()})
+    ticks = sorted({run["lr"] for run in runs.values()})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="learning rate", ylabel="loss on held-out images, seed 0")
     for number, lr in enumerate(ticks):
-        dense, ours = (results.runs.get(Run(system, SEEDS[0], lr).name) for system in ("dense", "global_pool"))
+        dense, ours = (runs.get(Run(system, SEEDS[0], lr).name) for system in ("dense", "global_pool"))
         if dense is not None and ours is not None:
             of_dense, curve = dense["curve"]["training"], ours["curve"]["training"]
             differences = [100 * (curve[step] / of_dense[step] - 1) for step in of_dense]
             shade = plt.get_cmap("Blues")((number + 1) / len(ticks))
             while_training.plot([int(step) for step in of_dense], differences, color=shade, label=f"{lr:g}")
     while_training.axhline(0, color=GRAY, linewidth=1)
-    while_training.set_ylim(-6, 6)  # the loss of one run jumps, by more than all else
+    while_training.set_ylim(-limit, limit)
     while_training.set(xlabel="step", ylabel="DiffMoE's training loss\nagainst dense, %, seed 0")
-    if not drawn:
-        return None
     axes.legend()
     while_training.legend(title="learning rate", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -221,6 +244,7 @@ PLOTS: dict[str, Callable[[Results], Figure | None]] = {
     "noise-levels": noise_levels_plot,
     "curves": curves_plot,
     "learning-rate": learning_rate_plot,
+    "larger": larger_plot,
     "load": load_plot,
     "ablations": ablations_plot,
 }

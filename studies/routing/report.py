@@ -64,6 +64,7 @@ class Results:
         self.runs = read_results(folder)
         self.classifier = read_result(folder / "classifier.json")
         self.timing = read_result(folder / "timing.json")
+        self.larger = read_results(folder / "larger")
         self.lr = chosen_learning_rate(by_learning_rate(self.runs, "dense"))
 
     def of(self, system: str) -> dict[int, dict[str, Any]]:
@@ -222,6 +223,36 @@ def learning_rate_table(results: Results) -> list[str]:
     return table(["loss, seed 0", *(f"{lr:g}" for lr in rates)], rows)
 
 
+def larger_table(results: Results) -> list[str]:
+    """Dense and DiffMoE at every rate of the larger model; of a run that stopped early, where."""
+    rows = []
+    for lr in sorted({run["lr"] for run in results.larger.values()}):
+        dense, ours = (results.larger[Run(system, SEEDS[0], lr).name] for system in ("dense", "global_pool"))
+        cells = [f"{lr:g}"]
+        for values in ([last_loss(run) for run in (dense, ours)], [_frechet(run) for run in (dense, ours)]):
+            cells += [f"{value:.4f}" if value is not None else "-" for value in values]
+            one, other = values
+            cells.append(f"{100 * (other / one - 1):+.1f} %" if one is not None and other is not None else "-")
+        if not is_finished(dense) or not is_finished(ours):
+            cells[0] += f" (stopped at steps {dense['steps']} and {ours['steps']})"
+        rows.append(cells)
+    head = ["learning rate", "loss of dense", "of DiffMoE", "difference"]
+    return table([*head, "Fréchet distance of dense", "of DiffMoE", "difference"], rows)
+
+
+def is_finished(run: dict[str, Any]) -> bool:
+    """A larger run, whose samples are drawn at its end."""
+    return run["samples"] is not None
+
+
+def last_loss(run: dict[str, Any]) -> float | None:
+    return float(list(run["curve"]["validation"].values())[-1]) if is_finished(run) else None
+
+
+def _frechet(run: dict[str, Any]) -> float | None:
+    return float(run["samples"]["frechet"]) if is_finished(run) else None
+
+
 def load_table(results: Results) -> list[str]:
     """What part of an equal share the experts of a layer get on held-out images."""
     rows = []
@@ -377,6 +408,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "levels": levels_table,
     "classes": classes_table,
     "learning-rate": learning_rate_table,
+    "larger": larger_table,
     "load": load_table,
     "falling": _ablation("learning rate falls to 0", FALLING, "dense_falling"),
     "pool": _ablation("images in a pool", POOLS, "global_pool"),
@@ -395,6 +427,7 @@ PICTURES = {
     "noise-levels": "Loss of every system against dense, at ten noise levels",
     "curves": "Training loss of every system against dense",
     "learning-rate": "Loss over the learning rate; and DiffMoE against dense while training, for each rate",
+    "larger": "The same of the larger model",
     "load": "Tokens of the experts of a layer, the busiest first",
     "ablations": "Loss and Fréchet distance over the images in a pool, and over the number of experts",
     "experts": "Which patches of ten images the eight experts of a layer take",
