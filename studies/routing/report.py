@@ -8,6 +8,7 @@ that all systems have in common (`statistics.common_spread`).
 
 from __future__ import annotations
 
+import copy
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from studies.routing.statistics import Estimate, Spread, Values, common_spread, 
 from studies.routing.systems import (
     EXPERT_NUMBERS,
     FALLING,
+    LOW_RATE,
     MAIN_SYSTEMS,
     MORE_SEEDS,
     POOLS,
@@ -67,6 +69,10 @@ class Results:
         self.larger = read_results(folder / "larger")
         self.lr = chosen_learning_rate(by_learning_rate(self.runs, "dense"))
 
+    @property
+    def low_rate(self) -> float | None:
+        return None if self.lr is None else self.lr * LOW_RATE
+
     def of(self, system: str) -> dict[int, dict[str, Any]]:
         """The runs of a system at the chosen learning rate, by seed."""
         return {
@@ -74,6 +80,12 @@ class Results:
             for result in self.runs.values()
             if result["system"] == system and result["lr"] == self.lr
         }
+
+    def at(self, lr: float | None) -> Results:
+        """With another learning rate as the one that is chosen."""
+        other = copy.copy(self)
+        other.lr = lr
+        return other
 
     def values(self, variant: Variant, measure: Measure) -> dict[int, float]:
         """By seed."""
@@ -97,7 +109,8 @@ class Results:
 
     def _purpose(self, run: Run) -> str:
         if run.lr != self.lr:
-            return "the sensitivity to the learning rate"
+            is_sensitivity = run.lr != self.low_rate or (run.seed == SEEDS[0] and run.system in SENSITIVE_SYSTEMS)
+            return "the sensitivity to the learning rate" if is_sensitivity else "the comparison at a low rate"
         if run.system not in MAIN_SYSTEMS:
             return "the ablations"
         return "more seeds of the main comparison" if run.seed in MORE_SEEDS else "the main comparison"
@@ -335,6 +348,12 @@ def _ablation(first: str, systems: Mapping[Any, str], reference: str) -> Callabl
     return lambda results: table(head, ablation_rows(results, systems, reference))
 
 
+def low_rate_table(results: Results) -> list[str]:
+    """All systems at the low rate, without thresholds."""
+    systems = {SYSTEMS[system].title: system for system in MAIN_SYSTEMS}
+    return _ablation("system", systems, REFERENCE)(results.at(results.low_rate))
+
+
 def rules_table(results: Results) -> list[str]:
     """The same weights under every inference rule: at C = 1, or near it."""
     rows = []
@@ -408,6 +427,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "levels": levels_table,
     "classes": classes_table,
     "learning-rate": learning_rate_table,
+    "low-rate": low_rate_table,
     "larger": larger_table,
     "load": load_table,
     "falling": _ablation("learning rate falls to 0", FALLING, "dense_falling"),

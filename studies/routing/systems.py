@@ -12,6 +12,7 @@ EXPERTS = 8
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4)
 LEARNING_RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
+LOW_RATE = 1 / 4  # of the best one for dense, where all systems are compared once more
 
 OWN = "own"  # the inference rule of a system that has no other
 CONSTANT = "constant"  # the rule with one threshold for all experts and layers, which is searched for
@@ -117,7 +118,7 @@ def planned_runs(lr: float) -> list[Run]:
     """All runs but those that choose the learning rate, the most important ones first."""
     first, *others = SEEDS
     runs = [Run(system, first, lr) for system in MAIN_SYSTEMS]
-    runs += [Run(system, first, rate) for rate in (lr / 2, lr / 4, lr * 2) for system in SENSITIVE_SYSTEMS]
+    runs += [Run(system, first, rate) for rate in (lr / 2, lr * LOW_RATE, lr * 2) for system in SENSITIVE_SYSTEMS]
     runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
     between = round(lr / math.sqrt(2), 4)  # and the next smaller one, where another system may have its best
     runs += [Run(system, first, between) for system in ("dense", *SENSITIVE_SYSTEMS)]
@@ -131,8 +132,11 @@ def planned_runs(lr: float) -> list[Run]:
         "pool_4",
         "experts_4",
     )
-    runs += [Run(system, seed, lr) for seed in SEEDS for system in ablations]
-    return runs + [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]
+    runs += [Run(system, first, lr) for system in ablations]
+    runs += [Run(system, seed, lr * LOW_RATE) for seed in SEEDS for system in MAIN_SYSTEMS]
+    runs += [Run(system, seed, lr) for seed in others for system in ablations]
+    runs += [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]
+    return list(dict.fromkeys(runs))
 
 
 def chosen_learning_rate(losses: Mapping[float, float]) -> float | None:
