@@ -133,7 +133,8 @@ def planned_runs(lr: float) -> list[Run]:
         "experts_4",
     )
     runs += [Run(system, first, lr) for system in ablations]
-    runs += [Run(system, seed, lr * LOW_RATE) for seed in SEEDS for system in MAIN_SYSTEMS]
+    low = ("dense", *SENSITIVE_SYSTEMS, *MAIN_SYSTEMS)
+    runs += [Run(system, seed, lr * LOW_RATE) for seed in SEEDS for system in low]
     runs += [Run(system, seed, lr) for seed in others for system in ablations]
     runs += [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]
     return list(dict.fromkeys(runs))
