@@ -51,7 +51,9 @@ def main() -> None:
     elif arguments.command == "experts":
         _draw_experts(place, Run("global_pool", arguments.seed or 0, arguments.lr), arguments.page)
     elif arguments.command == "larger":
-        larger.train_and_sample(place, arguments.results / "larger", arguments.minutes)
+        larger.train_and_sample(
+            driver.Workplace(place.folder / "larger"), arguments.results / "larger", arguments.minutes
+        )
     elif arguments.command == "classifier":
         _train_classifier(place, arguments.results)
 
@@ -63,7 +65,7 @@ def _report(folder: Path, page: Path) -> None:
         logger.info("%s.png: not enough results yet", name)
     page.write_text(report.with_tables(page.read_text(), results, folder))
     for purpose, names in results.missing().items():
-        logger.info("%s: %d runs are missing", purpose, len(names))
+        logger.info("missing for %s: %d", purpose, len(names))
 
 
 def _draw_experts(place: driver.Workplace, run: Run, page: Path) -> None:

@@ -1,7 +1,7 @@
-"""Dense and DiffMoE at sixteen times the size, on one GPU: does the learning rate decide who is ahead there too?
+"""Dense and DiffMoE at 17 times the size, on one GPU: does the learning rate change who is ahead there too?
 
-All runs train at once. A run that is not at its end when the minutes are over is stopped and leaves its curve; of the
-others 5,000 samples are drawn as in the study itself.
+All runs train at once. One that is not at its end when the minutes are over is stopped and leaves its curve, as does
+one that fails; of the others 5,000 samples are drawn as in the study itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from omegaconf import OmegaConf
 
@@ -19,96 +20,72 @@ from diffmoe_dist.engine.run_log import read_metrics
 from diffmoe_dist.logs import logger
 from studies.routing import classifier as network
 from studies.routing import measure
-from studies.routing.driver import (
-    SAMPLER_STEPS,
-    SAMPLES,
-    Workplace,
-    current_commit,
-    curve,
-    training_arguments,
-)
-from studies.routing.results import Result, keep_conditions, write_result
-from studies.routing.systems import Run
+from studies.routing.driver import SAMPLER_STEPS, SAMPLES, Workplace, current_commit, curve, training_arguments
+from studies.routing.results import keep_conditions, write_result
+from studies.routing.systems import OWN, Run, larger_runs
 
 LARGER_CONFIG = Path(__file__).parent / "larger.yaml"
-LARGER_SYSTEMS = ("dense", "global_pool")
-LARGER_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # the first is that of both papers
 _SAMPLER = ("--steps", str(SAMPLER_STEPS), "--batch-size", str(measure.BLOCK))
 _SECONDS_BETWEEN_LOOKS = 0.5
 
-Commands = Mapping[Run, Sequence[str]]
-
-
-def larger_runs() -> list[Run]:
-    return [Run(system, 0, lr) for lr in LARGER_RATES for system in LARGER_SYSTEMS]
-
 
 def train_and_sample(place: Workplace, results: Path, minutes: float) -> None:
-    """Make the results of all runs.
+    """Write the results of all runs.
 
     Args:
         minutes: after which no run trains on.
     """
-    config = OmegaConf.load(LARGER_CONFIG)
+    config, commit = OmegaConf.load(LARGER_CONFIG), current_commit()
     shared = {"config": OmegaConf.to_container(config), "samples": SAMPLES, "sampler": list(_SAMPLER)}
     keep_conditions(results, shared)
+    place.folder.mkdir(parents=True, exist_ok=True)
     place.pack()
+    place.look_at_training_images()
     training = {
         run: ["diffmoe_dist.train", *training_arguments(run, place.run_dir(run), place, LARGER_CONFIG)]
         for run in larger_runs()
     }
-    processes = _start(training, place, "train")
-    place.look_at_training_images()  # beside them, on the CPU
-    _wait(processes, time.monotonic() + 60 * minutes)
-    finished = [run for run, process in processes.items() if process.returncode == 0]
+    finished = _run_all(training, place, "train", 60 * minutes)
     sampling = {
-        run: ["diffmoe_dist.sample", "--checkpoint", str(place.run_dir(run)), "--out", str(place.samples(run, "own")),
+        run: ["diffmoe_dist.sample", "--checkpoint", str(place.run_dir(run)), "--out", str(place.samples(run, OWN)),
               "--num", str(SAMPLES), "--device", config.device, *_SAMPLER]
         for run in finished
     }  # fmt: skip
-    _wait(_start(sampling, place, "sample"), None)
-    for run in larger_runs():
-        write_result(results / f"{run.name}.json", describe(run, place, with_samples=run in finished))
+    sampled = _run_all(sampling, place, "sample")
+    for run in training:
+        lines = read_metrics(place.run_dir(run) / "metrics.jsonl")
+        if lines:
+            result = {"name": run.name, "system": run.system, "seed": run.seed, "lr": run.lr}
+            result |= {"settings": run.overrides, "steps": lines[-1]["step"], "commit": commit, "curve": curve(lines)}
+            samples = None
+            if run in sampled:
+                samples = measure.sampled(place.samples(run, OWN), network.load_classifier(), place.statistics())
+            write_result(results / f"{run.name}.json", {**result, "samples": samples})
 
 
-def _start(commands: Commands, place: Workplace, kind: str) -> dict[Run, subprocess.Popen[bytes]]:
-    logs = place.folder / "logs"
+def _run_all(
+    commands: Mapping[Run, Sequence[str]], place: Workplace, kind: str, seconds: float = float("inf")
+) -> list[Run]:
+    """Run them at once, none for longer than that; those that came to their end."""
+    logs, processes = place.folder / "logs", {}
     logs.mkdir(exist_ok=True)
-    processes = {}
     for run, command in commands.items():
         with (logs / f"{run.name}-{kind}.log").open("ab") as log:
-            processes[run] = subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-    return processes
+            processes[run] = _start(command, log)
+    try:
+        end = time.monotonic() + seconds
+        while any(process.poll() is None for process in processes.values()) and time.monotonic() < end:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    finally:
+        for process in processes.values():
+            process.kill()
+    codes = {run: process.wait() for run, process in processes.items()}
+    for run, code in codes.items():
+        if code:
+            logger.error("%s ended with exit code %d; see %s", run.name, code, logs / f"{run.name}-{kind}.log")
+    return [run for run, code in codes.items() if code == 0]
 
 
-def _wait(processes: Mapping[Run, subprocess.Popen[bytes]], until: float | None) -> None:
-    """Until all have ended, or are ended at that time of the monotonic clock."""
-    while any(process.poll() is None for process in processes.values()):
-        if until is not None and time.monotonic() > until:
-            for process in processes.values():
-                process.kill()
-            until = None
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    for run, process in processes.items():
-        if process.returncode:
-            logger.error("%s ended with exit code %d", run.name, process.returncode)
-
-
-def describe(run: Run, place: Workplace, with_samples: bool) -> Result:
-    lines = read_metrics(place.run_dir(run) / "metrics.jsonl")
-    samples = None
-    if with_samples:
-        samples = measure.sampled(place.samples(run, "own"), network.load_classifier(), place.statistics())
-    return {
-        "name": run.name,
-        "system": run.system,
-        "seed": run.seed,
-        "lr": run.lr,
-        "settings": run.overrides,
-        "steps": lines[-1]["step"],
-        "commit": current_commit(),
-        "curve": curve(lines),
-        "samples": samples,
-    }
+def _start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=log, env=environment)

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from studies.routing.larger import LARGER_SYSTEMS
 from studies.routing.report import (
     FRECHET,
     LOSS,
@@ -18,8 +17,8 @@ from studies.routing.report import (
     Measure,
     Results,
     difference,
+    final_loss,
     is_finished,
-    last_loss,
     losses_by_level,
     relative_load,
     without_predictor,
@@ -28,6 +27,7 @@ from studies.routing.results import LEVELS, by_learning_rate
 from studies.routing.statistics import mean_of
 from studies.routing.systems import (
     EXPERT_NUMBERS,
+    LARGER_SYSTEMS,
     POOLS,
     SEEDS,
     SENSITIVE_SYSTEMS,
@@ -103,7 +103,7 @@ def _draw_difference(axes: Axes, results: Results, name: str, measure: Measure, 
 
 
 def noise_levels_plot(results: Results) -> Figure | None:
-    """The difference to dense at each noise level; the band is the interval over seeds."""
+    """The difference to dense at each noise level, the mean over seeds."""
     dense = {seed: losses_by_level(run, REFERENCE) for seed, run in results.of(REFERENCE).items()}
     _, axes = plt.subplots(figsize=(7.5, 4))
     drawn = False
@@ -151,7 +151,7 @@ def larger_plot(results: Results) -> Figure | None:
     """The same of the larger model."""
     finished = {name: run for name, run in results.larger.items() if is_finished(run)}
     losses = {
-        system: {run["lr"]: last_loss(run) for run in finished.values() if run["system"] == system}
+        system: {run["lr"]: final_loss(run) for run in finished.values() if run["system"] == system}
         for system in LARGER_SYSTEMS
     }
     return _rates_figure(losses, finished, limit=12)
@@ -174,11 +174,11 @@ def _rates_figure(
         return None
     axes.set_xscale("log")
     ticks = sorted({run["lr"] for run in runs.values()})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
     axes.minorticks_off()
     axes.set(xlabel="learning rate", ylabel="loss on held-out images, seed 0")
     for number, lr in enumerate(ticks):
-        dense, ours = (runs.get(Run(system, SEEDS[0], lr).name) for system in ("dense", "global_pool"))
+        dense, ours = (runs.get(Run(system, SEEDS[0], lr).name) for system in LARGER_SYSTEMS)
         if dense is not None and ours is not None:
             of_dense, curve = dense["curve"]["training"], ours["curve"]["training"]
             differences = [100 * (curve[step] / of_dense[step] - 1) for step in of_dense]

@@ -22,7 +22,9 @@ from studies.routing.statistics import Estimate, Spread, Values, common_spread, 
 from studies.routing.systems import (
     EXPERT_NUMBERS,
     FALLING,
-    LOW_RATE,
+    LARGER_RATES,
+    LARGER_SYSTEMS,
+    LOW_RATE_FACTOR,
     MAIN_SYSTEMS,
     MORE_SEEDS,
     POOLS,
@@ -71,7 +73,7 @@ class Results:
 
     @property
     def low_rate(self) -> float | None:
-        return None if self.lr is None else self.lr * LOW_RATE
+        return None if self.lr is None else self.lr * LOW_RATE_FACTOR
 
     def of(self, system: str) -> dict[int, dict[str, Any]]:
         """The runs of a system at the chosen learning rate, by seed."""
@@ -237,33 +239,34 @@ def learning_rate_table(results: Results) -> list[str]:
 
 
 def larger_table(results: Results) -> list[str]:
-    """Dense and DiffMoE at every rate of the larger model; of a run that stopped early, where."""
+    """Dense and DiffMoE at every rate of the larger model; of a run that ended early, where."""
     rows = []
-    for lr in sorted({run["lr"] for run in results.larger.values()}):
-        dense, ours = (results.larger[Run(system, SEEDS[0], lr).name] for system in ("dense", "global_pool"))
-        cells = [f"{lr:g}"]
-        for values in ([last_loss(run) for run in (dense, ours)], [_frechet(run) for run in (dense, ours)]):
-            cells += [f"{value:.4f}" if value is not None else "-" for value in values]
-            one, other = values
-            cells.append(f"{100 * (other / one - 1):+.1f} %" if one is not None and other is not None else "-")
-        if not is_finished(dense) or not is_finished(ours):
-            cells[0] += f" (stopped at steps {dense['steps']} and {ours['steps']})"
-        rows.append(cells)
+    for lr in LARGER_RATES:
+        names = [Run(system, SEEDS[0], lr).name for system in LARGER_SYSTEMS]
+        runs = [results.larger[name] for name in names if name in results.larger]
+        if len(runs) == len(names):
+            losses = [final_loss(run) if is_finished(run) else f"ended at step {run['steps']}" for run in runs]
+            distances = [run["samples"]["frechet"] if is_finished(run) else "-" for run in runs]
+            rows.append([f"{lr:g}", *_compared(losses), *_compared(distances)])
     head = ["learning rate", "loss of dense", "of DiffMoE", "difference"]
     return table([*head, "Fréchet distance of dense", "of DiffMoE", "difference"], rows)
 
 
+def _compared(values: Sequence[float | str]) -> list[str]:
+    """Two values, or why there is none, and the second over the first."""
+    one, other = values
+    texts = [value if isinstance(value, str) else f"{value:.4f}" for value in values]
+    return [*texts, "-" if isinstance(one, str) or isinstance(other, str) else f"{100 * (other / one - 1):+.1f} %"]
+
+
 def is_finished(run: dict[str, Any]) -> bool:
-    """A larger run, whose samples are drawn at its end."""
+    """A larger run, of which there are samples then."""
     return run["samples"] is not None
 
 
-def last_loss(run: dict[str, Any]) -> float | None:
-    return float(list(run["curve"]["validation"].values())[-1]) if is_finished(run) else None
-
-
-def _frechet(run: dict[str, Any]) -> float | None:
-    return float(run["samples"]["frechet"]) if is_finished(run) else None
+def final_loss(run: dict[str, Any]) -> float:
+    """Of a larger run: that of the last validation."""
+    return float(list(run["curve"]["validation"].values())[-1])
 
 
 def load_table(results: Results) -> list[str]:
@@ -386,7 +389,7 @@ def missing_list(results: Results) -> list[str]:
         names = ", ".join(f"`{run.name}`" for run in runs)
         lines.append(
             textwrap.fill(
-                f"- {purpose}: {len(runs)} runs, {names}", PAGE_WIDTH, subsequent_indent="  ", break_on_hyphens=False
+                f"- {purpose}, {len(runs)} of them: {names}", PAGE_WIDTH, subsequent_indent="  ", break_on_hyphens=False
             )
         )
     return lines or ["Nothing: every planned run has its result."]
@@ -447,7 +450,7 @@ PICTURES = {
     "noise-levels": "Loss of every system against dense, at ten noise levels",
     "curves": "Training loss of every system against dense",
     "learning-rate": "Loss over the learning rate; and DiffMoE against dense while training, for each rate",
-    "larger": "The same of the larger model",
+    "larger": "The larger model: loss over the learning rate; and DiffMoE against dense while training",
     "load": "Tokens of the experts of a layer, the busiest first",
     "ablations": "Loss and Fréchet distance over the images in a pool, and over the number of experts",
     "experts": "Which patches of ten images the eight experts of a layer take",

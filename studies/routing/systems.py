@@ -12,7 +12,8 @@ EXPERTS = 8
 SEEDS = (0, 1, 2)
 MORE_SEEDS = (3, 4)
 LEARNING_RATES = (0.0005, 0.001, 0.002, 0.004, 0.008)
-LOW_RATE = 1 / 4  # of the best one for dense, where all systems are compared once more
+LOW_RATE_FACTOR = 1 / 4  # of the best one for dense: there all systems are compared once more
+LARGER_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # of the larger model; the first is that of both papers
 
 OWN = "own"  # the inference rule of a system that has no other
 CONSTANT = "constant"  # the rule with one threshold for all experts and layers, which is searched for
@@ -75,6 +76,7 @@ SYSTEMS = {
 }
 MAIN_SYSTEMS = tuple(SYSTEMS)[:9]
 SENSITIVE_SYSTEMS = ("global_pool", "token_choice")
+LARGER_SYSTEMS = ("dense", "global_pool")
 FALLING = {"dense": "dense_falling", "token choice": "token_choice_falling", "DiffMoE": "global_pool_falling"}
 POOLS = {1: "pool_1", 4: "pool_4", 16: "pool_16", 64: "global_pool"}  # images that compete
 EXPERT_NUMBERS = {2: "experts_2", 4: "experts_4", 8: "global_pool", 16: "experts_16"}
@@ -118,7 +120,9 @@ def planned_runs(lr: float) -> list[Run]:
     """All runs but those that choose the learning rate, the most important ones first."""
     first, *others = SEEDS
     runs = [Run(system, first, lr) for system in MAIN_SYSTEMS]
-    runs += [Run(system, first, rate) for rate in (lr / 2, lr * LOW_RATE, lr * 2) for system in SENSITIVE_SYSTEMS]
+    runs += [
+        Run(system, first, rate) for rate in (lr / 2, lr * LOW_RATE_FACTOR, lr * 2) for system in SENSITIVE_SYSTEMS
+    ]
     runs += [Run(system, seed, lr) for seed in others for system in MAIN_SYSTEMS]
     between = round(lr / math.sqrt(2), 4)  # and the next smaller one, where another system may have its best
     runs += [Run(system, first, between) for system in ("dense", *SENSITIVE_SYSTEMS)]
@@ -134,10 +138,14 @@ def planned_runs(lr: float) -> list[Run]:
     )
     runs += [Run(system, first, lr) for system in ablations]
     low = ("dense", *SENSITIVE_SYSTEMS, *MAIN_SYSTEMS)
-    runs += [Run(system, seed, lr * LOW_RATE) for seed in SEEDS for system in low]
+    runs += [Run(system, seed, lr * LOW_RATE_FACTOR) for seed in SEEDS for system in low]
     runs += [Run(system, seed, lr) for seed in others for system in ablations]
     runs += [Run(system, seed, lr) for seed in MORE_SEEDS for system in MAIN_SYSTEMS]
     return list(dict.fromkeys(runs))
+
+
+def larger_runs() -> list[Run]:
+    return [Run(system, SEEDS[0], lr) for lr in LARGER_RATES for system in LARGER_SYSTEMS]
 
 
 def chosen_learning_rate(losses: Mapping[float, float]) -> float | None:

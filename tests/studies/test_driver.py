@@ -157,16 +157,6 @@ def test_a_run_is_trained_sampled_by_every_rule_measured_and_not_done_again(smal
     assert result["measures"]["static"]["held_out"]["capacity"] == pytest.approx(1.0, abs=2e-3)
 
 
-class Ended:
-    """In the place of the process of a run that has ended."""
-
-    def __init__(self, returncode: int) -> None:
-        self.returncode = returncode
-
-    def poll(self) -> int:
-        return self.returncode
-
-
 @pytest.mark.slow
 def test_larger_runs_are_trained_and_sampled_and_one_that_ended_early_has_its_curve_alone(
     small: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,27 +164,25 @@ def test_larger_runs_are_trained_and_sampled_and_one_that_ended_early_has_its_cu
     results, here = tmp_path / "larger", {"data": {"workers": 0}}  # a test's process may have no children
     base = OmegaConf.merge(OmegaConf.load(larger.LARGER_CONFIG), OmegaConf.load(tmp_path / "base.yaml"), here)
     OmegaConf.save(base, tmp_path / "larger.yaml")
-    ending_early = Run("global_pool", 0, 1e-3)
+    dense, ours = Run("dense", 0, 1e-3), Run("global_pool", 0, 1e-3)
 
-    def run_all(commands: dict[Run, list[str]], place: Workplace, kind: str) -> dict[Run, Ended]:
-        processes = {}
+    def run_all(commands: dict[Run, list[str]], place: Workplace, kind: str, seconds: float = 0) -> list[Run]:
+        ended_early = [ours] if kind == "train" else []
         for run, command in commands.items():
-            ends_early = run == ending_early and kind == "train"
-            driver.command(*command, *(["train.steps=2"] if ends_early else []))
-            processes[run] = Ended(int(ends_early))
-        return processes
+            driver.command(*command, *(["train.steps=2"] if run in ended_early else []))
+        return [run for run in commands if run not in ended_early]
 
     for name, value in {
-        "LARGER_CONFIG": tmp_path / "larger.yaml", "LARGER_RATES": (1e-3,), "_start": run_all, "SAMPLES": 20,
-        "_SAMPLER": ("--steps", "2", "--batch-size", "20"),
+        "LARGER_CONFIG": tmp_path / "larger.yaml", "larger_runs": lambda: [dense, ours], "_run_all": run_all,
+        "SAMPLES": 20, "_SAMPLER": ("--steps", "2", "--batch-size", "20"),
     }.items():  # fmt: skip
         monkeypatch.setattr(larger, name, value)
 
     larger.train_and_sample(small, results, minutes=1)
 
-    dense, ours = (read_result(results / f"{system}-lr0.001-seed0.json") for system in larger.LARGER_SYSTEMS)
-    assert (dense["steps"], ours["steps"], ours["samples"]) == (4, 2, None)
-    assert dense["samples"]["num"] == 20 and set(dense["curve"]["validation"]) == {"2", "4"}
+    found, early = (read_result(results / f"{run.name}.json") for run in (dense, ours))
+    assert (found["steps"], early["steps"], early["samples"]) == (4, 2, None)
+    assert found["samples"]["num"] == 20 and set(found["curve"]["validation"]) == {"2", "4"}
 
 
 def test_results_that_were_made_otherwise_are_refused(tmp_path: Path) -> None:
