@@ -29,6 +29,15 @@ def test_both_systems_activate_as_many_parameters_17_times_those_of_the_study() 
     assert dense / activated(larger_runs()[0], BASE_CONFIG) == pytest.approx(17.3, rel=0.01)
 
 
+def test_beside_its_size_the_larger_model_is_trained_as_the_others() -> None:
+    small, large = (OmegaConf.to_container(OmegaConf.load(file)) for file in (BASE_CONFIG, LARGER_CONFIG))
+    assert isinstance(small, dict) and isinstance(large, dict)
+    for part in ("seed", "objective", "ema", "optim", "log"):
+        assert large[part] == small[part]
+    changed = {key for part in ("model", "train") for key in large[part] if large[part][key] != small[part][key]}
+    assert changed == {"depth", "hidden_size", "num_heads", "steps"}
+
+
 def test_the_committed_results_are_of_the_settings_that_it_has_now() -> None:
     found = read_results(RESULTS / "larger")
     assert {name: result["settings"] for name, result in found.items()} == {r.name: r.overrides for r in larger_runs()}
@@ -44,6 +53,8 @@ def test_what_still_runs_when_the_time_is_over_is_stopped_and_what_fails_is_left
 
     def start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen(command, stdout=log))
+        if command[0] != "sleep":
+            started[-1].wait()  # on a busy machine too, before the time is over
         return started[-1]
 
     monkeypatch.setattr(larger, "_start", start)
